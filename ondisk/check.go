@@ -1,0 +1,139 @@
+package ondisk
+
+import (
+	"errors"
+	"fmt"
+	"io"
+)
+
+// Report is what Check found.
+type Report struct {
+	Layout *Layout
+	End    LogEnd // meaningful when the log could be walked
+
+	Ksets int
+	Keys  int
+	Clean int // keys flagged clean
+	Dead  int // keys of a generation that is past
+	Dirty int // keys at or after dirty_tail, neither clean nor dead
+
+	DirtyBytes int64 // what those keys cover, counting overwritten data too
+
+	Problems []error // the first maxProblems of them
+	More     int     // how many there were beyond
+}
+
+// maxProblems bounds the report of an image that is wrong all over.
+const maxProblems = 100
+
+func (rep *Report) problem(err error) {
+	if len(rep.Problems) == maxProblems {
+		rep.More++
+		return
+	}
+	rep.Problems = append(rep.Problems, err)
+}
+
+// Check reads the metadata and the whole log of a device of size bytes. With
+// data it also reads every piece of cached data that a living key names, and
+// compares its checksum if the cache keeps them.
+func Check(r io.ReaderAt, size int64, data bool) *Report {
+	rep := &Report{}
+	l, err := ReadLayout(r, size)
+	rep.Layout = l
+	for _, note := range l.Notes {
+		rep.problem(errors.New(note.String()))
+	}
+	if err != nil {
+		for _, fault := range err.(Faults) {
+			rep.problem(fault)
+		}
+		return rep
+	}
+	c := checker{Report: rep, r: r, role: make([]role, len(l.Chain)), dirty: l.KeyTail == l.DirtyTail}
+	if data {
+		c.buf = make([]byte, StripeSize)
+	}
+	rep.End, _ = l.WalkLog(r, l.KeyTail, c.kset)
+	c.claim(rep.End.Pos.Seg, logRole)
+	if rep.End.Damage != nil {
+		rep.problem(rep.End.Damage)
+	}
+	return rep
+}
+
+type checker struct {
+	*Report
+	r     io.ReaderAt
+	dirty bool   // dirty_tail was passed
+	role  []role // by cache_seg_id
+	buf   []byte // for data, nil if that is not to be read
+}
+
+// role is what a segment was seen used for. One is never used for both.
+type role uint8
+
+const (
+	logRole role = 1 << iota
+	dataRole
+	bothRoles = logRole | dataRole
+)
+
+func (c *checker) claim(seg uint32, as role) {
+	if c.role[seg] != bothRoles && c.role[seg]|as == bothRoles {
+		c.problem(fmt.Errorf("segment %d is part of the log and named by a living key as well", seg))
+	}
+	c.role[seg] |= as
+}
+
+func (c *checker) kset(at Position, k *Kset) error {
+	c.claim(at.Seg, logRole)
+	if at == c.Layout.DirtyTail {
+		c.dirty = true
+	}
+	if !k.Last {
+		c.Ksets++
+	}
+	for i := range k.Keys {
+		if err := c.key(&k.Keys[i]); err != nil {
+			c.problem(fmt.Errorf("key %d of the kset at %v: %w", i, at, err))
+		}
+	}
+	return nil
+}
+
+func (c *checker) key(k *Key) error {
+	c.Keys++
+	kind := "clean"
+	if k.Flags&KeyClean != 0 {
+		c.Clean++
+	}
+	gen := c.Layout.Gens[k.Seg]
+	if k.Gen < gen {
+		c.Dead++
+		return nil
+	}
+	if k.Flags&KeyClean == 0 && c.dirty {
+		kind = "dirty"
+		c.Dirty++
+		c.DirtyBytes += int64(k.Len)
+	}
+	c.claim(k.Seg, dataRole)
+	if k.Gen > gen {
+		return fmt.Errorf("its generation %d is above %d, that of segment %d", k.Gen, gen, k.Seg)
+	}
+	if id := c.Layout.Identity; id != nil && k.Off+uint64(k.Len) > uint64(id.BackingSize) {
+		return fmt.Errorf("offset %d, length %d lie outside the backing device of %d bytes", k.Off, k.Len, id.BackingSize)
+	}
+	if c.buf == nil {
+		return nil
+	}
+	p := c.buf[:k.Len]
+	if err := readFull(c.r, p, c.Layout.Offset(k.Seg, k.SegOff)); err != nil {
+		return fmt.Errorf("%s data of offset %d, length %d %w: %w", kind, k.Off, k.Len, ErrUnreadable, err)
+	}
+	if c.Layout.Info.Flags.DataCRC() && Checksum(p) != k.CRC {
+		return fmt.Errorf("%s data of offset %d, length %d has a wrong crc", kind, k.Off, k.Len)
+	}
+	return nil
+}

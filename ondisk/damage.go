@@ -1,0 +1,172 @@
+package ondisk
+
+import (
+	"bytes"
+	"errors"
+)
+
+// A log without an end record ends where no valid kset is found. So does a
+// log with a bad kset in its middle, and taking one for the other means to
+// forget acknowledged writes and then to write over them. What tells them
+// apart is what lies behind.
+//
+// A numbered log answers by itself: any kset with a number a little above the
+// expected one is younger than the bad one, and writers finish one before
+// they begin the next. It is looked for in the rest of the segment, at every
+// place where a kset may lie; and where the bad one may have been a LAST, at
+// the start of every other segment.
+//
+// The kernel's ksets have no number, and valid old ones lie about wherever a
+// segment is used for the log again. But before a kset is written the 24
+// bytes behind it are zeroed. So the first place behind the bad one, at the
+// distance of a whole number of keys, that holds either zeros or a valid kset
+// decides: zeros are the end mark of a torn kset; a kset there is the
+// successor of a damaged one. No key of a log looks like an end mark, since
+// its first 24 bytes hold its length.
+//
+// Neither finds a damaged last kset of the log. If it is an acknowledged one
+// nothing on the media says that it was; dirty_tail behind it does.
+
+// maxSeqAhead bounds how much younger a successor can be: as many ksets fit
+// into a segment. Leftovers of a cache formatted over have random numbers, of
+// which one in 2^30 is this near.
+const maxSeqAhead = SegmentData / (KsetHeaderSize + KeySize)
+
+// diagnose decides whether the walk's end, where the cause was found, is the
+// end of the log; nil if so. It uses up the walker.
+func (w *walker) diagnose(cause error) *Damage {
+	at := w.pos
+	ahead := w.ahead(cause)
+	if ahead == nil && endsProperly(cause) {
+		return nil
+	}
+	d := &Damage{At: at, Cause: cause, Ahead: ahead}
+	if ahead != nil {
+		w.start(*ahead)
+		w.run(func(_ Position, k *Kset) error {
+			d.Ksets++
+			d.Keys += len(k.Keys)
+			return nil
+		})
+	}
+	return d
+}
+
+// endsProperly reports whether a cause is what the end of a good log may look
+// like: zeros, leftovers, or a kset that was being written. The others passed
+// their crc and are nonsense, or cannot be read at all.
+func endsProperly(cause error) bool {
+	for _, proper := range []error{errNoKset, errKsetCRC, errKsetKeys, errKsetRoom, errKsetStale} {
+		if errors.Is(cause, proper) {
+			return true
+		}
+	}
+	return false
+}
+
+// ahead looks for the log's continuation behind pos.
+func (w *walker) ahead(cause error) *Position {
+	if found := w.unnumberedAhead(cause); found != nil {
+		return found
+	}
+	if w.seq == 0 {
+		return nil
+	}
+	expected := NextSeq(w.seq)
+	if found := w.numberedAhead(expected); found != nil {
+		return found
+	}
+	if w.pos.Off+MaxKsetSize+KsetHeaderSize > SegmentData {
+		for seg := range uint32(len(w.l.Chain)) {
+			start := Position{Seg: seg}
+			if seg != w.pos.Seg && w.read(start) == nil && w.isAhead(expected) {
+				return &start
+			}
+		}
+	}
+	return nil
+}
+
+// unnumberedAhead applies the rule of the end mark. A damaged LAST has no
+// place behind it to look at, but says itself where to look.
+func (w *walker) unnumberedAhead(cause error) *Position {
+	if errors.Is(cause, errKsetStale) {
+		return nil
+	}
+	head := make([]byte, KsetHeaderSize)
+	if err := readFull(w.r, head, w.l.Offset(w.pos.Seg, w.pos.Off)); err == nil {
+		if isZero(head) {
+			return nil
+		}
+		next := le.Uint32(head[4:])
+		if le.Uint64(head[8:]) == ksetMagic && le.Uint64(head[16:])&ksetLast != 0 && next < uint32(len(w.l.Chain)) {
+			if start := (Position{Seg: next}); next != w.pos.Seg && w.read(start) == nil && w.follows() {
+				return &start
+			}
+		}
+	}
+	for n := 0; n <= MaxKeys; n++ {
+		at := Position{Seg: w.pos.Seg, Off: w.pos.Off + KsetSize(n)}
+		if at.Off > SegmentData-KsetHeaderSize {
+			return nil
+		}
+		if w.read(at) == nil && w.follows() {
+			return &at
+		}
+		if err := readFull(w.r, head, w.l.Offset(at.Seg, at.Off)); err == nil && isZero(head) {
+			return nil
+		}
+	}
+	return nil
+}
+
+// numberedAhead looks at every place in the rest of the segment.
+func (w *walker) numberedAhead(expected uint64) *Position {
+	chunk := make([]byte, 1<<20)
+	magic := le.AppendUint64(nil, ksetMagic)
+	for base := w.pos.Off; base < SegmentData; base += uint32(len(chunk)) {
+		p := chunk[:min(uint32(len(chunk)), SegmentData-base)]
+		if err := readFull(w.r, p, w.l.Offset(w.pos.Seg, base)); err != nil {
+			w.readAround(p, base)
+		}
+		for i := 0; ; {
+			hit := bytes.Index(p[i:], magic)
+			if hit < 0 {
+				break
+			}
+			i += hit
+			if at := (Position{Seg: w.pos.Seg, Off: base + uint32(i) - 8}); i%8 == 0 && at.Off > w.pos.Off &&
+				w.read(at) == nil && w.isAhead(expected) {
+				return &at
+			}
+			i++
+		}
+	}
+	return nil
+}
+
+// readAround fills p with what can be read of it, in the 256 bytes that a
+// media error takes away at a time, and zeros for the rest.
+func (w *walker) readAround(p []byte, base uint32) {
+	const unit = 256
+	for i := 0; i < len(p); i += unit {
+		part := p[i:min(i+unit, len(p))]
+		if err := readFull(w.r, part, w.l.Offset(w.pos.Seg, base+uint32(i))); err != nil {
+			clear(part)
+		}
+	}
+}
+
+// follows reports whether the kset just read can come behind the bad one.
+func (w *walker) follows() bool {
+	return w.kset.Seq == 0 || w.seq == 0 || w.isAhead(NextSeq(w.seq))
+}
+
+// isAhead reports whether the kset just read is younger than the expected one.
+func (w *walker) isAhead(expected uint64) bool {
+	if w.kset.Seq == 0 {
+		return false
+	}
+	d := seqDistance(expected, w.kset.Seq)
+	return d > 0 && d <= maxSeqAhead
+}

@@ -1,0 +1,170 @@
+package ondisk
+
+import (
+	"fmt"
+	"io"
+)
+
+// LogEnd is where a walk of the log came to its end.
+type LogEnd struct {
+	Pos    Position // where the next kset goes, if Damage is nil
+	Seq    uint64   // the last log sequence number seen, 0 for none
+	Damage *Damage  // why Pos is not the log's real end; nil if it is
+}
+
+// NextSeq returns the log sequence number for the kset to be written at Pos.
+func (e LogEnd) NextSeq() uint64 {
+	if e.Seq == 0 {
+		return FirstSeq()
+	}
+	return NextSeq(e.Seq)
+}
+
+// Damage is a log that is broken off although it goes on, or should.
+type Damage struct {
+	At    Position // of the kset that cannot be used
+	Cause error    // why it cannot
+
+	Ahead *Position // the first good kset behind it, if one was found
+	Ksets int       // how many of them follow there, in sequence
+	Keys  int       // how many keys they hold
+
+	DirtyTail *Position // set if the log ends before it, or passes it by
+}
+
+func (d *Damage) Error() string {
+	s := fmt.Sprintf("the log is damaged at %v: %v", d.At, d.Cause)
+	if d.Ahead != nil {
+		s += fmt.Sprintf("; it goes on at %v with %d keys in %d ksets, which cannot be reached", d.Ahead, d.Keys, d.Ksets)
+	}
+	if d.DirtyTail != nil {
+		s += fmt.Sprintf("; dirty_tail %v is not on its path, so everything from there on is lost", d.DirtyTail)
+	}
+	return s
+}
+
+func (d *Damage) Unwrap() error { return d.Cause }
+
+// WalkLog visits the ksets from a position on, in order, LAST records
+// included, with all their fields verified. visit must not keep k or its
+// keys, which are used again for the next. An error of visit ends the walk
+// and is returned as it is; nothing else is an error here, since whatever the
+// log may contain is described by the LogEnd.
+//
+// A walk from l.KeyTail also finds out whether dirty_tail lies on the path.
+func (l *Layout) WalkLog(r io.ReaderAt, from Position, visit func(at Position, k *Kset) error) (LogEnd, error) {
+	w := &walker{l: l, r: r}
+	w.start(from)
+	dirtySeen := from != l.KeyTail
+	cause, err := w.run(func(at Position, k *Kset) error {
+		dirtySeen = dirtySeen || at == l.DirtyTail
+		return visit(at, k)
+	})
+	end := LogEnd{Pos: w.pos, Seq: w.seq}
+	if err != nil {
+		return end, err
+	}
+	dirtySeen = dirtySeen || w.pos == l.DirtyTail
+	end.Damage = w.diagnose(cause)
+	if !dirtySeen {
+		if end.Damage == nil {
+			end.Damage = &Damage{At: w.pos, Cause: cause}
+		}
+		end.Damage.DirtyTail = &l.DirtyTail
+	}
+	return end, nil
+}
+
+// walker follows the log. It owns the buffers, so that a walk allocates once.
+type walker struct {
+	l    *Layout
+	r    io.ReaderAt
+	pos  Position
+	seq  uint64   // of the last numbered kset
+	seen []uint64 // a bit per cache_seg_id: the segments it came through
+
+	kset Kset
+	buf  [MaxKsetSize]byte
+}
+
+func (w *walker) start(at Position) {
+	w.seen = make([]uint64, len(w.l.Chain)/64+1)
+	w.seq = 0
+	w.enter(at)
+}
+
+func (w *walker) enter(at Position) {
+	w.pos = at
+	w.seen[at.Seg/64] |= 1 << (at.Seg % 64)
+}
+
+// run visits ksets until one cannot be used. It returns why, with pos there.
+func (w *walker) run(visit func(at Position, k *Kset) error) (cause, err error) {
+	for {
+		if cause := w.read(w.pos); cause != nil {
+			return cause, nil
+		}
+		if cause := w.check(); cause != nil {
+			return cause, nil
+		}
+		if err := visit(w.pos, &w.kset); err != nil {
+			return nil, err
+		}
+		if w.kset.Seq != 0 {
+			w.seq = w.kset.Seq
+		}
+		if w.kset.Last {
+			w.enter(Position{Seg: w.kset.Next})
+		} else {
+			w.pos.Off += w.kset.Size()
+		}
+	}
+}
+
+// read decodes the kset at a position. Header and keys are read apart, so
+// that what lies behind the kset cannot make it unreadable.
+func (w *walker) read(at Position) error {
+	if at.Off > SegmentData-KsetHeaderSize {
+		return errKsetRoom
+	}
+	head := w.buf[:KsetHeaderSize]
+	off := w.l.Offset(at.Seg, at.Off)
+	if err := readFull(w.r, head, off); err != nil {
+		return fmt.Errorf("kset %w: %w", ErrUnreadable, err)
+	}
+	size, err := ksetLen(head)
+	if err != nil {
+		return err
+	}
+	if size > KsetHeaderSize {
+		if at.Off+size > SegmentData-KsetHeaderSize {
+			return errKsetRoom
+		}
+		if err := readFull(w.r, w.buf[KsetHeaderSize:size], off+KsetHeaderSize); err != nil {
+			return fmt.Errorf("kset %w: %w", ErrUnreadable, err)
+		}
+	}
+	return DecodeKset(w.buf[:size], &w.kset)
+}
+
+// check says what keeps the decoded kset from being the next of the log.
+func (w *walker) check() error {
+	k, segments := &w.kset, uint32(len(w.l.Chain))
+	if k.Seq != 0 && w.seq != 0 && k.Seq != NextSeq(w.seq) {
+		return errKsetStale
+	}
+	if k.Last {
+		switch {
+		case k.Next >= segments:
+			return fmt.Errorf("%w: segment %d of %d", ErrLast, k.Next, segments)
+		case w.seen[k.Next/64]>>(k.Next%64)&1 != 0:
+			return fmt.Errorf("%w: to segment %d", ErrLogLoop, k.Next)
+		}
+	}
+	for i := range k.Keys {
+		if err := k.Keys[i].Validate(segments); err != nil {
+			return fmt.Errorf("key %d: %w", i, err)
+		}
+	}
+	return nil
+}
