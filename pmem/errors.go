@@ -1,0 +1,41 @@
+package pmem
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+)
+
+// Why a region cannot be opened.
+var (
+	ErrMissing     = errors.New("no such file or device (a new file needs its size: PATH,size=1G)")
+	ErrBlockDevice = errors.New("a block device cannot be mapped as persistent memory (for a pmem namespace: ndctl create-namespace -f -e NAMESPACE -m devdax, then give /dev/daxN.N)")
+	ErrNotMappable = errors.New("neither a device-dax device nor a file")
+	ErrTooSmall    = errors.New("smaller than 512 MiB, the least a cache takes")
+	ErrMisaligned  = errors.New("size is not a multiple of the page size")
+	ErrInUse       = errors.New("in use by another process (ublk-pcache list shows the running caches)")
+	ErrOtherSize   = errors.New("exists with another size (leave out size= to use it, or remove it)")
+	ErrBadSize     = errors.New("size must be a number of bytes, or one followed by K, M, G or T")
+	ErrNoSpace     = errors.New("no space could be reserved for the file")
+)
+
+// What is wrong with a call on an open region.
+var (
+	ErrUnaligned = errors.New("pmem: offset and length of a store must be multiples of 8")
+	ErrReadOnly  = errors.New("pmem: the region is open for reading")
+	ErrRange     = errors.New("pmem: outside the region")
+)
+
+// FaultError is an access that the memory did not answer: a media error, or
+// for a file one that was truncated or whose file system is full. It is an
+// EIO to errors.Is.
+type FaultError struct {
+	Path string
+	Off  int64 // of the first bad byte met, from the start of the region
+}
+
+func (e *FaultError) Error() string {
+	return fmt.Sprintf("media error in %s at byte %d", e.Path, e.Off)
+}
+
+func (e *FaultError) Unwrap() error { return syscall.EIO }

@@ -1,0 +1,42 @@
+package pmem
+
+import (
+	"runtime"
+	"runtime/debug"
+	"unsafe"
+)
+
+// A signal for a bad address normally ends a Go program. With
+// debug.SetPanicOnFault it becomes a panic of the goroutine that touched the
+// address, whose value tells the address. A guarded function begins with
+//
+//	defer r.guard(armGuard(), &err)
+//
+// The setting belongs to the goroutine and is put back, so code of the caller
+// faults as it did before. A fault outside the mapping (the caller's buffer,
+// say) is a bug, not a media error: it goes on as a panic.
+
+// armGuard makes faults of this goroutine panic and returns what was set
+// before.
+func armGuard() bool { return debug.SetPanicOnFault(true) }
+
+// guard undoes armGuard and turns a fault inside the mapping into an error.
+func (r *Region) guard(before bool, err *error) {
+	debug.SetPanicOnFault(before)
+	cause := recover()
+	if cause == nil {
+		return
+	}
+	fault, ok := cause.(interface {
+		runtime.Error
+		Addr() uintptr
+	})
+	if !ok || len(r.mem) == 0 {
+		panic(cause)
+	}
+	off := fault.Addr() - uintptr(unsafe.Pointer(&r.mem[0]))
+	if off >= uintptr(len(r.mem)) {
+		panic(cause)
+	}
+	*err = &FaultError{Path: r.Path(), Off: int64(off)}
+}

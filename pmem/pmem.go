@@ -1,0 +1,199 @@
+// Package pmem maps persistent memory, or a file that stands in for it, and
+// is the only place that touches the mapping. It knows nothing of what is
+// stored there.
+//
+// A store is made in two steps. WriteAt and Zero put bytes into the memory
+// with stores that bypass the cache; Fence waits until all of those made
+// before, by this thread, have arrived. On DAX that makes them durable; on a
+// plain file it takes Sync as well, since the mapping is the page cache.
+//
+// # Why stores that bypass the cache
+//
+// The obvious way is to copy and then write back each cache line that was
+// touched. It costs three times as much (4 KiB with fence on a DRAM-backed
+// region: 380 ns against 1280 ns), fills the cache with data that nobody is
+// about to read, and needs one of three instructions depending on the CPU.
+// Non-temporal stores are part of SSE2, which every amd64 CPU has. They come
+// in 4, 8 and 16 bytes only, so an odd byte at an edge would need a write-back
+// after all. Nothing stored here is smaller than 8 bytes or off the 8-byte
+// grid; hence offsets and lengths must be multiples of 8, and anything else is
+// an error. Each aligned 8 bytes arrive whole or not at all. On arm64, which
+// has no store that reaches persistence by itself, lines are copied and then
+// cleaned.
+//
+// # Why every access is guarded
+//
+// Memory that lost its content answers with a signal: SIGBUS, in whatever
+// instruction touched it. The same happens in a file that was truncated, or
+// has a hole for which its file system finds no space. It must cost the
+// request and not the server, so accesses go through ReadAt, WriteAt and
+// Zero, which turn the signal into a *FaultError. The price is 15 ns.
+//
+// # Mapping
+//
+// Nothing is populated in advance: a device of a terabyte would take minutes,
+// and device-dax needs one fault per 2 MiB anyway. The kernel places DAX
+// mappings on 2 MiB boundaries by itself, so huge pages need no help.
+//
+// A Region may be used by any number of goroutines at a time, Close apart;
+// whoever writes and reads the same bytes at once gets either.
+package pmem
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Kind is what a region is made of.
+type Kind int
+
+const (
+	// DevDax is a device-dax character device.
+	DevDax Kind = iota
+	// DAXFile is a file on a DAX file system, mapped with MAP_SYNC.
+	DAXFile
+	// File is any other file: the mapping is the page cache.
+	File
+	// HeapMemory comes from the Go heap and is lost with the process.
+	HeapMemory
+)
+
+func (k Kind) String() string {
+	return [...]string{"device-dax", "dax file", "file", "heap"}[k]
+}
+
+// Region is a mapped piece of memory.
+type Region struct {
+	mem  []byte
+	kind Kind
+	mode Mode
+	file *os.File // nil for HeapMemory
+}
+
+// Heap returns a region of size bytes, a multiple of 8, on the Go heap. The
+// race detector follows accesses to it, as it does not for a mapping.
+func Heap(size int64) *Region {
+	return &Region{mem: make([]byte, size), kind: HeapMemory}
+}
+
+// Size returns the usable size in bytes.
+func (r *Region) Size() int64 { return int64(len(r.mem)) }
+
+// Kind returns what the region is made of.
+func (r *Region) Kind() Kind { return r.kind }
+
+// Durable reports whether Fence is all it takes to survive a power cut.
+func (r *Region) Durable() bool { return r.kind == DevDax || r.kind == DAXFile }
+
+// Path returns the name the region was opened by, empty for HeapMemory.
+func (r *Region) Path() string {
+	if r.file == nil {
+		return ""
+	}
+	return r.file.Name()
+}
+
+// ReadAt copies from the region; any offset and length, in bytes. It is an
+// [io.ReaderAt]. Bytes that cannot be read give a *FaultError, and then p may
+// be partly overwritten.
+func (r *Region) ReadAt(p []byte, off int64) (n int, err error) {
+	if off < 0 || off > r.Size() {
+		return 0, r.outside(off, len(p))
+	}
+	defer r.guard(armGuard(), &err)
+	n = copy(p, r.mem[off:])
+	if n < len(p) {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// WriteAt copies p into the region. off and len(p) are multiples of 8. What
+// it wrote is in order with other stores, and durable, only after Fence (and
+// Sync). After a *FaultError any part of p may have been written.
+func (r *Region) WriteAt(p []byte, off int64) (n int, err error) {
+	if err := r.writable(off, int64(len(p))); err != nil {
+		return 0, err
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	defer r.guard(armGuard(), &err)
+	if r.kind == HeapMemory {
+		copy(r.mem[off:], p)
+	} else {
+		store(unsafe.Pointer(&r.mem[off]), unsafe.Pointer(&p[0]), uintptr(len(p)))
+	}
+	return len(p), nil
+}
+
+// Zero clears n bytes at off, both multiples of 8, like WriteAt.
+func (r *Region) Zero(off, n int64) (err error) {
+	if err := r.writable(off, n); err != nil {
+		return err
+	}
+	if n == 0 {
+		return nil
+	}
+	defer r.guard(armGuard(), &err)
+	if r.kind == HeapMemory {
+		clear(r.mem[off:][:n])
+	} else {
+		storeZero(unsafe.Pointer(&r.mem[off]), uintptr(n))
+	}
+	return nil
+}
+
+// Fence returns when what the calling thread wrote before has left the CPU:
+// for good if the region is Durable.
+func (r *Region) Fence() { fence() }
+
+// Sync makes everything written before durable. It has nothing to do unless
+// the region is a File; then it takes as long as the disk does.
+func (r *Region) Sync() error {
+	if r.kind != File {
+		return nil
+	}
+	if err := unix.Fdatasync(int(r.file.Fd())); err != nil {
+		return fmt.Errorf("sync %s: %w", r.Path(), err)
+	}
+	return nil
+}
+
+// Close unmaps the region and gives up its lock. Nothing may use it any more.
+func (r *Region) Close() error {
+	if r.file == nil {
+		r.mem = nil
+		return nil
+	}
+	err := unix.Munmap(r.mem)
+	r.mem = nil
+	if closed := r.file.Close(); err == nil {
+		err = closed
+	}
+	if err != nil {
+		return fmt.Errorf("close %s: %w", r.Path(), err)
+	}
+	return nil
+}
+
+func (r *Region) writable(off, n int64) error {
+	if r.mode == ReadOnly {
+		return ErrReadOnly
+	}
+	if (off|n)%8 != 0 {
+		return fmt.Errorf("%w: %d bytes at %d", ErrUnaligned, n, off)
+	}
+	if off < 0 || n < 0 || off > r.Size()-n {
+		return r.outside(off, int(n))
+	}
+	return nil
+}
+
+func (r *Region) outside(off int64, n int) error {
+	return fmt.Errorf("%w: %d bytes at %d of %d", ErrRange, n, off, r.Size())
+}

@@ -1,0 +1,18 @@
+package pmem
+
+import "unsafe"
+
+// store copies n bytes to dst with non-temporal stores. dst and n are
+// multiples of 8, src is not aligned.
+//
+//go:noescape
+func store(dst, src unsafe.Pointer, n uintptr)
+
+// storeZero clears n bytes at dst with non-temporal stores. dst and n are
+// multiples of 8.
+//
+//go:noescape
+func storeZero(dst unsafe.Pointer, n uintptr)
+
+// fence orders the non-temporal stores before it.
+func fence()
