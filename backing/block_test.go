@@ -1,0 +1,107 @@
+//go:build vm
+
+// These tests need root and the loop driver, and the NVMe disks of the test
+// machine, which they only look at.
+package backing
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %v: %v: %s", name, args, err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// loopDevice makes a block device of testSize bytes.
+func loopDevice(t *testing.T, args ...string) string {
+	t.Helper()
+	exec.Command("modprobe", "loop").Run() // fails where it is built in
+	device := run(t, "losetup", append([]string{"--find", "--show", tempFile(t, testSize)}, args...)...)
+	t.Cleanup(func() { run(t, "losetup", "--detach", device) })
+	return device
+}
+
+func TestBlockDevice(t *testing.T) {
+	for _, blockSize := range []string{"512", "4096"} {
+		t.Run(blockSize, func(t *testing.T) {
+			d := openDevice(t, loopDevice(t, "--sector-size", blockSize))
+			defer d.Close()
+			if d.Size() != testSize || strconv.Itoa(d.BlockSize()) != blockSize || d.Serial() != "" {
+				t.Errorf("%d bytes in blocks of %d, serial %q", d.Size(), d.BlockSize(), d.Serial())
+			}
+			if l := d.DiscardLimits(); l.Granularity == 0 || l.Max == 0 {
+				t.Errorf("no discards: %+v", l)
+			}
+			flags, err := unix.FcntlInt(uintptr(d.fd), unix.F_GETFL, 0)
+			if err != nil || flags&unix.O_DIRECT == 0 {
+				t.Errorf("not opened with O_DIRECT: %#x, %v", flags, err)
+			}
+			exercise(t, d)
+		})
+	}
+}
+
+// TestSerials: each of the machine's NVMe disks is recognised, whichever block
+// size it has.
+func TestSerials(t *testing.T) {
+	disks, err := filepath.Glob("/dev/nvme*n[0-9]")
+	if err != nil || len(disks) < 2 {
+		t.Fatalf("NVMe disks: %v, %v", disks, err)
+	}
+	serials, blockSizes := map[string]bool{}, map[int]bool{}
+	for _, path := range disks {
+		d := openDevice(t, path)
+		defer d.Close()
+		t.Logf("%s: %q, blocks of %d, %+v", path, d.Serial(), d.BlockSize(), d.DiscardLimits())
+		if d.Serial() == "" || serials[d.Serial()] {
+			t.Errorf("%s has the serial %q", path, d.Serial())
+		}
+		serials[d.Serial()] = true
+		blockSizes[d.BlockSize()] = true
+	}
+	if !blockSizes[512] || !blockSizes[4096] {
+		t.Errorf("block sizes %v", blockSizes)
+	}
+}
+
+func TestBlockRefusals(t *testing.T) {
+	refuse(t, loopDevice(t, "--read-only"), ErrReadOnly)
+
+	loop := loopDevice(t)
+	d := openDevice(t, loop)
+	refuse(t, loop, ErrInUse, "another program")
+	d.Close()
+
+	run(t, "mkfs.ext4", "-q", loop)
+	mnt := filepath.Join(t.TempDir(), "mnt")
+	if err := os.Mkdir(mnt, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mount", loop, mnt)
+	file := filepath.Join(mnt, "file")
+	if err := os.WriteFile(file, make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	refuse(t, loop, ErrInUse, "mounted on "+mnt)
+	run(t, "mount", "-o", "remount,ro", mnt)
+	refuse(t, file, ErrReadOnly)
+	run(t, "umount", mnt)
+
+	run(t, "mkswap", loop)
+	run(t, "swapon", loop)
+	refuse(t, loop, ErrInUse, "swap")
+	run(t, "swapoff", loop)
+	openDevice(t, loop).Close()
+}

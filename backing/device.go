@@ -1,0 +1,245 @@
+// Package backing is the slow device behind the cache: a block device, or a
+// plain file in its place. Reads, writes, flushes and discards are asynchronous
+// and end in a callback; see lane for how. There are two lanes, so that a read
+// somebody waits for is never queued behind write-back.
+//
+// The device is opened exclusively and without the page cache: the cache in
+// front of it is persistent memory, a second one in DRAM would only make
+// flushes slow and errors late.
+package backing
+
+import (
+	"errors"
+	"fmt"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+	"ublk-pcache/internal/uring"
+)
+
+// fileBlock is the block size of a plain file, as of the disks it stands for.
+const fileBlock = 512
+
+// Device is an open backing device. Its methods may be called from any
+// goroutine.
+//
+// The four operations return at once and do not allocate. done is called
+// exactly once, on a thread of this package that has other work to do: it must
+// not block, and may submit. Its error is nil when all of it was done, and
+// otherwise wraps a syscall.Errno. After a failed write the content of its range
+// is unknown, after a failed flush that of everything written since the last
+// good one. Operations in flight have no order among each other.
+//
+// Offsets, lengths and the addresses of buffers are multiples of BlockSize.
+// Buffers come from uring.AlignedBuffer or another mapping, never from the Go
+// heap, since the kernel uses them after the call.
+type Device struct {
+	path      string
+	fd        int
+	size      int64
+	blockSize int
+	serial    string
+	discard   Limits
+
+	reads *lane
+	other *lane
+}
+
+// Limits describes which discards a device takes, in bytes. Zero values mean
+// that it takes none.
+type Limits struct {
+	Granularity int64 // discards of less, or not aligned to it, may do nothing
+	Max         int64 // in one operation
+}
+
+// Open opens a block device or a regular file for exclusive use. It changes
+// nothing on it. Errors name the path and what can be done.
+func Open(path string) (*Device, error) {
+	d := &Device{path: path, fd: -1}
+	if err := d.open(); err != nil {
+		if d.fd >= 0 {
+			unix.Close(d.fd)
+		}
+		return nil, fmt.Errorf("open backing device %s: %w", path, err)
+	}
+	return d, nil
+}
+
+func (d *Device) open() error {
+	var st unix.Stat_t
+	if err := unix.Stat(d.path, &st); errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+		return ErrMissing
+	} else if err != nil {
+		return err
+	}
+	var err error
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFBLK:
+		err = d.openBlock()
+	case unix.S_IFREG:
+		err = d.openFile()
+	default:
+		return ErrKind
+	}
+	if err != nil {
+		return err
+	}
+	if d.size == 0 || d.size%int64(d.blockSize) != 0 {
+		return fmt.Errorf("%w: %d bytes are not a positive multiple of its %d-byte blocks", ErrSize, d.size, d.blockSize)
+	}
+	if d.reads, err = startLane(d.fd, d.path); err != nil {
+		return err
+	}
+	if d.other, err = startLane(d.fd, d.path); err != nil {
+		d.reads.close()
+		return err
+	}
+	return nil
+}
+
+const openFlags = unix.O_RDWR | unix.O_CLOEXEC
+
+func (d *Device) openDescriptor(flags int) (err error) {
+	for {
+		d.fd, err = unix.Open(d.path, openFlags|flags, 0)
+		if err != unix.EINTR {
+			break
+		}
+	}
+	if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("%w (%w)", ErrReadOnly, err)
+	}
+	return err
+}
+
+func (d *Device) openBlock() error {
+	// O_EXCL without O_CREAT claims a block device against mounts, swap, device
+	// mapper and everybody else who claims (block/bdev.c, bd_prepare_to_claim).
+	if err := d.openDescriptor(unix.O_DIRECT | unix.O_EXCL); errors.Is(err, unix.EBUSY) {
+		return fmt.Errorf("%w: %s", ErrInUse, blockHolder(d.path))
+	} else if err != nil {
+		return err
+	}
+	readOnly, err := unix.IoctlGetInt(d.fd, unix.BLKROGET)
+	if err != nil {
+		return fmt.Errorf("ask whether it is read-only: %w", err)
+	}
+	if readOnly != 0 {
+		return ErrReadOnly
+	}
+	if d.size, err = ioctlGetInt64(d.fd, unix.BLKGETSIZE64); err != nil {
+		return fmt.Errorf("ask for its size: %w", err)
+	}
+	if d.blockSize, err = unix.IoctlGetInt(d.fd, unix.BLKSSZGET); err != nil {
+		return fmt.Errorf("ask for its block size: %w", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(d.fd, &st); err != nil {
+		return err
+	}
+	disk := findDisk(st.Rdev)
+	d.serial = disk.serial()
+	d.discard = disk.discardLimits()
+	return nil
+}
+
+func (d *Device) openFile() error {
+	if err := d.openDescriptor(0); err != nil {
+		return err
+	}
+	if err := unix.Flock(d.fd, unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return fmt.Errorf("%w: another process has locked it", ErrInUse)
+	} else if err != nil {
+		return fmt.Errorf("lock it: %w", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(d.fd, &st); err != nil {
+		return err
+	}
+	d.size = st.Size
+	d.blockSize = fileBlock
+	d.discard = Limits{Granularity: int64(st.Blksize), Max: st.Size}
+	return d.tryDirect()
+}
+
+// tryDirect switches the file to O_DIRECT if it can do that in units of
+// fileBlock. Some file systems cannot at all, some only in larger units, and
+// not all say so; a read does.
+func (d *Device) tryDirect() error {
+	if d.size < 2*fileBlock {
+		return nil
+	}
+	if _, err := unix.FcntlInt(uintptr(d.fd), unix.F_SETFL, openFlags|unix.O_DIRECT); err != nil {
+		return nil
+	}
+	buf, err := uring.AlignedBuffer(fileBlock)
+	if err != nil {
+		return err
+	}
+	defer uring.FreeBuffer(buf)
+	if n, err := unix.Pread(d.fd, buf, fileBlock); err == nil && n == fileBlock {
+		return nil
+	}
+	_, err = unix.FcntlInt(uintptr(d.fd), unix.F_SETFL, openFlags)
+	return err
+}
+
+// Path is what was given to Open.
+func (d *Device) Path() string { return d.path }
+
+// Size is in bytes, a multiple of BlockSize.
+func (d *Device) Size() int64 { return d.size }
+
+// BlockSize is the logical block size in bytes, the unit of all transfers: 512
+// or 4096 on common devices, 512 for a file.
+func (d *Device) BlockSize() int { return d.blockSize }
+
+// Serial identifies the device across reboots and renaming: its world-wide
+// name or serial number, with "-partN" for a partition. It is empty for a
+// device without one, and for a file.
+func (d *Device) Serial() string { return d.serial }
+
+// DiscardLimits tells which discards are worth trying.
+func (d *Device) DiscardLimits() Limits { return d.discard }
+
+// Read fills buf from byte off on.
+func (d *Device) Read(buf []byte, off int64, done func(error)) {
+	d.reads.submit(op{kind: OpRead, buf: buf, off: off, done: done})
+}
+
+// Write writes buf at byte off. It is durable only after a Flush.
+func (d *Device) Write(buf []byte, off int64, done func(error)) {
+	d.other.submit(op{kind: OpWrite, buf: buf, off: off, done: done})
+}
+
+// Flush makes durable what was written by operations that had finished when
+// it was called.
+func (d *Device) Flush(done func(error)) {
+	d.other.submit(op{kind: OpFlush, done: done})
+}
+
+// Discard gives up the content of n bytes at off: they read as zeroes and may
+// cost no space. A device that cannot do that fails with EOPNOTSUPP.
+func (d *Device) Discard(off, n int64, done func(error)) {
+	d.other.submit(op{kind: OpDiscard, off: off, n: n, done: done})
+}
+
+// Close waits for all operations and gives the device back. Nothing may be
+// submitted any more.
+func (d *Device) Close() error {
+	d.reads.close()
+	d.other.close()
+	if err := unix.Close(d.fd); err != nil {
+		return fmt.Errorf("close backing device %s: %w", d.path, err)
+	}
+	return nil
+}
+
+func ioctlGetInt64(fd int, request uint) (int64, error) {
+	var v int64
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), uintptr(request), uintptr(unsafe.Pointer(&v)))
+	if errno != 0 {
+		return 0, errno
+	}
+	return v, nil
+}

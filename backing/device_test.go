@@ -1,0 +1,320 @@
+package backing
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"ublk-pcache/internal/uring"
+)
+
+// tempFile makes an empty file of a size.
+func tempFile(t *testing.T, size int64) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, size); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func openDevice(t *testing.T, path string) *Device {
+	t.Helper()
+	d, err := Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+func aligned(t *testing.T, n int) []byte {
+	t.Helper()
+	b, err := uring.AlignedBuffer(n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { uring.FreeBuffer(b) })
+	return b
+}
+
+const testSize = 64 << 20
+
+func TestFile(t *testing.T) {
+	path := tempFile(t, testSize)
+	d := openDevice(t, path)
+	defer d.Close()
+	if d.Size() != testSize || d.BlockSize() != 512 || d.Path() != path || d.Serial() != "" {
+		t.Errorf("%d bytes in blocks of %d, path %q, serial %q", d.Size(), d.BlockSize(), d.Path(), d.Serial())
+	}
+	exercise(t, d)
+}
+
+// exercise has many goroutines write, read back and discard, with more
+// operations at once than there are slots.
+func exercise(t *testing.T, d *Device) {
+	const workers, rounds, batch = 4, 4, 128
+	part := d.Size() / workers
+	var wg sync.WaitGroup
+	for w := range workers {
+		rng := rand.New(rand.NewPCG(uint64(w), 0))
+		unit := d.BlockSize()
+		buf := aligned(t, batch*8*unit)
+		wg.Go(func() {
+			base := int64(w) * part
+			for round := range rounds {
+				sizes := make([]int, batch)
+				each := func(f func(piece []byte, off int64, done func(error))) error {
+					errs := make(chan error, batch)
+					off, at := base, 0
+					for _, n := range sizes {
+						f(buf[at:at+n], off, func(err error) { errs <- err })
+						off, at = off+int64(n), at+n
+					}
+					var err error
+					for range sizes {
+						err = errors.Join(err, <-errs)
+					}
+					return err
+				}
+				for i := range sizes {
+					sizes[i] = (1 + rng.IntN(8)) * unit
+				}
+				for i := range buf {
+					buf[i] = byte(i*7 + i>>9 + w + round*31)
+				}
+				want := bytes.Clone(buf)
+				if err := each(d.Write); err != nil {
+					t.Errorf("write: %v", err)
+				}
+				if err := wait(d.Flush); err != nil {
+					t.Errorf("flush: %v", err)
+				}
+				clear(buf)
+				if err := each(d.Read); err != nil {
+					t.Errorf("read: %v", err)
+				}
+				total := 0
+				for _, n := range sizes {
+					total += n
+				}
+				if !bytes.Equal(buf[:total], want[:total]) {
+					t.Errorf("worker %d, round %d: data differ", w, round)
+				}
+			}
+			n := 8192
+			if err := wait(func(done func(error)) { d.Discard(base, int64(n), done) }); err != nil {
+				t.Errorf("discard: %v", err)
+			}
+			if err := read(d, buf[:2*n], base); err != nil {
+				t.Error(err)
+			}
+			if !bytes.Equal(buf[:n], make([]byte, n)) || bytes.Equal(buf[n:2*n], make([]byte, n)) {
+				t.Error("a discard did not zero its range and nothing else")
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// Operations that reach beyond the end are errors, not short.
+func TestBeyondTheEnd(t *testing.T) {
+	d := openDevice(t, tempFile(t, testSize))
+	defer d.Close()
+	buf := aligned(t, 8192)
+	if err := read(d, buf, testSize-4096); !errors.Is(err, syscall.EIO) {
+		t.Errorf("read: %v", err)
+	}
+	if err := read(d, buf, -4096); !errors.Is(err, syscall.EINVAL) {
+		t.Errorf("read before the beginning: %v", err)
+	}
+	if err := read(d, buf, 0); err != nil {
+		t.Errorf("read after failures: %v", err)
+	}
+}
+
+// Close waits for everything that was submitted.
+func TestClose(t *testing.T) {
+	d := openDevice(t, tempFile(t, testSize))
+	buf := aligned(t, 4096)
+	var reads, writes int // each touched by one thread only
+	const n = 3 * inFlight
+	for i := range int64(n) {
+		d.Read(buf, i*4096, func(error) { reads++ })
+		d.Write(buf, i*4096, func(error) { writes++ })
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if reads != n || writes != n {
+		t.Errorf("%d reads and %d writes of %d finished", reads, writes, n)
+	}
+}
+
+// A read does not wait for write-back: whatever else it is whose thread is kept
+// from going on, with its queue full, reads go on.
+func TestReadsPassWriteBack(t *testing.T) {
+	d := openDevice(t, tempFile(t, testSize))
+	buf := aligned(t, 4096)
+	for what, block := range map[string]func(done func(error)){
+		"write":   func(done func(error)) { d.Write(buf, 0, done) },
+		"flush":   d.Flush,
+		"discard": func(done func(error)) { d.Discard(0, 4096, done) },
+	} {
+		release := make(chan struct{})
+		block(func(error) { <-release })
+		for i := range int64(2 * inFlight) {
+			d.Write(buf, i*4096, func(error) {})
+		}
+		finished := make(chan error)
+		go func() {
+			for range 100 {
+				if err := read(d, buf, testSize/2); err != nil {
+					finished <- err
+				}
+			}
+			finished <- nil
+		}()
+		select {
+		case err := <-finished:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Errorf("reads wait behind a %s", what)
+		}
+		close(release)
+	}
+	d.Close()
+}
+
+// A callback may submit the next operation.
+func TestChain(t *testing.T) {
+	d := openDevice(t, tempFile(t, testSize))
+	defer d.Close()
+	buf := aligned(t, 512)
+	left := 2000
+	finished := make(chan error)
+	var next func(error)
+	next = func(err error) {
+		if left--; left == 0 || err != nil {
+			finished <- err
+			return
+		}
+		d.Read(buf, 0, next)
+	}
+	d.Read(buf, 0, next)
+	if err := <-finished; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestNoAllocations(t *testing.T) {
+	d := openDevice(t, tempFile(t, testSize))
+	defer d.Close()
+	buf := aligned(t, 4096)
+	finished := make(chan error)
+	done := func(err error) { finished <- err }
+	n := testing.AllocsPerRun(200, func() {
+		d.Read(buf, 0, done)
+		d.Write(buf, 4096, done)
+		<-finished
+		<-finished
+	})
+	if n != 0 {
+		t.Errorf("%v allocations for a read and a write", n)
+	}
+}
+
+// refuse checks that Open fails with a class of error, in one line that has
+// the path and some words in it.
+func refuse(t *testing.T, path string, want error, words ...string) {
+	t.Helper()
+	d, err := Open(path)
+	if err == nil {
+		d.Close()
+	}
+	if !errors.Is(err, want) {
+		t.Errorf("%s: %v, should be: %v", path, err, want)
+		return
+	}
+	t.Log(err)
+	for _, w := range append(words, path) {
+		if !strings.Contains(err.Error(), w) {
+			t.Errorf("%q does not mention %q", err, w)
+		}
+	}
+	if strings.Contains(err.Error(), "\n") {
+		t.Errorf("%q is more than a line", err)
+	}
+}
+
+func TestFileRefusals(t *testing.T) {
+	dir := t.TempDir()
+	refuse(t, filepath.Join(dir, "missing"), ErrMissing)
+	refuse(t, dir, ErrKind)
+	refuse(t, os.DevNull, ErrKind)
+	refuse(t, tempFile(t, 0), ErrSize)
+	refuse(t, tempFile(t, 1000), ErrSize, "1000", "512")
+
+	file := tempFile(t, testSize)
+	d := openDevice(t, file)
+	refuse(t, file, ErrInUse, "locked")
+	d.Close()
+	openDevice(t, file).Close()
+}
+
+func TestSerial(t *testing.T) {
+	sys := t.TempDir()
+	for path, content := range map[string]string{
+		"nvme/wwid":             "eui.0025385b\n",
+		"nvme/device/serial":    "S123 \n",
+		"nvme/p1/partition":     "1\n",
+		"scsi/device/wwid":      "naa.5000\n",
+		"virtio/serial":         "vol-1",
+		"none/queue/rotational": "1\n",
+	} {
+		path = filepath.Join(sys, path)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for dir, want := range map[string]string{
+		"nvme": "eui.0025385b", "nvme/p1": "eui.0025385b-part1", "scsi": "naa.5000", "virtio": "vol-1", "none": "", "missing": "",
+	} {
+		if got := diskAt(filepath.Join(sys, dir)).serial(); got != want {
+			t.Errorf("%s: %q, should be %q", dir, got, want)
+		}
+	}
+}
+
+func TestFifo(t *testing.T) {
+	q := fifo{ops: make([]op, 2)}
+	var in, out int64
+	rng := rand.New(rand.NewPCG(1, 1))
+	for range 10000 {
+		if q.n == 0 || rng.IntN(100) < 51 {
+			q.push(op{off: in})
+			in++
+		} else if o := q.pop(); o.off != out {
+			t.Fatalf("%d came out instead of %d", o.off, out)
+		} else {
+			out++
+		}
+	}
+	if len(q.ops) < 4 || int64(q.n) != in-out {
+		t.Fatalf("%d places, %d operations, %d in, %d out", len(q.ops), q.n, in, out)
+	}
+}

@@ -1,0 +1,19 @@
+package backing
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+)
+
+// While opening: wrapped with the path and shown to users.
+var (
+	ErrMissing  = errors.New("there is no such device or file: check the path")
+	ErrKind     = errors.New("it is neither a block device nor a regular file: give one of those")
+	ErrReadOnly = errors.New("it is read-only: make it writable (for a device 'blockdev --setrw') or choose another")
+	ErrInUse    = errors.New("it is in use") // and by what
+	ErrSize     = errors.New("its size does not fit")
+)
+
+// While running.
+var errShort = fmt.Errorf("the device ended the transfer early: %w", syscall.EIO)
