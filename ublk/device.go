@@ -1,0 +1,378 @@
+// Package ublk makes block devices whose requests are served by this process,
+// through Linux's ublk driver (drivers/block/ublk_drv.c). It knows the
+// driver's commands, the loop that moves requests, and how a device outlives
+// its server; it does not know what the requests are for.
+//
+// Add makes a new device and Recover takes over one whose server has died.
+// Either way, each queue gets a Handler, a thread and a ring of its own (see
+// Queue). The disk is there, as Device.Path, when the call returns.
+//
+// # Death and recovery
+//
+// Every device is made with USER_RECOVERY and USER_RECOVERY_REISSUE. When the
+// server dies, the disk stays: new requests wait, and requests that were with
+// the dead server are given to the next one, which therefore may see a write
+// that has been carried out already. A user of the disk notices a pause.
+// Where the driver has QUIESCE (6.16), it is asked for as well, so that a
+// server can be told to finish what it holds and go.
+//
+// # How data moves
+//
+// The driver copies: a write's data is in the request's buffer when the
+// handler gets it, and a read's data is taken from there when it is completed.
+// Each tag has a buffer of the largest request. That is one copy more than
+// necessary, works on every kernel, and confines the choice to Request.Buf.
+package ublk
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// MaxIO is the largest request, in bytes: big enough that its fixed cost does
+// not show, and small enough that the buffers of a deep queue, all touched,
+// are 128 MiB.
+const MaxIO = 1 << 20
+
+// Config describes a device to add.
+type Config struct {
+	ID            int   // device number, or -1 for the first free one
+	Queues        int   // 1 to 4096; the driver lowers it to the number of CPUs
+	Depth         int   // requests in flight per queue, 1 to 4096
+	Size          int64 // bytes, a multiple of BlockSize
+	BlockSize     int   // logical block size in bytes: 512, 1024, 2048 or 4096
+	ChunkSize     int   // bytes; no request crosses a multiple of it
+	VolatileCache bool  // requests may complete before they are durable; Flush and FUA make them so
+}
+
+// physicalShift is the advertised physical block size, smallest and optimal
+// I/O size: 4 KiB, the unit of page cache and file systems. A larger optimal
+// size would make mkfs lay out stripes that are not there.
+const physicalShift = 12
+
+// check catches what the driver would accept, or understand, wrongly.
+func (c *Config) check() error {
+	if c.ID < -1 || c.Queues < 1 || c.Queues > maxQueues || c.Depth < 1 || c.Depth > maxQueueDepth {
+		return fmt.Errorf("%w: number %d, %d queues of depth %d", ErrGeometry, c.ID, c.Queues, c.Depth)
+	}
+	if c.BlockSize < 1<<sectorShift || c.BlockSize > 1<<physicalShift || bits.OnesCount(uint(c.BlockSize)) != 1 ||
+		c.Size <= 0 || c.Size%int64(c.BlockSize) != 0 || c.ChunkSize%c.BlockSize != 0 {
+		return fmt.Errorf("%w: %d bytes in blocks of %d and chunks of %d", ErrGeometry, c.Size, c.BlockSize, c.ChunkSize)
+	}
+	return nil
+}
+
+func (c *Config) params() params {
+	p := params{
+		logicalBSShift:  uint8(bits.TrailingZeros(uint(c.BlockSize))),
+		physicalBSShift: physicalShift,
+		ioMinShift:      physicalShift,
+		ioOptShift:      physicalShift,
+		maxSectors:      MaxIO >> sectorShift,
+		chunkSectors:    uint32(c.ChunkSize >> sectorShift),
+		devSectors:      uint64(c.Size >> sectorShift),
+	}
+	if c.VolatileCache {
+		p.attrs |= attrVolatileCache | attrFUA
+	}
+	return p
+}
+
+// NewHandler makes the handler of one queue. It is called for each queue in
+// order, on the caller's goroutine, before any request arrives. The queue is
+// given for its Wake.
+type NewHandler func(q *Queue) Handler
+
+// Device is a device served by this process.
+type Device struct {
+	info   devInfo
+	char   int
+	queues []*Queue
+	ended  chan struct{}
+}
+
+// Add makes a device and returns when its disk is ready for I/O. The kernel
+// reads its partition table through the handlers, before Add returns or, since
+// 6.18 at the latest, soon after; opening the disk waits for that. If Add fails
+// nothing is left behind.
+//
+// fatal is called when a queue cannot go on, on the queue's thread or that of
+// a Wake, possibly more than once. It must end the process: the disk hangs
+// until then, and can be recovered afterwards.
+//
+// Add raises GOMAXPROCS to four more than there are queues if it is lower,
+// because a queue's thread holds its P while it waits (see uring.Ring.Turn).
+func Add(cfg Config, newHandler NewHandler, fatal func(error)) (*Device, error) {
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	c, err := openControl()
+	if err != nil {
+		return nil, err
+	}
+	defer c.close()
+	if err := c.requireFeatures(); err != nil {
+		return nil, err
+	}
+	info, err := c.add(devInfo{
+		nrHwQueues:    uint16(cfg.Queues),
+		queueDepth:    uint16(cfg.Depth),
+		maxIOBufBytes: MaxIO,
+		devID:         uint32(cfg.ID), // -1 is anyID
+		ublksrvPID:    int32(os.Getpid()),
+		flags:         featureUserRecovery | featureUserRecoveryReissue | featureCmdIoctlEncode | featureQuiesce,
+	})
+	if err != nil {
+		return nil, err
+	}
+	d := &Device{info: info}
+	if err := d.bringUp(newHandler, fatal,
+		func() error { return c.setParams(info.devID, cfg.params()) },
+		func() error { return c.start(info.devID) },
+	); err != nil {
+		return nil, errors.Join(err, c.delete(info.devID))
+	}
+	return d, nil
+}
+
+const (
+	// recoveryPatience: a dead server's device is free for recovery at once,
+	// except on kernels before 6.15 when all tags of a queue were in flight;
+	// then only the block layer's timeout of 30 seconds notices.
+	recoveryPatience = 40 * time.Second
+
+	// deathPatience is how long a killed process may still look alive.
+	deathPatience = 2 * time.Second
+
+	recoveryStep = 10 * time.Millisecond
+)
+
+// Recover takes over the device of a server that has died, with the same
+// queues and depth (see Lookup), and returns when its disk does I/O again.
+// Requests that were with the dead server are submitted again. If it fails the
+// device still waits for a server. The other parameters are as for Add.
+func Recover(id int, newHandler NewHandler, fatal func(error)) (*Device, error) {
+	c, err := openControl()
+	if err != nil {
+		return nil, err
+	}
+	defer c.close()
+	if err := c.requireFeatures(); err != nil {
+		return nil, err
+	}
+	info, err := c.waitForDeath(uint32(id))
+	if err != nil {
+		return nil, err
+	}
+	d := &Device{info: info}
+	if err := d.bringUp(newHandler, fatal,
+		func() error { return nil },
+		func() error { return c.endRecovery(info.devID) },
+	); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// waitForDeath starts the recovery as soon as the driver lets go of the old
+// server. The driver says EBUSY both for a server that is alive and for one
+// that is not quite dead.
+func (c *control) waitForDeath(id uint32) (devInfo, error) {
+	begin := time.Now()
+	for {
+		info, err := c.info(id)
+		if err != nil {
+			return devInfo{}, err
+		}
+		if State(info.state) == Dead {
+			return devInfo{}, deviceError("recover", id, ErrNotRecoverable)
+		}
+		err = c.startRecovery(id)
+		if err == nil || State(info.state) != Live && errors.Is(err, unix.EINVAL) {
+			// 6.12 says EINVAL when a recovery has been started before and had
+			// not fetched a whole queue when it failed: there is nothing to reset
+			// then, and the next steps are the same.
+			return info, nil
+		}
+		waited := time.Since(begin)
+		if !errors.Is(err, unix.EBUSY) || waited > recoveryPatience {
+			return devInfo{}, err
+		}
+		if waited > deathPatience && State(info.state) == Live && running(int(info.ublksrvPID)) {
+			return devInfo{}, deviceError("recover", id, fmt.Errorf("%w (process %d)", ErrServed, info.ublksrvPID))
+		}
+		time.Sleep(recoveryStep)
+	}
+}
+
+// running tells whether a process exists and is more than a zombie.
+func running(pid int) bool {
+	stat, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+	if err != nil {
+		return false
+	}
+	// The command's name is in parentheses and may contain some itself.
+	state := bytes.TrimSpace(stat[bytes.LastIndexByte(stat, ')')+1:])
+	return !bytes.HasPrefix(state, []byte("Z")) && !bytes.HasPrefix(state, []byte("X"))
+}
+
+// bringUp does what adding and recovering have in common: prepare, let every
+// queue fetch its tags, start. If it fails all of it has been taken back but
+// the device itself.
+func (d *Device) bringUp(newHandler NewHandler, fatal func(error), prepare, start func() error) error {
+	if err := checkFeatures(d.info.flags); err != nil { // the driver drops what it does not know
+		return err
+	}
+	if err := prepareRuntime(int(d.info.nrHwQueues)); err != nil {
+		return err
+	}
+	if err := prepare(); err != nil {
+		return err
+	}
+	var err error
+	if d.char, err = openChar(d.info.devID); err != nil {
+		return err
+	}
+	if err := d.runQueues(newHandler, fatal); err != nil {
+		d.leave()
+		return err
+	}
+	if err := start(); err != nil {
+		d.leave()
+		return err
+	}
+	return nil
+}
+
+func prepareRuntime(queues int) error {
+	if slices.Contains(strings.Split(os.Getenv("GODEBUG"), ","), "asyncpreemptoff=1") {
+		return ErrNoPreemption
+	}
+	// Four to spare: two for the threads that do I/O to what is behind the
+	// handlers, one for a collection, one for everything else.
+	if least := queues + 4; runtime.GOMAXPROCS(0) < least {
+		runtime.GOMAXPROCS(least)
+	}
+	return nil
+}
+
+// openChar opens the device's character device. udev may have it open for a
+// moment, and only one process can; half a second is many times what it needs.
+func openChar(id uint32) (int, error) {
+	path := fmt.Sprintf("/dev/ublkc%d", id)
+	for attempt := 0; ; attempt++ {
+		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err == nil {
+			return fd, nil
+		}
+		if attempt == 10 || !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENOENT) {
+			return -1, fmt.Errorf("open %s: %w", path, err)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// runQueues starts the queues' threads and waits until all tags are fetched.
+func (d *Device) runQueues(newHandler NewHandler, fatal func(error)) error {
+	d.ended = make(chan struct{})
+	for i := range int(d.info.nrHwQueues) {
+		q, err := newQueue(i, int(d.info.queueDepth), int(d.info.maxIOBufBytes), d.char, fatal)
+		if err != nil {
+			close(d.ended)
+			return err
+		}
+		q.handler = newHandler(q)
+		d.queues = append(d.queues, q)
+	}
+	var threads sync.WaitGroup
+	ready := make(chan error, len(d.queues))
+	for _, q := range d.queues {
+		threads.Go(func() { q.serve(ready) })
+	}
+	go func() {
+		threads.Wait()
+		close(d.ended)
+	}()
+	var err error
+	for range d.queues {
+		err = errors.Join(err, <-ready)
+	}
+	return err
+}
+
+// leave makes the queues give up a device that has not been started.
+func (d *Device) leave() {
+	for _, q := range d.queues {
+		q.leave.Store(true)
+		q.Wake()
+	}
+	d.release()
+}
+
+// release closes the character device once the queues are done with it. Their
+// buffers stay mapped: closing a ring does not wait for what the kernel still
+// does with them, and there is no later moment at which it is known to be done.
+func (d *Device) release() {
+	<-d.ended
+	unix.Close(d.char)
+}
+
+// ID is the device's number.
+func (d *Device) ID() int { return int(d.info.devID) }
+
+// Path is the disk, /dev/ublkbN.
+func (d *Device) Path() string { return diskPath(d.info.devID) }
+
+// Queues is how many queues the driver gave the device.
+func (d *Device) Queues() int { return int(d.info.nrHwQueues) }
+
+// Done is closed when all queues have ended cleanly: after Stop, or when
+// another process has stopped or quiesced the device.
+func (d *Device) Done() <-chan struct{} { return d.ended }
+
+// Stop removes the disk, after the requests in flight, and ends the queues; no
+// handler is called afterwards. Unless force is set it refuses with ErrInUse
+// while somebody has the disk open; with it, their next request fails. Delete
+// must follow. When Done is already closed, Stop only gives the device up.
+// Not safe for concurrent use, and to be called once with success.
+func (d *Device) Stop(force bool) error {
+	select {
+	case <-d.ended:
+		d.release()
+		return nil
+	default:
+	}
+	c, err := openControl()
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	if err := c.stopUnused(d.info.devID, force); err != nil {
+		return err
+	}
+	d.release()
+	return nil
+}
+
+// Delete frees the device's number after Stop. It waits until the last of
+// those who have the disk open closes it.
+func (d *Device) Delete() error {
+	c, err := openControl()
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	return c.delete(d.info.devID)
+}

@@ -1,0 +1,191 @@
+package ublk
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// State is how a device is doing, as the driver sees it.
+type State uint16
+
+const (
+	Dead     State = 0 // no disk: not started yet, or stopped
+	Live     State = 1 // served
+	Quiesced State = 2 // its server has died; requests wait for Recover
+	FailIO   State = 3 // its server has died; requests fail until Recover
+)
+
+func (s State) String() string {
+	switch s {
+	case Dead:
+		return "dead"
+	case Live:
+		return "live"
+	case Quiesced:
+		return "quiesced"
+	case FailIO:
+		return "fail-io"
+	}
+	return fmt.Sprintf("state %d", uint16(s))
+}
+
+// Info is what the driver tells about a device, whoever serves it.
+type Info struct {
+	ID        int
+	State     State
+	PID       int    // of the server, 0 if there is none
+	Path      string // of the disk, which exists unless State is Dead
+	Queues    int
+	Depth     int
+	MaxIO     int   // bytes
+	Size      int64 // bytes
+	BlockSize int   // logical, bytes
+}
+
+// Lookup tells about one device. It wraps ErrNoDevice if there is none.
+func Lookup(id int) (Info, error) {
+	c, err := openControl()
+	if err != nil {
+		return Info{}, err
+	}
+	defer c.close()
+	return c.lookup(uint32(id))
+}
+
+// List tells about all ublk devices, also those of other programs, in order of
+// their numbers.
+func List() ([]Info, error) {
+	c, err := openControl()
+	if err != nil {
+		return nil, err
+	}
+	defer c.close()
+	// The driver has no command for this; it has a class in sysfs.
+	const class = "/sys/class/ublk-char/ublkc"
+	chars, err := filepath.Glob(class + "*")
+	if err != nil {
+		return nil, err
+	}
+	var all []Info
+	for _, char := range chars {
+		id, err := strconv.ParseUint(strings.TrimPrefix(char, class), 10, 32)
+		if err != nil {
+			continue
+		}
+		info, err := c.lookup(uint32(id))
+		if errors.Is(err, ErrNoDevice) { // deleted meanwhile
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, info)
+	}
+	slices.SortFunc(all, func(a, b Info) int { return a.ID - b.ID })
+	return all, nil
+}
+
+func (c *control) lookup(id uint32) (Info, error) {
+	info, err := c.info(id)
+	if err != nil {
+		return Info{}, err
+	}
+	p, err := c.params(id)
+	if err != nil {
+		return Info{}, err
+	}
+	return Info{
+		ID:        int(info.devID),
+		State:     State(info.state),
+		PID:       max(0, int(info.ublksrvPID)),
+		Path:      diskPath(info.devID),
+		Queues:    int(info.nrHwQueues),
+		Depth:     int(info.queueDepth),
+		MaxIO:     int(info.maxIOBufBytes),
+		Size:      int64(p.devSectors) << sectorShift,
+		BlockSize: 1 << p.logicalBSShift,
+	}, nil
+}
+
+// Remove stops and deletes a device that this process does not serve, normally
+// one whose server has died; requests that wait for a server then fail. For
+// force see Device.Stop.
+func Remove(id int, force bool) error {
+	c, err := openControl()
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	if err := c.stopUnused(uint32(id), force); err != nil {
+		return err
+	}
+	return c.delete(uint32(id))
+}
+
+// Features is the driver's feature mask (UBLK_F_*), for diagnostics.
+func Features() (uint64, error) {
+	c, err := openControl()
+	if err != nil {
+		return 0, err
+	}
+	defer c.close()
+	return c.features()
+}
+
+// stopUnused stops a device, unless it is in use or force is set.
+//
+// Since 7.0 the driver can do that in one step. Before, we look first: at an
+// exclusive claim (a mount, swap, a device on top) by trying to make one, at
+// ordinary openers by going through all processes' descriptors. Somebody can
+// come in between, and a process in another mount namespace may call the disk
+// differently; that leaves them where force would.
+func (c *control) stopUnused(id uint32, force bool) error {
+	if force {
+		return c.stop(id)
+	}
+	have, err := c.features()
+	if err != nil {
+		return err
+	}
+	if have&featureSafeStopDev != 0 {
+		return c.tryStop(id)
+	}
+	if err := checkUnused(diskPath(id)); err != nil {
+		return deviceError("stop", id, err)
+	}
+	return c.stop(id)
+}
+
+func checkUnused(disk string) error {
+	fd, err := unix.Open(disk, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
+	switch {
+	case errors.Is(err, unix.EBUSY):
+		return fmt.Errorf("%w (%s is mounted or claimed)", ErrInUse, disk)
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO): // there is no disk
+		return nil
+	case err != nil:
+		return fmt.Errorf("open %s: %w", disk, err)
+	}
+	unix.Close(fd)
+
+	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	if err != nil {
+		return err
+	}
+	for _, link := range links {
+		target, err := os.Readlink(link) // an error means that it was closed meanwhile
+		if err == nil && (target == disk || strings.HasPrefix(target, disk+"p")) {
+			return fmt.Errorf("%w (process %s has %s open)", ErrInUse, strings.Split(link, "/")[2], target)
+		}
+	}
+	return nil
+}
+
+func diskPath(id uint32) string { return fmt.Sprintf("/dev/ublkb%d", id) }

@@ -1,0 +1,324 @@
+package ublk
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+	"ublk-pcache/internal/uring"
+)
+
+// Op is what a request asks for. The values are the driver's UBLK_IO_OP_*.
+type Op uint8
+
+const (
+	Read        Op = 0
+	Write       Op = 1
+	Flush       Op = 2
+	Discard     Op = 3
+	WriteZeroes Op = 5
+)
+
+// Request is one request from the block layer. It and its buffer belong to the
+// handler from Submit until the tag's Completion has been returned from Turn.
+type Request struct {
+	Tag    uint16
+	Op     Op
+	FUA    bool   // Write only: durable before it completes
+	Offset int64  // bytes; 0 for Flush
+	Len    int    // bytes; 0 for Flush
+	Buf    []byte // Read and Write: Len bytes, page-aligned, mapped; otherwise nil
+}
+
+// Completion ends a request. With Err 0 all of it was done: the driver's
+// treatment of short results depends on its version, and 7.3 acknowledges the
+// whole request, so there is no way to express one here.
+type Completion struct {
+	Tag uint16
+	Err syscall.Errno
+}
+
+// Handler serves one queue. Both methods run on the queue's own thread, which
+// nothing else runs on; they must not block, and should not allocate.
+type Handler interface {
+	// Submit takes a request. It cannot complete it yet.
+	Submit(r *Request)
+
+	// Turn is called when all requests that were there have been submitted,
+	// and after each Wake. It appends the requests that are finished, in any
+	// order, and returns the slice.
+	Turn(done []Completion) []Completion
+}
+
+// Queue is one hardware queue of a device: a ring, and one OS thread that does
+// nothing but this loop:
+//
+//	enter the kernel once: hand back what is finished, wait for what is next
+//	give each new request to the handler
+//	let the handler end its turn; queue the completions it returns
+//
+// A tag is in one of three states, and only this thread looks at it: with the
+// driver (fetched), with the handler (serving), or ended.
+//
+// # How a loop ends
+//
+// When the disk is removed, or its server is asked to quiesce, the driver
+// aborts each tag it holds: the fetch completes with ENODEV, and the tag has
+// ended. A tag that the handler holds at that moment cannot be aborted. Its
+// request must still be completed, because the driver waits for it, but the
+// fetch that goes along with the completion may never come back (seen on 6.18
+// and 7.3). So once a first tag has been aborted, a tag ends with its commit,
+// and the last commits are submitted without waiting for anything. When all
+// tags have ended the loop returns nil. There is no other clean way out.
+//
+// Every other end is fatal, and not only for this queue: when the thread that
+// fetched a tag goes away, the driver cancels the fetch, marks every queue as
+// being cancelled, and the disk hangs until the character device is closed.
+// Only the end of the process does that reliably, and then a new one can
+// recover the device.
+//
+// # Being woken
+//
+// Requests that finish on other threads are collected by the handler, which
+// calls Wake and gets a Turn. A message to the ring costs the sender a system
+// call, so it is sent only to a thread that sleeps: state says so. The thread
+// declares itself asleep before it enters the kernel, unless a Wake has come
+// since it last woke; then it enters without waiting. A message may arrive
+// when its sleeper has meanwhile been woken by a request; it then causes one
+// turn too many, but never more than one is sent per sleep.
+type Queue struct {
+	id     int
+	char   int // descriptor of the character device
+	fatal  func(error)
+	tags   []tag
+	bufs   []byte
+	descs  []byte
+	ring   *uring.Ring
+	waker  *uring.Messenger
+	state  atomic.Uint32
+	leave  atomic.Bool // give up a device that has not been started
+	ended  int         // tags in state ended
+	aborts bool        // at least one tag has been aborted
+
+	handler Handler
+	done    []Completion
+}
+
+// Values of Queue.state.
+const (
+	awake  = iota
+	asleep // in the kernel, or about to be: a Wake must send a message
+	woken  // awake, and a Wake has come: do not wait
+)
+
+type tag struct {
+	state tagState
+	req   Request
+	buf   []byte
+}
+
+type tagState uint8
+
+const (
+	fetched tagState = iota
+	serving
+	ended
+)
+
+// wakeUp is the user data of a message; fetches carry their tag.
+const wakeUp = 1 << 16
+
+func newQueue(id, depth, maxIO, char int, fatal func(error)) (*Queue, error) {
+	// Nothing is reserved or touched until a request needs it.
+	bufs, err := uring.AlignedBuffer(depth * maxIO)
+	if err != nil {
+		return nil, err
+	}
+	q := &Queue{id: id, char: char, fatal: fatal, bufs: bufs,
+		tags: make([]tag, depth), done: make([]Completion, 0, depth)}
+	for i := range q.tags {
+		q.tags[i].buf = bufs[i*maxIO : (i+1)*maxIO : (i+1)*maxIO]
+	}
+	return q, nil
+}
+
+// ID is the queue's number in its device, from 0.
+func (q *Queue) ID() int { return q.id }
+
+// Depth is how many requests the handler can hold at once; tags are below it.
+func (q *Queue) Depth() int { return len(q.tags) }
+
+// Wake makes the queue's thread call Handler.Turn soon. Any goroutine may call
+// it at any time, also before the queue runs and after it has ended. Wakes
+// that come before the Turn they cause are one.
+func (q *Queue) Wake() {
+	if q.state.Swap(woken) != asleep {
+		return
+	}
+	if err := q.waker.Post(wakeUp); err != nil && err != uring.ErrClosed {
+		q.fatal(fmt.Errorf("wake queue %d: %w", q.id, err))
+	}
+}
+
+// serve is the queue's thread. It reports on ready when all tags have been
+// fetched, or why not.
+func (q *Queue) serve(ready chan<- error) {
+	// The driver knows a tag's owner by its task, and so does the ring.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+
+	defer q.release()
+	if err := q.fetchAll(); err != nil {
+		ready <- fmt.Errorf("start queue %d: %w", q.id, err)
+		return
+	}
+	ready <- nil
+	if err := q.loop(); err != nil {
+		q.fatal(fmt.Errorf("queue %d ended: %w", q.id, err))
+	}
+}
+
+func (q *Queue) fetchAll() (err error) {
+	// One entry per tag: a tag is either fetched or committed, once per turn.
+	if q.ring, err = uring.New(uring.Options{Entries: uint32(len(q.tags)), SingleIssuer: true}); err != nil {
+		return err
+	}
+	if q.waker, err = uring.NewMessenger(q.ring); err != nil {
+		return err
+	}
+	// Mapping ties the device to this process until a recovery resets it, which
+	// 6.12 does only after a queue was fetched: so let nothing fail in between.
+	page := os.Getpagesize()
+	roundUp := func(n int) int { return (n + page - 1) &^ (page - 1) }
+	q.descs, err = unix.Mmap(q.char, int64(q.id*roundUp(maxQueueDepth*ioDescSize)),
+		roundUp(len(q.tags)*ioDescSize), unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
+	if err != nil {
+		return fmt.Errorf("map request descriptors: %w", err)
+	}
+	for i := range q.tags {
+		q.issue(ioFetchReq, uint16(i), 0)
+	}
+	if err := q.ring.Submit(); err != nil {
+		return err
+	}
+	// A fetch that is refused completes at once, one that is accepted cannot
+	// complete before the device is started.
+	if cqe, ok := q.ring.Next(); ok {
+		return fetchError(cqe)
+	}
+	return nil
+}
+
+func (q *Queue) release() {
+	if q.waker != nil {
+		q.waker.Close()
+	}
+	if q.ring != nil {
+		q.ring.Close()
+	}
+	if q.descs != nil {
+		unix.Munmap(q.descs)
+	}
+}
+
+func (q *Queue) loop() error {
+	for q.ended < len(q.tags) && !q.leave.Load() {
+		wait := uint32(1)
+		if !q.state.CompareAndSwap(awake, asleep) {
+			wait = 0
+		}
+		if err := q.ring.Turn(wait); err != nil {
+			return err
+		}
+		q.state.Store(awake)
+
+		for cqe, ok := q.ring.Next(); ok; cqe, ok = q.ring.Next() {
+			if err := q.receive(cqe); err != nil {
+				return err
+			}
+		}
+		q.done = q.handler.Turn(q.done[:0])
+		for _, c := range q.done {
+			q.commit(c)
+		}
+	}
+	return q.ring.Submit()
+}
+
+func (q *Queue) receive(cqe uring.CQE) error {
+	if cqe.UserData == wakeUp {
+		return nil
+	}
+	t := &q.tags[cqe.UserData]
+	switch {
+	case cqe.Res == 0:
+		if t.state == ended { // committed after an abort, and fetched all the same
+			q.ended--
+		}
+		t.state = serving
+		q.describe(uint16(cqe.UserData), t)
+		q.handler.Submit(&t.req)
+	case syscall.Errno(-cqe.Res) == syscall.ENODEV:
+		q.aborts = true
+		if t.state != ended {
+			t.state = ended
+			q.ended++
+		}
+	default:
+		return fetchError(cqe)
+	}
+	return nil
+}
+
+// describe fills in the request from the descriptor, which the driver wrote
+// before it completed the fetch.
+func (q *Queue) describe(i uint16, t *tag) {
+	d := (*ioDesc)(unsafe.Pointer(&q.descs[int(i)*ioDescSize]))
+	t.req = Request{Tag: i, Op: Op(d.opFlags), FUA: d.opFlags&ioFlagFUA != 0}
+	if t.req.Op == Flush { // its start sector is -1
+		return
+	}
+	t.req.Offset = int64(d.startSector) << sectorShift
+	t.req.Len = int(d.nrSectors) << sectorShift
+	if t.req.Op == Read || t.req.Op == Write {
+		t.req.Buf = t.buf[:t.req.Len]
+	}
+}
+
+func (q *Queue) commit(c Completion) {
+	t := &q.tags[c.Tag]
+	if t.state != serving {
+		panic(fmt.Sprintf("ublk: queue %d: completion of tag %d, which the handler does not hold", q.id, c.Tag))
+	}
+	result := -int32(c.Err)
+	if c.Err == 0 && t.req.Buf != nil {
+		result = int32(t.req.Len)
+	}
+	q.issue(ioCommitAndFetchReq, c.Tag, result)
+	t.state = fetched
+	if q.aborts {
+		t.state = ended
+		q.ended++
+	}
+}
+
+func (q *Queue) issue(op uint32, i uint16, result int32) {
+	sqe := q.ring.SQE()
+	sqe.UserData = uint64(i)
+	cmd := (*ioCmd)(sqe.PrepareCommand(q.char, op))
+	cmd.queueID = uint16(q.id)
+	cmd.tag = i
+	cmd.result = result
+	cmd.addr = uint64(uintptr(unsafe.Pointer(unsafe.SliceData(q.tags[i].buf))))
+}
+
+func fetchError(cqe uring.CQE) error {
+	if cqe.Res < 0 {
+		return fmt.Errorf("fetch tag %d: %w", cqe.UserData, syscall.Errno(-cqe.Res))
+	}
+	return fmt.Errorf("%w: tag %d, result %d", errUnexpectedResult, cqe.UserData, cqe.Res)
+}
