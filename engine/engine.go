@@ -1,0 +1,316 @@
+// Package engine is the cache: it puts a persistent-memory region in front of
+// a slow disk and answers reads, writes and flushes from the two. It is plain
+// Go over two small interfaces and knows nothing of ublk, files or io_uring,
+// so that it can be tested at full speed, and under the race detector, on any
+// machine.
+//
+// # Use
+//
+// Open replays a formatted region. Each thread that serves requests owns one
+// Queue, hands it requests with Submit and ends every turn with Turn, which
+// makes what was submitted part of the cache and returns what is finished.
+// Everything else happens on goroutines of the cache's own: write-back
+// (writeback.go), garbage collection (gc.go), syncing (sync.go).
+//
+// # Shape
+//
+//	request ─▶ queue ─▶ data segment          where the bytes go
+//	             │
+//	             └─ end of turn ─▶ log        what makes them count
+//	                                 │
+//	                                 └─▶ index    where readers find them
+//
+// The log (log.go) is the truth and the index a summary of it: whatever the
+// index knows can be rebuilt by replay (replay.go). Write-back copies what the
+// log names to the disk and moves dirty_tail behind it; garbage collection
+// drops from the log what lies before dirty_tail and frees the segments that
+// nothing in the log names any more. So space moves in one circle, and each
+// part of it waits for the one before only by events.
+//
+// # Promises
+//
+// An acknowledged write is in the log, in the region, whatever happens to the
+// process. Where the region is durable (DAX) it has passed a fence, and a
+// power cut cannot take it either; where it is not, FLUSH and FUA sync the
+// region. A read never goes back in time, and dirty_tail only moves after a
+// flush of the disk that succeeded.
+package engine
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"ublk-pcache/ondisk"
+)
+
+// Memory is the region that holds the cache. All methods are safe for
+// concurrent use; concurrent accesses do not overlap unless all of them read.
+type Memory interface {
+	io.ReaderAt
+	// WriteAt stores p. What it stored is durable after the next Fence of
+	// the same goroutine if Durable, else after the next Sync. off and len(p)
+	// are multiples of 8.
+	io.WriterAt
+	// Zero stores n zero bytes, like WriteAt.
+	Zero(off, n int64) error
+	// Fence orders what this thread stored before what it stores later.
+	Fence()
+	// Sync makes everything stored before it durable.
+	Sync() error
+	// Durable reports whether a Fence makes stores survive a power cut.
+	Durable() bool
+	// Size returns the region's size in bytes.
+	Size() int64
+}
+
+// Disk is the backing device. Its methods are safe for concurrent use, do not
+// block for the transfer, and call done exactly once, from any goroutine;
+// done does not block. Buffers come from Buffer or from a Request.
+type Disk interface {
+	Read(buf []byte, off int64, done func(error))
+	Write(buf []byte, off int64, done func(error))
+	Flush(done func(error))
+	// Size returns the disk's size in bytes, BlockSize its logical block.
+	Size() int64
+	BlockSize() int
+	// Buffer returns n bytes that the disk can transfer from and into.
+	Buffer(n int) []byte
+}
+
+// Logger takes what an operator should know. It is never called by a queue.
+type Logger interface {
+	Info(msg string, err error)
+	Error(msg string, err error)
+}
+
+// Options are the settings of an open cache.
+type Options struct {
+	Queues int    // number of queues, at least 1
+	Log    Logger // required
+}
+
+// Cache is an open cache.
+type Cache struct {
+	mem    Memory
+	disk   Disk
+	layout *ondisk.Layout
+	log    Logger
+	crc    bool // keys carry a checksum of their data
+
+	index    *index
+	segments segments
+	journal  journal
+	space    space
+	tails    tails
+	queues   []*Queue
+
+	writeback writeback
+	gc        collector
+	syncer    syncer
+
+	fills  fillTable
+	failed atomic.Pointer[failure]
+	errs   errorCounts
+
+	stop    chan struct{}
+	running sync.WaitGroup
+}
+
+// failure is why a cache takes no more writes.
+type failure struct{ err error }
+
+// Open replays the cache in mem and starts serving it in front of disk. The
+// region must be formatted. The error is ErrOptions, wraps an error of
+// ondisk, or is one of this package's.
+func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
+	if o.Queues < 1 {
+		return nil, fmt.Errorf("%w: %d queues", ErrOptions, o.Queues)
+	}
+	layout, err := ondisk.ReadLayout(mem, mem.Size())
+	if err != nil {
+		return nil, err
+	}
+	c := &Cache{
+		mem: mem, disk: disk, layout: layout, log: o.Log,
+		crc:   layout.Info.Flags.DataCRC(),
+		index: newIndex(disk.Size()),
+		stop:  make(chan struct{}),
+	}
+	for _, n := range layout.Notes {
+		c.log.Error(n.String(), nil)
+	}
+	c.segments.init(layout, logReserve(o.Queues))
+	c.tails.init(layout)
+	c.gc.init(layout.Info.Flags.GCPercent())
+	c.writeback.init(c)
+	c.syncer.init()
+	if err := c.replay(); err != nil {
+		return nil, err
+	}
+	if free := c.segments.free(); free <= logReserve(o.Queues) {
+		c.gc.kick()
+	}
+	for i := range o.Queues {
+		c.queues = append(c.queues, newQueue(c, i))
+	}
+	c.running.Go(c.gcLoop)
+	c.running.Go(c.writebackLoop)
+	c.running.Go(c.syncLoop)
+	return c, nil
+}
+
+// Queue returns queue i. All of its methods but the ones that say otherwise
+// are for the one thread that serves it.
+func (c *Cache) Queue(i int) *Queue { return c.queues[i] }
+
+// Close ends the cache's own work and leaves the region such that Open finds
+// everything acknowledged. The queues must have ended: no request may be
+// under way. Dirty data stays where it is.
+func (c *Cache) Close() error {
+	close(c.stop)
+	c.writeback.kick()
+	c.gc.kick()
+	c.syncer.kick()
+	c.running.Wait()
+	if err := c.mem.Sync(); err != nil {
+		return fmt.Errorf("sync the cache: %w", err)
+	}
+	if f := c.failed.Load(); f != nil {
+		return f.err
+	}
+	return nil
+}
+
+func (c *Cache) stopping() bool {
+	select {
+	case <-c.stop:
+		return true
+	default:
+		return false
+	}
+}
+
+// fail makes every later write fail: the region can no longer be trusted to
+// take one. What is in it stays readable.
+func (c *Cache) fail(err error) {
+	if c.failed.CompareAndSwap(nil, &failure{err}) {
+		go c.log.Error("the cache takes no more writes", err)
+	}
+}
+
+// persist makes the stores of this goroutine durable, by whichever of the two
+// the region needs.
+func (c *Cache) persist() error {
+	c.mem.Fence()
+	if c.mem.Durable() {
+		return nil
+	}
+	return c.mem.Sync()
+}
+
+// tails are the two positions that only move forward: the log begins at
+// key_tail and is on the disk up to dirty_tail.
+type tails struct {
+	mu struct {
+		sync.Mutex
+		key, dirty     ondisk.Position
+		keyAt, dirtyAt ondisk.Replica
+		// cleaned counts the ksets that dirty_tail has passed, as
+		// journal.mu.written counts those in front of the head.
+		cleaned uint64
+	}
+}
+
+func (t *tails) init(l *ondisk.Layout) {
+	t.mu.key, t.mu.keyAt = l.KeyTail, l.KeyTailCopies.Newest
+	t.mu.dirty, t.mu.dirtyAt = l.DirtyTail, l.DirtyTailCopies.Newest
+}
+
+func (t *tails) keyTail() ondisk.Position {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.mu.key
+}
+
+func (t *tails) dirtyTail() (pos ondisk.Position, cleaned uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.mu.dirty, t.mu.cleaned
+}
+
+// storeTail writes a tail over the older of its copies. It does not persist.
+func (c *Cache) storeTail(t ondisk.Tail, at ondisk.Replica, pos ondisk.Position) error {
+	var buf [ondisk.PositionSize]byte
+	off := ondisk.EncodePosition(buf[:], t, at, pos)
+	if _, err := c.mem.WriteAt(buf[:], off); err != nil {
+		return fmt.Errorf("write %v: %w", t, err)
+	}
+	return nil
+}
+
+// moveDirtyTail says, durably, that the disk holds everything before pos.
+func (c *Cache) moveDirtyTail(pos ondisk.Position, ksets uint64) error {
+	c.tails.mu.Lock()
+	at := c.tails.mu.dirtyAt.Next()
+	c.tails.mu.Unlock()
+	if err := c.storeTail(ondisk.DirtyTail, at, pos); err != nil {
+		return err
+	}
+	if err := c.persist(); err != nil {
+		return fmt.Errorf("write dirty_tail: %w", err)
+	}
+	c.tails.mu.Lock()
+	defer c.tails.mu.Unlock()
+	c.tails.mu.dirty, c.tails.mu.dirtyAt = pos, at
+	c.tails.mu.cleaned += ksets
+	return nil
+}
+
+// moveKeyTail takes the ksets before pos out of the log. It does not persist:
+// the caller does, before it reuses anything.
+func (c *Cache) moveKeyTail(pos ondisk.Position) error {
+	c.tails.mu.Lock()
+	at := c.tails.mu.keyAt.Next()
+	c.tails.mu.Unlock()
+	if err := c.storeTail(ondisk.KeyTail, at, pos); err != nil {
+		return err
+	}
+	c.tails.mu.Lock()
+	defer c.tails.mu.Unlock()
+	c.tails.mu.key, c.tails.mu.keyAt = pos, at
+	return nil
+}
+
+// errStopWalk ends a walk of the log that has come far enough.
+var errStopWalk = errors.New("far enough")
+
+// walk visits the ksets of [from, to), both of which are places that the log
+// came through, until visit returns false. after is where the kset ends.
+func (c *Cache) walk(from, to ondisk.Position, visit func(k *ondisk.Kset, after ondisk.Position) bool) error {
+	if from == to {
+		return nil
+	}
+	end, err := c.layout.WalkLog(c.mem, from, func(at ondisk.Position, k *ondisk.Kset) error {
+		after := ondisk.Position{Seg: at.Seg, Off: at.Off + k.Size()}
+		if k.Last {
+			after = ondisk.Position{Seg: k.Next}
+		}
+		if !visit(k, after) || after == to {
+			return errStopWalk
+		}
+		return nil
+	})
+	switch {
+	case err == errStopWalk:
+		return nil
+	case err != nil:
+		return err
+	case end.Damage != nil:
+		return end.Damage
+	default:
+		return fmt.Errorf("%w: it ends at %v, before %v", ErrLogLost, end.Pos, to)
+	}
+}

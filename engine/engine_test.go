@@ -1,0 +1,631 @@
+package engine
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"ublk-pcache/backing"
+	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
+)
+
+func TestGoldenImages(t *testing.T) {
+	for name, want := range map[string]string{
+		"small-crc":   "62a81938d76b6e6374f160aa65ce823c30fb7a9107a97c2db0ca7fb7759d9803",
+		"small-nocrc": "6a7695aa6137be5d99053f8c7953a0d2dbe02b01534093d77dec956d7232e384",
+	} {
+		t.Run(name, func(t *testing.T) {
+			mem := pmem.Heap(551550976)
+			unpack(t, name+".pmem", func(p []byte, off int64) { store(t, mem, p, off) })
+			disk := backing.NewFake(16<<20, 512, 1)
+			defer func() { disk.Close() }()
+			unpack(t, name+".backing", func(p []byte, off int64) { disk.WriteAt(p, off) })
+
+			// As the kernel left it, and again after our own restart and flush.
+			for range 2 {
+				r := newRig(t, mem, disk, 2)
+				sum := sha256.New()
+				for off := int64(0); off < disk.Size(); off += 1 << 20 {
+					sum.Write(r.read(t, off, 1<<20))
+				}
+				if got := hex.EncodeToString(sum.Sum(nil)); got != want {
+					t.Fatalf("device has sha256 %s, want %s", got, want)
+				}
+				if err := r.Flush(context.Background()); err != nil {
+					t.Fatal(err)
+				}
+				if err := r.kill(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			all := make([]byte, disk.Size())
+			disk.ReadAt(all, 0)
+			if got := sha256.Sum256(all); hex.EncodeToString(got[:]) != want {
+				t.Fatalf("after a flush the disk alone has sha256 %x, want %s", got, want)
+			}
+		})
+	}
+}
+
+// unpack reads a file of a golden archive of the ondisk package, skipping
+// zeroes.
+func unpack(t *testing.T, name string, put func(p []byte, off int64)) {
+	t.Helper()
+	base, _, _ := strings.Cut(name, ".")
+	f, err := os.Open("../ondisk/testdata/" + base + ".tar.gz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	z, err := gzip.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := tar.NewReader(z)
+	for {
+		h, err := files.Next()
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if h.Name == name {
+			break
+		}
+	}
+	zero, buf := make([]byte, 1<<20), make([]byte, 1<<20)
+	for off := int64(0); ; off += int64(len(buf)) {
+		n, err := io.ReadFull(files, buf)
+		if !bytes.Equal(buf[:n], zero[:n]) {
+			put(buf[:n], off)
+		}
+		if err == io.EOF || err == io.ErrUnexpectedEOF {
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// turn submits requests as one turn and fails unless all of them finish in it.
+func turn(t *testing.T, q *Queue, rs ...*Request) {
+	t.Helper()
+	for _, r := range rs {
+		q.Submit(r)
+	}
+	done := q.Turn()
+	if len(done) != len(rs) {
+		t.Fatalf("%d of %d requests finished", len(done), len(rs))
+	}
+	for _, r := range done {
+		if r.Err != nil {
+			t.Fatal(r.Err)
+		}
+	}
+}
+
+// open opens a cache without threads, for tests that are the thread.
+func open(t *testing.T, mem Memory, disk *backing.Fake) *Cache {
+	t.Helper()
+	c, err := Open(mem, fakeDisk{disk}, Options{Queues: 1, Log: &testLog{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// TestLogCrossesSegments writes single sectors, each in a turn of its own,
+// until the log has gone on in other segments, reopening now and then.
+func TestLogCrossesSegments(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 31, false, 70)
+	disk := backing.NewFake(4<<20, 512, 1)
+	defer disk.Close()
+	sectors := disk.Size() / sectorSize
+	newest := make([]uint64, sectors)
+	c := open(t, mem, disk)
+	first := c.journal.mu.head.Seg
+	r := &Request{Op: Write, Buf: make([]byte, sectorSize)}
+	crossed := map[uint32]bool{}
+	for i := range uint64(600_000) {
+		lba := int64(i*7919) % sectors
+		newest[lba] = i + 1
+		fillStamp(r.Buf, lba, i+1)
+		r.Off = lba * sectorSize
+		c.Queue(0).Submit(r)
+		for len(c.Queue(0).Turn()) == 0 {
+			time.Sleep(time.Millisecond) // the cache is full: wait for the collector
+		}
+		if r.Err != nil {
+			t.Fatal(r.Err)
+		}
+		crossed[c.journal.mu.head.Seg] = true
+		if i%150_000 == 149_999 {
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+			c = open(t, mem, disk)
+		}
+	}
+	if len(crossed) < 3 {
+		t.Fatalf("the log was in segments %v only, first %d", crossed, first)
+	}
+	buf := make([]byte, 1<<20)
+	for lba := int64(0); lba < sectors; lba += int64(len(buf)) / sectorSize {
+		turn(t, c.Queue(0), &Request{Op: Read, Off: lba * sectorSize, Buf: buf})
+		for i := range int64(len(buf)) / sectorSize {
+			if v, err := stamp(buf[i*sectorSize:][:sectorSize], lba+i); err != nil || v != newest[lba+i] {
+				t.Fatalf("sector %d: version %d, %v, want %d", lba+i, v, err, newest[lba+i])
+			}
+		}
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestMissesShareOneRead holds the disk's answer to one miss while others ask
+// for the same sectors, and while one of them is overwritten.
+func TestMissesShareOneRead(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 8, true, 70)
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	old := make([]byte, 64<<10)
+	fillStamp(old, 0, 1)
+	disk.WriteAt(old, 0)
+	disk.Script(func(op backing.Op) backing.Fault { return backing.Fault{Hold: op.Kind == backing.OpRead} })
+	r := newRig(t, mem, disk, 2)
+
+	var readers sync.WaitGroup
+	bufs := make([][]byte, 8)
+	for i := range bufs {
+		bufs[i] = make([]byte, 64<<10)
+		readers.Go(func() {
+			if err := r.do(i%2, &Request{Op: Read, Off: 0, Buf: bufs[i]}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for disk.Held() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	fresh := make([]byte, 4096)
+	fillStamp(fresh, 16, 2)
+	r.write(t, 16*sectorSize, fresh)
+	disk.Script(nil)
+	disk.Release()
+	readers.Wait()
+	for i, buf := range bufs {
+		for lba := range int64(len(buf) / sectorSize) {
+			v, err := stamp(buf[lba*sectorSize:][:sectorSize], lba)
+			if err != nil || v != 1 && (v != 2 || lba < 16 || lba >= 24) {
+				t.Fatalf("reader %d, sector %d: version %d, %v", i, lba, v, err)
+			}
+		}
+	}
+	if n := disk.Counters().Reads; n != 1 {
+		t.Errorf("%d reads of the disk for %d misses of the same sectors", n, len(bufs))
+	}
+	got := r.read(t, 0, 64<<10)
+	copy(old[16*sectorSize:], fresh)
+	if !bytes.Equal(got, old) {
+		t.Error("the fill has undone a write that came in between")
+	}
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+	r = newRig(t, mem, disk, 1)
+	if got := r.read(t, 0, 64<<10); !bytes.Equal(got, old) {
+		t.Error("after a restart the fill has undone a write that came in between")
+	}
+	r.kill()
+}
+
+// TestReadErrorIsNotCached: the error goes to the reader, and the next read
+// asks the disk again.
+func TestReadErrorIsNotCached(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 8, false, 70)
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	var bad atomic.Bool
+	bad.Store(true)
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if bad.Load() {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
+	r := newRig(t, mem, disk, 1)
+	buf := make([]byte, 4096)
+	if err := r.do(0, &Request{Op: Read, Off: 4096, Buf: buf}); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("read of a failing disk: %v", err)
+	}
+	bad.Store(false)
+	r.read(t, 4096, 4096)
+	r.kill()
+}
+
+// TestFailedFlushKeepsDirtyTail: what was written before a flush that failed is
+// written again, and only then counts as written.
+func TestFailedFlushKeepsDirtyTail(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 8, false, 70)
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	var failing atomic.Bool
+	failing.Store(true)
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if op.Kind == backing.OpFlush && failing.Load() {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
+	r := newRig(t, mem, disk, 1)
+	data := make([]byte, 1<<20)
+	fillStamp(data, 0, 1)
+	r.write(t, 0, data)
+	before, _ := r.tails.dirtyTail()
+	if err := r.Flush(context.Background()); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("flush over a failing flush of the disk: %v", err)
+	}
+	if after, _ := r.tails.dirtyTail(); after != before {
+		t.Fatalf("dirty_tail moved from %v to %v", before, after)
+	}
+	if s := r.Status(); s.State != Degraded {
+		t.Errorf("state %q after a failed flush", s.State)
+	}
+	failing.Store(false)
+	if err := r.Flush(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if s := r.Status(); s.State != Healthy || s.DirtyBytes != 0 {
+		t.Errorf("state %q with %d dirty bytes after the disk healed", s.State, s.DirtyBytes)
+	}
+	r.kill()
+	got := make([]byte, len(data))
+	crashed := disk.Crash()
+	defer crashed.Close()
+	crashed.ReadAt(got, 0)
+	if !bytes.Equal(got, data) {
+		t.Error("the disk does not have what the second flush confirmed")
+	}
+}
+
+// TestFullCache fills a cache whose disk does not answer: writers wait, reads
+// go on, and with the disk everything goes on in order.
+func TestFullCache(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 5, false, 90)
+	disk := backing.NewFake(256<<20, 512, 1)
+	defer disk.Close()
+	var stuck atomic.Bool
+	stuck.Store(true)
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if op.Kind == backing.OpWrite && stuck.Load() {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
+	r := newRig(t, mem, disk, 2)
+	var writers sync.WaitGroup
+	const count, size = 200, 1 << 20
+	var finished atomic.Int32
+	for i := range int64(count) {
+		writers.Go(func() {
+			p := make([]byte, size)
+			fillStamp(p, i*size/sectorSize, 1)
+			if err := r.do(int(i%2), &Request{Op: Write, Off: i * size, Buf: p}); err != nil {
+				t.Error(err)
+			}
+			finished.Add(1)
+		})
+	}
+	for r.Status().Waiting == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	if err := r.do(0, &Request{Op: Read, Off: 255 << 20, Buf: make([]byte, 4096)}); err != nil {
+		t.Errorf("a read while the cache is full: %v", err)
+	}
+	if n := finished.Load(); n == count {
+		t.Errorf("%d MiB were written to a cache of 80 MiB over a disk that takes nothing", n)
+	}
+	stuck.Store(false)
+	writers.Wait()
+	for i := range int64(count) {
+		p := r.read(t, i*size, size)
+		for j := range int64(size / sectorSize) {
+			lba := i*size/sectorSize + j
+			if v, err := stamp(p[j*sectorSize:][:sectorSize], lba); v != 1 || err != nil {
+				t.Fatalf("sector %d: version %d, %v", lba, v, err)
+			}
+		}
+	}
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// countingMemory counts syncs and fences, and fails syncs on request.
+type countingMemory struct {
+	*pmem.Region
+	durable       bool
+	syncs, fences atomic.Int32
+	fail          atomic.Bool
+}
+
+func (m *countingMemory) Durable() bool { return m.durable }
+
+func (m *countingMemory) Fence() {
+	m.fences.Add(1)
+	m.Region.Fence()
+}
+
+func (m *countingMemory) Sync() error {
+	m.syncs.Add(1)
+	if m.fail.Load() {
+		return syscall.EIO
+	}
+	return m.Region.Sync()
+}
+
+// TestSyncs: where a fence is not enough, FLUSH and FUA sync, and a failed
+// sync is the last word; where it is, they do not.
+func TestSyncs(t *testing.T) {
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	requests := func() []*Request {
+		return []*Request{
+			{Op: Write, Buf: make([]byte, 4096)},
+			{Op: Write, Buf: make([]byte, 4096), FUA: true},
+			{Op: Flush},
+		}
+	}
+	for _, durable := range []bool{true, false} {
+		m := &countingMemory{Region: pmem.Heap(ondisk.MinSize), durable: durable}
+		formatSmall(t, m.Region, 8, false, 70)
+		r := newRig(t, m, disk, 1)
+		for i, req := range requests() {
+			before := m.syncs.Load()
+			if err := r.do(0, req); err != nil {
+				t.Fatal(err)
+			}
+			want := int32(0)
+			if !durable && i > 0 {
+				want = 1
+			}
+			if n := m.syncs.Load() - before; n != want {
+				t.Errorf("durable %t, request %d: %d syncs, want %d", durable, i, n, want)
+			}
+		}
+		if !durable {
+			m.fail.Store(true)
+			for i, req := range append(requests()[2:], requests()[0]) {
+				if err := r.do(0, req); !errors.Is(err, syscall.EIO) {
+					t.Errorf("request %d after a failed sync: %v", i, err)
+				}
+			}
+			m.fail.Store(false)
+			if err := r.do(0, &Request{Op: Flush}); !errors.Is(err, syscall.EIO) {
+				t.Errorf("flush after a failed sync: %v", err)
+			}
+			r.read(t, 0, 4096)
+		}
+		r.kill()
+	}
+}
+
+// TestTwoFencesPerTurn: a batch of writes costs one kset and two fences.
+func TestTwoFencesPerTurn(t *testing.T) {
+	m := &countingMemory{Region: pmem.Heap(ondisk.MinSize), durable: true}
+	formatSmall(t, m.Region, 8, false, 70)
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	c := open(t, m, disk)
+	defer c.Close()
+	var batch []*Request
+	for i := range int64(16) {
+		batch = append(batch, &Request{Op: Write, Off: i * 8192, Buf: make([]byte, 4096)})
+	}
+	turn(t, c.Queue(0), batch...)
+	fences, ksets := m.fences.Load(), c.journal.mu.written
+	turn(t, c.Queue(0), batch...)
+	if n := m.fences.Load() - fences; n != 2 {
+		t.Errorf("%d fences for a turn of %d writes", n, len(batch))
+	}
+	if n := c.journal.mu.written - ksets; n != 1 {
+		t.Errorf("%d ksets for a turn of %d writes", n, len(batch))
+	}
+}
+
+// TestOpenRefuses: what replay must not accept.
+func TestOpenRefuses(t *testing.T) {
+	build := func() (*pmem.Region, *backing.Fake) {
+		mem := pmem.Heap(ondisk.MinSize)
+		formatSmall(t, mem, 8, false, 70)
+		disk := backing.NewFake(8<<20, 512, 1)
+		c := open(t, mem, disk)
+		turn(t, c.Queue(0), &Request{Op: Write, Off: 6 << 20, Buf: make([]byte, 4096)})
+		c.Close()
+		return mem, disk
+	}
+	refuse := func(name string, mem *pmem.Region, disk *backing.Fake, want error) {
+		t.Helper()
+		if _, err := Open(mem, fakeDisk{disk}, Options{Queues: 1, Log: &testLog{}}); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", name, err, want)
+		}
+		disk.Close()
+	}
+	mem, disk := build()
+	disk.Close()
+	refuse("smaller disk", mem, backing.NewFake(4<<20, 512, 1), ErrDiskTooSmall)
+
+	// rekey writes the first kset again with one key changed.
+	rekey := func(mem *pmem.Region, change func(*ondisk.Key)) {
+		l, err := ondisk.ReadLayout(mem, mem.Size())
+		if err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, ondisk.MaxKsetSize)
+		mem.ReadAt(buf, l.Offset(0, 0))
+		var k ondisk.Kset
+		if err := ondisk.DecodeKset(buf, &k); err != nil {
+			t.Fatal(err)
+		}
+		change(&k.Keys[0])
+		store(t, mem, ondisk.EncodeKset(buf, k.Seq, k.Keys), l.Offset(0, 0))
+	}
+	mem, disk = build()
+	rekey(mem, func(k *ondisk.Key) { k.Gen++ })
+	refuse("generation of the future", mem, disk, ErrKeyGeneration)
+
+	mem, disk = build()
+	rekey(mem, func(k *ondisk.Key) { k.Seg, k.Gen = 0, 0 })
+	refuse("data in the log", mem, disk, ErrKeyInLog)
+
+}
+
+// TestRefusesRequests: what a queue does not do.
+func TestRefusesRequests(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 8, false, 70)
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 1)
+	defer r.kill()
+	for _, req := range []*Request{
+		{Op: Read, Off: 100, Buf: make([]byte, 512)},
+		{Op: Write, Off: 512, Buf: make([]byte, 100)},
+		{Op: Write, Off: 0, Buf: nil},
+		{Op: Read, Off: 8 << 20, Buf: make([]byte, 512)},
+		{Op: Read, Off: -512, Buf: make([]byte, 512)},
+		{Op: Write, Off: 4<<20 - 512, Buf: make([]byte, 1024)},
+	} {
+		if err := r.do(0, req); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%d bytes at %d: %v", len(req.Buf), req.Off, err)
+		}
+	}
+}
+
+// TestFillAndWriteInOneTurn: the disk's answer to a miss and a write of the
+// same sectors are committed together, and the write is the newer one.
+func TestFillAndWriteInOneTurn(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 8, true, 70)
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	old, fresh := make([]byte, 32<<10), make([]byte, 4096)
+	fillStamp(old, 0, 1)
+	fillStamp(fresh, 8, 2)
+	disk.WriteAt(old, 0)
+	c := open(t, mem, disk)
+	q := c.Queue(0)
+	back := make(chan struct{}, 1)
+	q.OnWake(func() { back <- struct{}{} })
+
+	q.Submit(&Request{Op: Read, Buf: make([]byte, len(old))})
+	if n := len(q.Turn()); n != 0 {
+		t.Fatalf("%d requests finished before the disk answered", n)
+	}
+	<-back
+	q.Submit(&Request{Op: Write, Off: 8 * sectorSize, Buf: fresh})
+	if n := len(q.Turn()); n != 2 {
+		t.Fatalf("%d requests finished, want the read and the write", n)
+	}
+	copy(old[8*sectorSize:], fresh)
+	for range 2 {
+		got := make([]byte, len(old))
+		turn(t, c.Queue(0), &Request{Op: Read, Buf: got})
+		if !bytes.Equal(got, old) {
+			t.Fatal("the write has been undone by the fill")
+		}
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		c = open(t, mem, disk)
+	}
+	c.Close()
+}
+
+// slowMemory stops one read, half way, until it is told to go on.
+type slowMemory struct {
+	*pmem.Region
+	armed   atomic.Bool
+	reached chan struct{}
+	goOn    chan struct{}
+}
+
+func (m *slowMemory) ReadAt(p []byte, off int64) (int, error) {
+	if off >= ondisk.SegmentsOff && m.armed.CompareAndSwap(true, false) {
+		n := len(p) / 2
+		m.Region.ReadAt(p[:n], off)
+		close(m.reached)
+		<-m.goOn
+		_, err := m.Region.ReadAt(p[n:], off+int64(n))
+		return len(p), err
+	}
+	return m.Region.ReadAt(p, off)
+}
+
+// TestReaderPinsSegment: while one queue is in the middle of a copy, the other
+// writes the whole cache several times over.
+func TestReaderPinsSegment(t *testing.T) {
+	m := &slowMemory{Region: pmem.Heap(ondisk.MinSize), reached: make(chan struct{}), goOn: make(chan struct{})}
+	const segments = 5
+	formatSmall(t, m.Region, segments, false, 70)
+	disk := backing.NewFake(256<<20, 512, 1)
+	defer disk.Close()
+	r := newRig(t, m, disk, 2)
+	data := make([]byte, 1<<20)
+	fillStamp(data, 0, 1)
+	r.write(t, 0, data)
+	if err := r.Flush(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(data))
+	m.armed.Store(true)
+	read := make(chan error, 1)
+	go func() { read <- r.do(1, &Request{Op: Read, Buf: got}) }()
+	<-m.reached
+	other := make([]byte, 1<<20)
+	for i := range int64(4 * segments * 16) {
+		off := (1 + i%200) << 20
+		fillStamp(other, off/sectorSize, 2)
+		r.write(t, off, other)
+	}
+	close(m.goOn)
+	if err := <-read; err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, data) {
+		t.Error("a segment was used again under its reader")
+	}
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+	// Every time round, each data segment gets a new generation first.
+	l, err := ondisk.ReadLayout(m.Region, m.Region.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	reused := 0
+	for _, gen := range l.Gens {
+		reused += int(gen)
+	}
+	if reused < 2*segments {
+		t.Errorf("after 4 times the cache the generations are %v", l.Gens)
+	}
+}

@@ -1,0 +1,30 @@
+package engine
+
+import "errors"
+
+// Errors of opening a cache.
+var (
+	ErrOptions       = errors.New("invalid option")
+	ErrDiskTooSmall  = errors.New("the backing device is smaller than what the cache holds for it")
+	ErrKeyGeneration = errors.New("a key names a generation of its segment that does not exist yet")
+	ErrKeyInLog      = errors.New("a key names data inside the log")
+)
+
+// Errors of requests.
+var (
+	// ErrInvalid: a request that is not whole sectors inside the device.
+	ErrInvalid = errors.New("request outside the device or not aligned to sectors")
+	// ErrDamaged: dirty data whose checksum does not match.
+	ErrDamaged = errors.New("cached data is damaged and the backing device does not have it")
+)
+
+// Errors of the cache's own work.
+var (
+	// ErrLogLost: a part of the log that was read before is gone.
+	ErrLogLost = errors.New("the log cannot be read")
+	// ErrUnaligned: dirty data that the backing device cannot take because its
+	// blocks are larger, from a cache that was filled in front of another one.
+	ErrUnaligned = errors.New("dirty data does not fill the blocks of the backing device")
+	// ErrStopped: the cache was closed before the work was done.
+	ErrStopped = errors.New("the cache is being stopped")
+)

@@ -1,0 +1,200 @@
+package engine
+
+import (
+	"fmt"
+	"sync"
+
+	"ublk-pcache/ondisk"
+)
+
+// A fill is one read of the disk on behalf of a missed read, and the clean
+// data that comes of it.
+//
+// The obvious way, to read the disk and then enter what it said into the
+// index, is wrong in two ways: a write may have come in between, and even if
+// the index shows nothing of it any more (it was written back and collected),
+// the disk's answer is older than it. So a miss claims its hole first, with
+// an extent marked loading. A write simply replaces it. When the disk has
+// answered, only what is still marked with this very fill is entered.
+//
+// The mark also makes concurrent misses of the same sectors wait for one read
+// of the disk instead of asking for the same thing again.
+type fill struct {
+	id      uint32 // in the loading extents
+	r       *Request
+	at      span
+	buf     []byte // the part of r.Buf that is read
+	off     int64  // bytes on the disk
+	err     error
+	key     ondisk.Key  // where the data was stored, if it was
+	waiters []*Request  // under the lock of at's shard
+	done    func(error) // finished, bound once
+	next    *fill
+}
+
+// fillTable finds a fill by the number in an extent.
+type fillTable struct {
+	mu  sync.RWMutex
+	all []*fill
+}
+
+func (t *fillTable) get(id uint32) *fill {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.all[id]
+}
+
+func (q *Queue) newFill() *fill {
+	if f := q.freeFill; f != nil {
+		q.freeFill = f.next
+		return f
+	}
+	t := &q.c.fills
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	f := &fill{id: uint32(len(t.all))}
+	f.done = f.finish
+	t.all = append(t.all, f)
+	return f
+}
+
+// addFill gives r one more thing to wait for.
+func (q *Queue) addFill(r *Request, s span, e extent) *fill {
+	f := q.newFill()
+	f.r, f.at, f.err, f.key = r, s.sub(e), nil, ondisk.Key{}
+	f.buf, f.off = s.bytes(r.Buf, e), s.device(r, e)
+	f.next, r.fills = r.fills, f
+	return f
+}
+
+func (q *Queue) startFills(r *Request) {
+	n := int32(0)
+	for f := r.fills; f != nil; f = f.next {
+		n++
+	}
+	r.lacks.Store(n)
+	r.stage = stageFilled
+	// With the last of them r may be back with its queue, and f on a free
+	// list: but only this thread, the queue's, would put it there.
+	for f := r.fills; f != nil; f = f.next {
+		q.c.disk.Read(f.buf, f.off, f.done)
+	}
+}
+
+// finish is called by the disk.
+func (f *fill) finish(err error) {
+	f.err = err
+	if r := f.r; r.lacks.Add(-1) == 0 {
+		r.q.post(r)
+	}
+}
+
+// takeFills stores what the disk said, if there is space without waiting for
+// it: a read never makes a write wait.
+func (q *Queue) takeFills(r *Request) {
+	c := q.c
+	for f := r.fills; f != nil; {
+		next := f.next
+		switch {
+		case f.err != nil:
+			c.errs.diskReads.Add(1)
+			if r.Err == nil {
+				r.Err = fmt.Errorf("read the backing device at %d: %w", f.off, f.err)
+			}
+		case c.failed.Load() == nil && c.space.waiting.Load() == 0 && !q.stalled.Load():
+			if k, ok, err := q.store(f.buf, f.off, ondisk.KeyClean); ok && err == nil {
+				f.key = k
+			}
+		}
+		if f.key.Len > 0 {
+			q.filled = append(q.filled, f)
+		} else {
+			q.endFill(f)
+		}
+		f = next
+	}
+	r.fills = nil
+	q.turn = append(q.turn, r)
+}
+
+// fillKeysLocked puts the keys of the stored fills in front of the batch, as
+// far as the index still waits for them. The caller holds the journal's lock,
+// so no write can take what was found free here before it is entered.
+func (q *Queue) fillKeysLocked() {
+	writes := len(q.keys)
+	var parts [64]extent
+	for _, f := range q.filled {
+		k := f.key
+		if k.Len == 0 {
+			continue
+		}
+		f.key.Len = 0
+		stored := f.at
+		stored.n = uint16(k.Len >> sectorShift)
+		stored.sh.Lock()
+		mine := stored.partsLocked(parts[:0], func(e extent) bool {
+			return e.flags&extLoading != 0 && e.seg == f.id
+		})
+		stored.sh.Unlock()
+		for _, e := range mine {
+			part := k
+			skip := uint32(e.off-stored.off) << sectorShift
+			part.Off += uint64(skip)
+			part.SegOff += skip
+			part.Len = uint32(e.n) << sectorShift
+			if q.c.crc && part.Len != k.Len {
+				part.CRC = ondisk.Checksum(stored.bytes(f.buf, e))
+			}
+			q.c.segments.all[k.Seg].refs.Add(1)
+			q.keys = append(q.keys, part)
+		}
+		q.c.drop(k.Seg)
+	}
+	rotate(q.keys, writes)
+}
+
+// dropFillKeysLocked takes the fills out of a batch that has to wait: what was
+// free for them may be taken before it is their turn again.
+func (q *Queue) dropFillKeysLocked() {
+	kept := q.keys[:0]
+	for _, k := range q.keys {
+		if k.Flags&ondisk.KeyClean != 0 {
+			q.c.drop(k.Seg)
+			continue
+		}
+		kept = append(kept, k)
+	}
+	q.keys = kept
+}
+
+// rotate moves the first n keys behind the others.
+func rotate(keys []ondisk.Key, n int) {
+	reverse := func(k []ondisk.Key) {
+		for i, j := 0, len(k)-1; i < j; i, j = i+1, j-1 {
+			k[i], k[j] = k[j], k[i]
+		}
+	}
+	reverse(keys[:n])
+	reverse(keys[n:])
+	reverse(keys)
+}
+
+// endFill gives up what a fill still claims, lets those who waited for it try
+// again, and puts it on the free list.
+func (q *Queue) endFill(f *fill) {
+	f.at.sh.Lock()
+	var parts [64]extent
+	for _, e := range f.at.partsLocked(parts[:0], func(e extent) bool {
+		return e.flags&extLoading != 0 && e.seg == f.id
+	}) {
+		f.at.sub(e).cutLocked()
+	}
+	waiters := f.waiters
+	f.waiters = nil
+	f.at.sh.Unlock()
+	for _, r := range waiters {
+		r.q.post(r)
+	}
+	f.r, f.buf = nil, nil
+	f.next, q.freeFill = q.freeFill, f
+}

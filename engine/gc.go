@@ -1,0 +1,197 @@
+package engine
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"ublk-pcache/ondisk"
+)
+
+// Garbage collection drops the oldest ksets from the log, which are on the
+// disk by then, and frees the segments that nothing names any more.
+//
+// The obvious way, to count a segment's references down as keys are passed
+// and to reuse it at zero, loses data in a crash between the steps: a
+// reference is dropped that replay will count again, or a segment is reused
+// while keys that a replay still sees name it. So a step is made of changes
+// that are harmless in any combination, and nothing is reused before all of
+// them are durable:
+//
+//  1. forget what the index still has of the keys;
+//  2. store the key_tail behind them;
+//  3. raise the generation of segments without references or pins;
+//  4. make both durable;
+//  5. only now hand out the segments.
+//
+// If 2 is lost, replay sees keys again that are before dirty_tail, hence
+// clean, and either still backed by their data or dead by 3. If 3 is lost, no
+// key in the log names the segment, and replay marks it for a new generation
+// before its first use. A key is only counted, here as in replay, if its
+// generation is the segment's current one, so no reference is dropped twice.
+
+// gcKsets is how many ksets a step takes: at most 1024 keys, or some
+// hundreds of microseconds, so that those who wait for space soon get some.
+const gcKsets = 8
+
+type collector struct {
+	percent atomic.Int32
+	kicked  chan struct{}
+	mu      struct {
+		sync.Mutex
+		dying []uint32
+	}
+	info sync.Mutex // guards layout.Info, which holds the percentage on media
+	key  []extent   // scratch
+}
+
+func (g *collector) init(percent int) {
+	g.kicked = make(chan struct{}, 1)
+	g.percent.Store(int32(percent))
+}
+
+// kick wakes the collector to look whether there is work. Any goroutine.
+func (g *collector) kick() {
+	select {
+	case g.kicked <- struct{}{}:
+	default:
+	}
+}
+
+// bury takes a segment that lost its last reference.
+func (g *collector) bury(seg uint32) {
+	g.mu.Lock()
+	g.mu.dying = append(g.mu.dying, seg)
+	g.mu.Unlock()
+	g.kick()
+}
+
+// gcNeeded: the cache is fuller than it should be, or somebody waits.
+func (c *Cache) gcNeeded() bool {
+	n, free := len(c.segments.all), c.segments.free()
+	return (n-free)*100 >= n*int(c.gc.percent.Load()) ||
+		free <= c.segments.reserve || c.waiting()
+}
+
+// waiting reports whether a request or a whole queue waits for a segment.
+func (c *Cache) waiting() bool {
+	if c.space.waiting.Load() > 0 {
+		return true
+	}
+	for _, q := range c.queues {
+		if q.stalled.Load() {
+			return true
+		}
+	}
+	return false
+}
+
+func (c *Cache) gcLoop() {
+	for {
+		select {
+		case <-c.gc.kicked:
+		case <-c.stop:
+			return
+		}
+		for {
+			more, err := c.gcStep()
+			if err != nil {
+				c.fail(err)
+				break
+			}
+			if c.segments.free() > c.segments.reserve {
+				c.wakeWriters()
+			}
+			if !more || c.stopping() {
+				break
+			}
+		}
+	}
+}
+
+// gcStep does one step and reports whether there is reason for another. Where
+// only write-back can make room, it is told so.
+func (c *Cache) gcStep() (more bool, err error) {
+	from := c.tails.keyTail()
+	to, _ := c.tails.dirtyTail()
+	needed := c.gcNeeded()
+	if needed && from == to {
+		c.pressWriteback()
+	}
+	more = needed && from != to
+	var freed, dropped []uint32
+	if more {
+		end := from
+		ksets := 0
+		err := c.walk(from, to, func(k *ondisk.Kset, after ondisk.Position) bool {
+			for i := range k.Keys {
+				if c.forgetKey(&k.Keys[i]) {
+					dropped = append(dropped, k.Keys[i].Seg)
+				}
+			}
+			if k.Last {
+				freed = append(freed, end.Seg)
+			}
+			end = after
+			ksets++
+			return ksets < gcKsets
+		})
+		if err != nil {
+			return false, err
+		}
+		if err := c.moveKeyTail(end); err != nil {
+			return false, err
+		}
+	}
+	for _, seg := range dropped {
+		c.drop(seg)
+	}
+	dead, err := c.raiseDying()
+	if err != nil {
+		return false, err
+	}
+	if !more && len(dead) == 0 {
+		return false, nil
+	}
+	if err := c.persist(); err != nil {
+		return false, err
+	}
+	for _, seg := range append(freed, dead...) {
+		c.segments.addFree(seg, false)
+	}
+	return more, nil
+}
+
+// forgetKey removes what the index still has of a key and reports whether the
+// key is one that holds a reference.
+func (c *Cache) forgetKey(k *ondisk.Key) bool {
+	if k.Gen != c.segments.all[k.Seg].gen.Load() {
+		return false
+	}
+	s, p := c.keySpan(k)
+	c.gc.key = c.index.forget(s, p, c.gc.key)
+	return true
+}
+
+// raiseDying raises the generation of the dying segments that nobody reads any
+// more and returns them. The others stay for the kick of their last reader.
+func (c *Cache) raiseDying() (dead []uint32, err error) {
+	c.gc.mu.Lock()
+	dying := c.gc.mu.dying
+	c.gc.mu.dying = nil
+	c.gc.mu.Unlock()
+	var read []uint32
+	for _, seg := range dying {
+		if c.segments.all[seg].pins.Load() > 0 {
+			read = append(read, seg)
+			continue
+		}
+		if err := c.bumpGeneration(seg); err != nil {
+			return nil, err
+		}
+		dead = append(dead, seg)
+	}
+	c.gc.mu.Lock()
+	c.gc.mu.dying = append(c.gc.mu.dying, read...)
+	c.gc.mu.Unlock()
+	return dead, nil
+}

@@ -1,0 +1,225 @@
+package engine
+
+import (
+	"sync"
+	"unsafe"
+
+	"ublk-pcache/ondisk"
+)
+
+// The index maps the sectors of the cached device to their place in the
+// cache. It is striped by 4 MiB of logical address, as the media format asks
+// (no key crosses a stripe), and stripes share a fixed number of locks, so
+// that the lock of a stripe costs no memory of its own.
+//
+// What is never done under a shard's lock: copying data, computing a crc, a
+// fence, a system call. Who wants to read what an extent names pins its
+// segment under the lock, unlocks, copies, and unpins.
+
+const (
+	sectorShift   = 9
+	stripeSectors = ondisk.StripeSize >> sectorShift
+	// shardCount locks: enough that two queues with 128 requests each seldom
+	// meet at one, few enough that a status command may visit them all.
+	shardCount = 256
+)
+
+type shard struct {
+	sync.Mutex
+	slab    slab
+	roots   []uint32 // by stripe / shardCount
+	extents int64
+	sectors [2]int64 // clean, dirty; loading ones are not counted
+	_       [40]byte // keeps neighbours' locks out of each other's cache line
+}
+
+type index struct {
+	shards [shardCount]shard
+}
+
+func newIndex(size int64) *index {
+	x := &index{}
+	stripes := (size + ondisk.StripeSize - 1) / ondisk.StripeSize
+	for i := range x.shards {
+		x.shards[i].roots = make([]uint32, (stripes+shardCount-1)/shardCount)
+	}
+	return x
+}
+
+// span is a run of sectors inside one stripe, and the shard that owns it.
+type span struct {
+	sh     *shard
+	root   *uint32
+	off, n uint16
+}
+
+// span locates n sectors at lba, which must not cross a stripe.
+func (x *index) span(lba int64, n int) span {
+	stripe := lba / stripeSectors
+	sh := &x.shards[stripe%shardCount]
+	return span{sh: sh, root: &sh.roots[stripe/shardCount], off: uint16(lba % stripeSectors), n: uint16(n)}
+}
+
+func (s span) end() uint16 { return s.off + s.n }
+
+// seekLocked places a cursor at the first extent that ends after off.
+func (s span) seekLocked(off uint16) cursor { return seek(&s.sh.slab, s.root, off) }
+
+func (sh *shard) countLocked(e extent, sign int64) {
+	sh.extents += sign
+	sh.sectorsLocked(e, sign*int64(e.n))
+}
+
+func (sh *shard) sectorsLocked(e extent, n int64) {
+	if e.flags&extLoading == 0 {
+		sh.sectors[e.flags&extDirty] += n
+	}
+}
+
+// cutLocked takes every extent, or part of one, out of the span. An extent
+// may stick out on the left, on the right, on both sides, or lie inside.
+func (s span) cutLocked() {
+	for {
+		c := s.seekLocked(s.off)
+		if !c.ok() {
+			return
+		}
+		e := *c.at()
+		if e.off >= s.end() {
+			return
+		}
+		head, tail := e.off < s.off, e.end() > s.end()
+		switch {
+		case head && tail:
+			*c.at() = e.to(s.off)
+			s.sh.sectorsLocked(e, -int64(s.n))
+			s.sh.extents++
+			insert(&s.sh.slab, s.root, e.from(s.end()))
+			return
+		case head:
+			*c.at() = e.to(s.off)
+			s.sh.sectorsLocked(e, -int64(e.end()-s.off))
+		case tail:
+			// It may begin behind the next leaf's separator now, so it cannot
+			// be shortened in place.
+			c.remove()
+			insert(&s.sh.slab, s.root, e.from(s.end()))
+			s.sh.sectorsLocked(e, -int64(s.end()-e.off))
+			return
+		default:
+			s.sh.countLocked(e, -1)
+			c.remove()
+		}
+	}
+}
+
+// setLocked makes the span point at e, which has the span's bounds, over
+// whatever was there, and joins it with its neighbours where they continue
+// each other.
+func (s span) setLocked(e extent) {
+	e.off, e.n = s.off, s.n
+	s.cutLocked()
+	s.sh.countLocked(e, 1)
+	c := s.seekLocked(s.end())
+	if c.ok() && e.abuts(*c.at()) {
+		next := *c.at()
+		c.remove()
+		e.n += next.n
+		s.sh.extents--
+	}
+	if s.off > 0 {
+		c = s.seekLocked(s.off - 1)
+		if c.ok() && c.at().abuts(e) {
+			c.at().n += e.n
+			s.sh.extents--
+			return
+		}
+	}
+	insert(&s.sh.slab, s.root, e)
+}
+
+// place is where the sectors of a key are: the segment, and the distance from
+// a sector's offset in its stripe to its position in the segment, which is the
+// same for every part of the key that survives.
+type place struct {
+	seg   uint32
+	delta uint16
+}
+
+func (s span) place(seg uint32, pos uint16) place { return place{seg, pos - s.off} }
+
+func (p place) holds(e extent) bool {
+	return e.flags&extLoading == 0 && e.seg == p.seg && e.pos-e.off == p.delta
+}
+
+// clip returns the part of e that lies inside the span.
+func (s span) clip(e extent) extent {
+	if e.off < s.off {
+		e = e.from(s.off)
+	}
+	if e.end() > s.end() {
+		e = e.to(s.end())
+	}
+	return e
+}
+
+// partsLocked appends the parts of the span for which keep holds, clipped to
+// the span.
+func (s span) partsLocked(parts []extent, keep func(extent) bool) []extent {
+	for c := s.seekLocked(s.off); c.ok() && c.at().off < s.end(); c.next() {
+		if keep(*c.at()) {
+			parts = append(parts, s.clip(*c.at()))
+		}
+	}
+	return parts
+}
+
+// sub returns the span of e, which lies inside s.
+func (s span) sub(e extent) span {
+	s.off, s.n = e.off, e.n
+	return s
+}
+
+// forget removes what still points at the place.
+func (x *index) forget(s span, p place, scratch []extent) []extent {
+	s.sh.Lock()
+	defer s.sh.Unlock()
+	scratch = s.partsLocked(scratch[:0], p.holds)
+	for _, e := range scratch {
+		s.sub(e).cutLocked()
+	}
+	return scratch
+}
+
+// clean marks what still points at the place as written back.
+func (x *index) clean(s span, p place, scratch []extent) []extent {
+	s.sh.Lock()
+	defer s.sh.Unlock()
+	scratch = s.partsLocked(scratch[:0], p.holds)
+	for _, e := range scratch {
+		e.flags &^= extDirty
+		s.sub(e).setLocked(e)
+	}
+	return scratch
+}
+
+// usage is what the index holds at one moment, shard by shard.
+type usage struct {
+	extents      int64
+	clean, dirty int64 // bytes
+	bytes        int64 // of memory
+}
+
+func (x *index) usage() usage {
+	var u usage
+	for i := range x.shards {
+		sh := &x.shards[i]
+		sh.Lock()
+		u.extents += sh.extents
+		u.clean += sh.sectors[0] << sectorShift
+		u.dirty += sh.sectors[extDirty] << sectorShift
+		u.bytes += int64(len(sh.slab.chunks)*slabNodes)*int64(unsafe.Sizeof(node{})) + int64(4*len(sh.roots))
+		sh.Unlock()
+	}
+	return u
+}

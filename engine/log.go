@@ -1,0 +1,167 @@
+package engine
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"ublk-pcache/ondisk"
+)
+
+// # The commit protocol
+//
+// A write is three things: bytes in a data segment, a key in the log, an
+// extent in the index. The obvious way is to do them in this order, each with
+// a fence, and to let every queue do so on its own. It fails in four places:
+//
+//   - Two queues that write the same sectors may enter the index in one order
+//     and the log in the other. Until a restart everybody reads the one, and
+//     after it the other: a read has gone back in time.
+//   - A reader may see an extent whose key is not durable yet, act on it, and
+//     lose it in a crash.
+//   - Two ksets that are in flight at once may reach the media in either
+//     order. If the first is lost, replay ends there, and the second, which
+//     was acknowledged, is lost with it.
+//   - The zeros behind the last kset, which say that the log ends there, may
+//     be lost while the kset survives. Then replay runs on into whatever an
+//     earlier life of the segment left behind.
+//
+// So a turn of a queue stores its data without any lock, and then commits all
+// its keys under the lock of the journal:
+//
+//	zero the end mark behind the kset to come
+//	fence                                      (1)
+//	store the kset
+//	fence                                      (2)
+//	enter its keys into the index
+//
+// (1) is executed by the thread that stored the data, so it covers the data
+// as well as the mark: a kset never names bytes that are not there, and the
+// log never runs on. (2) makes the kset durable before any reader can find
+// its keys, before the next kset is begun, and before anybody is told.
+// Because the index is entered under the same lock, its order is the log's.
+// The price is two fences and the index updates under one lock, a few
+// microseconds for a whole turn of requests.
+//
+// Invariants: the log holds, from key_tail to head, every key whose data the
+// index knows; no kset is stored before all ksets in front of it are durable;
+// behind the head stand 24 zero bytes.
+
+// journal is the log's writing end.
+type journal struct {
+	mu struct {
+		sync.Mutex
+		head    ondisk.Position
+		seq     uint64 // of the kset to be written at head
+		written uint64 // ksets in front of the head since key_tail at Open
+		buf     [ondisk.MaxKsetSize]byte
+	}
+}
+
+// errLogFull: there is no segment for the log to go on in. Nothing has been
+// changed.
+var errLogFull = errors.New("no free segment for the log")
+
+// head returns where the log ends and how many ksets lie before that. All of
+// them are in the index.
+func (j *journal) head() (ondisk.Position, uint64) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.mu.head, j.mu.written
+}
+
+// commit makes the queue's batch part of the log and of the index, fills in
+// front of writes: a fill holds what the disk had before any of these writes.
+// What has been committed is taken from the batch, so that after errLogFull
+// the rest can be committed later.
+func (c *Cache) commit(q *Queue) error {
+	j := &c.journal
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if len(q.filled) > 0 {
+		q.fillKeysLocked()
+	}
+	for len(q.keys) > 0 {
+		n := min(len(q.keys), ondisk.MaxKeys)
+		if err := c.appendLocked(q.keys[:n]); err != nil {
+			q.dropFillKeysLocked()
+			return err
+		}
+		for i := range q.keys[:n] {
+			c.enter(&q.keys[i])
+		}
+		q.keys = q.keys[:copy(q.keys, q.keys[n:])]
+	}
+	return nil
+}
+
+// enter makes the index point at a key.
+func (c *Cache) enter(k *ondisk.Key) {
+	var flags uint16
+	if k.Flags&ondisk.KeyClean == 0 {
+		flags = extDirty
+	}
+	s, p := c.keySpan(k)
+	s.sh.Lock()
+	s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: flags})
+	s.sh.Unlock()
+}
+
+// keySpan returns what a key covers and where.
+func (c *Cache) keySpan(k *ondisk.Key) (span, place) {
+	s := c.index.span(int64(k.Off>>sectorShift), int(k.Len>>sectorShift))
+	return s, s.place(k.Seg, uint16(k.SegOff>>sectorShift))
+}
+
+// appendLocked writes one kset at the head.
+func (c *Cache) appendLocked(keys []ondisk.Key) error {
+	j := &c.journal
+	size := ondisk.KsetSize(len(keys))
+	if j.mu.head.Off+size > ondisk.SegmentData-ondisk.KsetHeaderSize {
+		if err := c.nextSegmentLocked(); err != nil {
+			return err
+		}
+	}
+	at := c.layout.Offset(j.mu.head.Seg, j.mu.head.Off)
+	if err := c.mem.Zero(at+int64(size), ondisk.KsetHeaderSize); err != nil {
+		return fmt.Errorf("write the log's end mark: %w", err)
+	}
+	kset := ondisk.EncodeKset(j.mu.buf[:], j.mu.seq, keys)
+	c.mem.Fence()
+	if _, err := c.mem.WriteAt(kset, at); err != nil {
+		return fmt.Errorf("write the log: %w", err)
+	}
+	c.mem.Fence()
+	j.movedLocked(ondisk.Position{Seg: j.mu.head.Seg, Off: j.mu.head.Off + size})
+	return nil
+}
+
+// nextSegmentLocked ends the log in its segment and lets it go on in another.
+// The new one's end mark is durable before the LAST record that leads to it,
+// and that before the first kset there.
+func (c *Cache) nextSegmentLocked() error {
+	j := &c.journal
+	next, _, ok := c.segments.take(0)
+	if !ok {
+		return errLogFull
+	}
+	c.segments.all[next].refs.Store(1)
+	if err := c.mem.Zero(c.layout.Offset(next, 0), ondisk.KsetHeaderSize); err != nil {
+		return fmt.Errorf("begin a log segment: %w", err)
+	}
+	last := ondisk.EncodeLast(j.mu.buf[:], j.mu.seq, next)
+	c.mem.Fence()
+	if _, err := c.mem.WriteAt(last, c.layout.Offset(j.mu.head.Seg, j.mu.head.Off)); err != nil {
+		return fmt.Errorf("end a log segment: %w", err)
+	}
+	c.mem.Fence()
+	j.movedLocked(ondisk.Position{Seg: next})
+	return nil
+}
+
+// movedLocked: a kset has been written and the head is behind it.
+func (j *journal) movedLocked(head ondisk.Position) {
+	j.mu.head = head
+	j.mu.seq = ondisk.NextSeq(j.mu.seq)
+	j.mu.written++
+}

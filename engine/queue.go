@@ -1,0 +1,360 @@
+package engine
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"ublk-pcache/ondisk"
+)
+
+// Queue serves the requests of one thread. Hits and writes are done inline;
+// what has to wait for a disk, for space or for a sync goes elsewhere and
+// comes back through the inbox, whose first entry wakes the thread.
+type Queue struct {
+	c    *Cache
+	wake func()
+
+	// The data segment being filled. Its reference keeps it from dying.
+	head struct {
+		open bool
+		seg  uint32
+		off  uint32 // bytes
+	}
+
+	keys   []ondisk.Key // stored in this turn, not committed yet
+	filled []*fill      // read from the disk, waiting for the commit
+	turn   []*Request   // finished once this turn is committed
+
+	finished, returned []*Request
+
+	pieces   []extent // scratch of a read
+	freeFill *fill
+	stalled  atomic.Bool // the log was full at the last commit
+
+	inbox struct {
+		sync.Mutex
+		list, spare []*Request
+	}
+
+	stats queueStats
+}
+
+// queueStats are written by the queue's thread alone.
+type queueStats struct {
+	reads, writes, flushes atomic.Uint64 // requests
+	hits, misses           atomic.Uint64 // reads that did not, or did, need the disk
+	readBytes, writeBytes  atomic.Uint64
+}
+
+// count adds to a counter that only one thread writes.
+func count(n *atomic.Uint64, d int) { n.Store(n.Load() + uint64(d)) }
+
+// turnRequests is what the lists of a queue have room for without growing.
+const turnRequests = 256
+
+func newQueue(c *Cache, id int) *Queue {
+	q := &Queue{
+		c:        c,
+		wake:     func() {},
+		keys:     make([]ondisk.Key, 0, 2*turnRequests),
+		turn:     make([]*Request, 0, turnRequests),
+		finished: make([]*Request, 0, turnRequests),
+		returned: make([]*Request, 0, turnRequests),
+	}
+	q.inbox.list = make([]*Request, 0, turnRequests)
+	q.inbox.spare = make([]*Request, 0, turnRequests)
+	if id < len(c.segments.resumable) {
+		h := c.segments.resumable[id]
+		q.head.open, q.head.seg, q.head.off = true, h.seg, h.off
+		c.segments.all[h.seg].refs.Add(1)
+	}
+	return q
+}
+
+// OnWake sets what is called, from any goroutine, when something has come
+// back to the queue and the next Turn should be soon. Call it before the
+// first Submit.
+func (q *Queue) OnWake(wake func()) { q.wake = wake }
+
+// Submit starts a request.
+func (q *Queue) Submit(r *Request) {
+	r.q, r.Err, r.done, r.fills = q, nil, 0, nil
+	switch r.Op {
+	case Flush:
+		count(&q.stats.flushes, 1)
+		q.turn = append(q.turn, r)
+	case Read, Write:
+		if !q.c.covers(r.Off, len(r.Buf)) {
+			r.Err = fmt.Errorf("%w: offset %d, length %d", ErrInvalid, r.Off, len(r.Buf))
+			q.finished = append(q.finished, r)
+			return
+		}
+		if r.Op == Read {
+			count(&q.stats.reads, 1)
+			count(&q.stats.readBytes, len(r.Buf))
+			q.read(r)
+			return
+		}
+		count(&q.stats.writes, 1)
+		count(&q.stats.writeBytes, len(r.Buf))
+		q.write(r)
+	}
+}
+
+// covers reports whether the range is whole sectors of one stripe.
+func (c *Cache) covers(off int64, n int) bool {
+	return off >= 0 && n > 0 && off%ondisk.SectorSize == 0 && n%ondisk.SectorSize == 0 &&
+		off <= c.disk.Size()-int64(n) && off/ondisk.StripeSize == (off+int64(n)-1)/ondisk.StripeSize
+}
+
+// Turn ends a turn: it takes up what has come back, commits what was
+// submitted, and returns the requests that are finished. The slice is valid
+// until the next Turn.
+func (q *Queue) Turn() []*Request {
+	q.inbox.Lock()
+	list := q.inbox.list
+	q.inbox.list, q.inbox.spare = q.inbox.spare[:0], list
+	q.inbox.Unlock()
+	for _, r := range list {
+		switch r.stage {
+		case stageWrite:
+			q.write(r)
+		case stageRead:
+			q.read(r)
+		case stageFilled:
+			q.takeFills(r)
+		case stageSynced:
+			q.finished = append(q.finished, r)
+		}
+	}
+	q.commit()
+	q.finished, q.returned = q.returned[:0], q.finished
+	return q.returned
+}
+
+// post hands a request back to its queue. Any goroutine.
+func (q *Queue) post(r *Request) {
+	q.inbox.Lock()
+	first := len(q.inbox.list) == 0
+	q.inbox.list = append(q.inbox.list, r)
+	q.inbox.Unlock()
+	if first {
+		q.wake()
+	}
+}
+
+func (q *Queue) commit() {
+	c := q.c
+	if len(q.turn) == 0 && len(q.filled) == 0 && len(q.keys) == 0 {
+		return
+	}
+	var err error
+	if len(q.keys) > 0 || len(q.filled) > 0 {
+		switch err = c.commit(q); err {
+		case nil:
+			c.writeback.wrote()
+		case errLogFull:
+			q.stalled.Store(true)
+			c.gc.kick()
+			return
+		default:
+			c.fail(err)
+			q.abandon()
+		}
+		q.stalled.Store(false)
+	}
+	for _, r := range q.turn {
+		if err != nil && r.Op == Write {
+			r.Err = err
+		}
+		if r.Err == nil && !c.mem.Durable() && (r.Op == Flush || r.FUA) {
+			c.syncer.add(r)
+			continue
+		}
+		q.finished = append(q.finished, r)
+	}
+	q.turn = q.turn[:0]
+	for _, f := range q.filled {
+		q.endFill(f)
+	}
+	q.filled = q.filled[:0]
+}
+
+// abandon forgets the keys of a turn that could not be committed.
+func (q *Queue) abandon() {
+	for i := range q.keys {
+		q.c.drop(q.keys[i].Seg)
+	}
+	q.keys = q.keys[:0]
+}
+
+// alloc returns a place for up to n bytes of data, with a reference to its
+// segment for the key that will name it.
+func (q *Queue) alloc(n int) (seg, off uint32, got int, ok bool) {
+	if q.head.open && q.head.off == ondisk.SegmentData {
+		q.closeHead()
+	}
+	if !q.head.open {
+		seg, ok := q.c.takeData()
+		if !ok {
+			return 0, 0, 0, false
+		}
+		q.head.open, q.head.seg, q.head.off = true, seg, 0
+	}
+	seg, off = q.head.seg, q.head.off
+	got = min(n, int(ondisk.SegmentData-off))
+	q.head.off += uint32(got)
+	q.c.segments.all[seg].refs.Add(1)
+	return seg, off, got, true
+}
+
+func (q *Queue) closeHead() {
+	q.head.open = false
+	q.c.drop(q.head.seg)
+}
+
+// store puts data into the region and returns the key for it, with less than
+// all of p where the segment ended. ok is false where there is no space.
+func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags) (k ondisk.Key, ok bool, err error) {
+	seg, segOff, n, ok := q.alloc(len(p))
+	if !ok {
+		return k, false, nil
+	}
+	if _, err := q.c.mem.WriteAt(p[:n], q.c.layout.Offset(seg, segOff)); err != nil {
+		// Whatever else the segment holds stays; nothing is added to it.
+		q.c.drop(seg)
+		q.closeHead()
+		q.c.errs.memory.Add(1)
+		return k, true, fmt.Errorf("store data in segment %d: %w", seg, err)
+	}
+	k = ondisk.Key{
+		Off: uint64(off), Len: uint32(n), Flags: flags,
+		Seg: seg, SegOff: segOff, Gen: q.c.segments.all[seg].gen.Load(),
+	}
+	if q.c.crc {
+		k.CRC = ondisk.Checksum(p[:n])
+	}
+	return k, true, nil
+}
+
+// write gives the data of r its place, as far as there is space. The rest
+// waits in line, and so does everything while anybody is ahead in it.
+func (q *Queue) write(r *Request) {
+	c := q.c
+	if f := c.failed.Load(); f != nil {
+		c.space.leave(r)
+		r.Err = f.err
+		q.finished = append(q.finished, r)
+		return
+	}
+	if r.ticket == 0 && c.space.waiting.Load() > 0 || q.stalled.Load() {
+		q.wait(r)
+		return
+	}
+	for r.done < len(r.Buf) {
+		k, ok, err := q.store(r.Buf[r.done:], r.Off+int64(r.done), 0)
+		if err != nil {
+			r.Err = err
+			break
+		}
+		if !ok {
+			q.wait(r)
+			return
+		}
+		q.keys = append(q.keys, k)
+		r.done += int(k.Len)
+	}
+	c.space.leave(r)
+	q.turn = append(q.turn, r)
+}
+
+func (q *Queue) wait(r *Request) {
+	r.stage = stageWrite
+	q.c.space.park(r)
+	q.c.gc.kick()
+}
+
+// read answers r from the cache and asks the disk for what is not there. If
+// somebody else is already asking for a part of it, r waits for that first.
+func (q *Queue) read(r *Request) {
+	c := q.c
+	s := c.index.span(r.Off>>sectorShift, len(r.Buf)>>sectorShift)
+	hits, joined := q.lookup(s, r)
+	if joined {
+		return
+	}
+	for _, e := range hits {
+		buf := s.bytes(r.Buf, e)
+		_, err := c.mem.ReadAt(buf, c.layout.Offset(e.seg, uint32(e.pos)<<sectorShift))
+		c.unpin(e.seg)
+		switch {
+		case e.flags&extBad != 0:
+			r.Err = fmt.Errorf("%w: %d bytes at %d", ErrDamaged, len(buf), s.device(r, e))
+		case err != nil && e.flags&extDirty != 0:
+			c.errs.memory.Add(1)
+			r.Err = fmt.Errorf("read dirty data at %d: %w", s.device(r, e), err)
+		case err != nil:
+			// The disk has it too. The extent goes, and the disk's answer is
+			// not put in its place by this fill, which the index does not know.
+			c.errs.memory.Add(1)
+			c.index.forget(s.sub(e), s.sub(e).place(e.seg, e.pos), nil)
+			q.addFill(r, s, e)
+		}
+	}
+	if r.fills == nil {
+		count(&q.stats.hits, 1)
+		q.finished = append(q.finished, r)
+		return
+	}
+	count(&q.stats.misses, 1)
+	q.startFills(r)
+}
+
+// bytes returns the part of buf, which covers s, that belongs to e.
+func (s span) bytes(buf []byte, e extent) []byte {
+	return buf[int(e.off-s.off)<<sectorShift : int(e.end()-s.off)<<sectorShift]
+}
+
+// device returns the address of e in bytes, for r which covers s.
+func (s span) device(r *Request, e extent) int64 {
+	return r.Off + int64(e.off-s.off)<<sectorShift
+}
+
+// lookup returns the extents that r can be read from, pinned, and claims the
+// holes between them with fills. If a hole is claimed already, it does
+// nothing but put r in line for that fill, and says so.
+func (q *Queue) lookup(s span, r *Request) (hits []extent, joined bool) {
+	s.sh.Lock()
+	defer s.sh.Unlock()
+	hits = q.pieces[:0]
+	for c := s.seekLocked(s.off); c.ok() && c.at().off < s.end(); c.next() {
+		e := s.clip(*c.at())
+		if e.flags&extLoading != 0 {
+			r.stage = stageRead
+			f := q.c.fills.get(e.seg)
+			f.waiters = append(f.waiters, r)
+			return nil, true
+		}
+		hits = append(hits, e)
+	}
+	q.pieces = hits
+	at := s.off
+	for _, e := range hits {
+		q.c.segments.all[e.seg].pins.Add(1)
+		if at < e.off {
+			q.claimLocked(s, r, at, e.off)
+		}
+		at = e.end()
+	}
+	if at < s.end() {
+		q.claimLocked(s, r, at, s.end())
+	}
+	return hits, false
+}
+
+func (q *Queue) claimLocked(s span, r *Request, from, to uint16) {
+	e := extent{off: from, n: to - from, flags: extLoading}
+	e.seg = q.addFill(r, s, e).id
+	s.sub(e).setLocked(e)
+}

@@ -1,0 +1,127 @@
+package engine
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+
+	"ublk-pcache/ondisk"
+)
+
+// replay rebuilds the index from the log: later keys override earlier ones,
+// and what lies before dirty_tail, or is flagged clean, is clean. A key whose
+// generation has passed is dead and not even looked at: its data may be
+// somebody else's by now.
+//
+// Nothing is written. A log that is damaged rather than ended is refused; so
+// is a key that cannot be true.
+func (c *Cache) replay() error {
+	l := c.layout
+	r := replayer{c: c, dirty: l.KeyTail == l.DirtyTail, fill: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain))}
+	r.log[l.KeyTail.Seg] = true
+	end, err := l.WalkLog(c.mem, l.KeyTail, r.kset)
+	if err != nil {
+		return err
+	}
+	if end.Damage != nil {
+		return end.Damage
+	}
+	c.journal.mu.head, c.journal.mu.seq, c.journal.mu.written = end.Pos, end.NextSeq(), r.ksets
+	if !r.dirty {
+		r.cleaned = r.ksets
+	}
+	c.tails.mu.cleaned = r.cleaned
+	return r.sortSegments()
+}
+
+type replayer struct {
+	c       *Cache
+	dirty   bool   // dirty_tail has been reached
+	ksets   uint64 // so far
+	cleaned uint64 // before dirty_tail
+	fill    []uint32
+	log     []bool
+	buf     []byte
+}
+
+func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
+	if !r.dirty && at == r.c.layout.DirtyTail {
+		r.dirty, r.cleaned = true, r.ksets
+	}
+	r.ksets++
+	if k.Last {
+		r.log[k.Next] = true
+	}
+	for i := range k.Keys {
+		if err := r.key(&k.Keys[i]); err != nil {
+			return fmt.Errorf("key %d of the kset at %v: %w", i, at, err)
+		}
+	}
+	return nil
+}
+
+func (r *replayer) key(k *ondisk.Key) error {
+	c := r.c
+	switch gen := c.layout.Gens[k.Seg]; {
+	case k.Gen < gen:
+		return nil
+	case k.Gen > gen:
+		return fmt.Errorf("%w: %d of segment %d, which is at %d", ErrKeyGeneration, k.Gen, k.Seg, gen)
+	case int64(k.Off)+int64(k.Len) > c.disk.Size():
+		return fmt.Errorf("%w: data up to %d, device of %d bytes", ErrDiskTooSmall, k.Off+uint64(k.Len), c.disk.Size())
+	}
+	c.segments.all[k.Seg].refs.Add(1)
+	r.fill[k.Seg] = max(r.fill[k.Seg], k.SegOff+k.Len)
+
+	var flags uint16
+	if r.dirty && k.Flags&ondisk.KeyClean == 0 {
+		flags = extDirty
+	}
+	bad := c.crc && !r.intact(k)
+	s, p := c.keySpan(k)
+	s.sh.Lock()
+	defer s.sh.Unlock()
+	switch {
+	case bad && flags&extDirty == 0:
+		// The disk has it.
+		s.cutLocked()
+		c.errs.memory.Add(1)
+	case bad:
+		s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: flags | extBad})
+		c.errs.memory.Add(1)
+		c.log.Error(fmt.Sprintf("%d bytes at %d cannot be read", k.Len, k.Off), ErrDamaged)
+	default:
+		s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: flags})
+	}
+	return nil
+}
+
+// intact reports whether the data of a key is what its checksum says.
+func (r *replayer) intact(k *ondisk.Key) bool {
+	if r.buf == nil {
+		r.buf = make([]byte, ondisk.StripeSize)
+	}
+	buf := r.buf[:k.Len]
+	_, err := r.c.mem.ReadAt(buf, r.c.layout.Offset(k.Seg, k.SegOff))
+	return err == nil && ondisk.Checksum(buf) == k.CRC
+}
+
+// sortSegments tells log, data and free segments apart.
+func (r *replayer) sortSegments() error {
+	s := &r.c.segments
+	for i := range s.all {
+		seg, refs := uint32(i), s.all[i].refs.Load()
+		switch {
+		case r.log[i] && refs > 0:
+			return fmt.Errorf("%w: segment %d", ErrKeyInLog, i)
+		case r.log[i]:
+			s.all[i].refs.Store(1)
+		case refs == 0:
+			s.addFree(seg, true)
+		case r.fill[i] < ondisk.SegmentData:
+			s.resumable = append(s.resumable, resumable{seg, r.fill[i]})
+		}
+	}
+	slices.SortFunc(s.resumable, func(a, b resumable) int { return cmp.Compare(a.off, b.off) })
+	return nil
+}

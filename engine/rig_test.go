@@ -1,0 +1,186 @@
+package engine
+
+import (
+	"encoding/binary"
+	"fmt"
+	"sync"
+	"testing"
+
+	"ublk-pcache/backing"
+	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
+)
+
+// fakeDisk is a backing.Fake as the engine wants it.
+type fakeDisk struct{ *backing.Fake }
+
+func (fakeDisk) Buffer(n int) []byte { return make([]byte, n) }
+
+// testLog collects what the engine reports.
+type testLog struct {
+	mu    sync.Mutex
+	lines []string
+}
+
+func (l *testLog) Info(msg string, err error) { l.Error(msg, err) }
+func (l *testLog) Error(msg string, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lines = append(l.lines, fmt.Sprintf("%s: %v", msg, err))
+}
+
+// formatSmall makes a cache of the given number of segments, fewer than the
+// region could hold, so that it is soon full.
+func formatSmall(t testing.TB, mem *pmem.Region, segments uint32, crc bool, gcPercent int) {
+	t.Helper()
+	if err := ondisk.Format(mem, ondisk.FormatOptions{DataCRC: crc, GCPercent: gcPercent}); err != nil {
+		t.Fatal(err)
+	}
+	var info [ondisk.InfoSize]byte
+	for slot := range uint8(2) {
+		off := ondisk.EncodeInfo(info[:], ondisk.Replica{Slot: slot, Seq: slot}, ondisk.Info{
+			Segments: segments, Flags: ondisk.NewInfoFlags(crc, gcPercent),
+		})
+		store(t, mem, info[:], off)
+		// The last segment's info, without a successor: type 1 (cache data).
+		var last [16]byte
+		last[4] = slot
+		binary.LittleEndian.PutUint32(last[8:], 1<<1)
+		binary.LittleEndian.PutUint32(last[:], ondisk.Checksum(last[4:]))
+		store(t, mem, last[:], ondisk.SegmentsOff+int64(segments-1)*ondisk.SegmentSize+int64(slot)*4096)
+	}
+}
+
+func store(t testing.TB, mem *pmem.Region, p []byte, off int64) {
+	t.Helper()
+	if _, err := mem.WriteAt(p, off); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// rig is an open cache with a thread for each queue.
+type rig struct {
+	*Cache
+	loops []*loop
+}
+
+// loop stands for the thread of a ublk queue.
+type loop struct {
+	q     *Queue
+	in    chan *pending
+	wake  chan struct{}
+	quit  chan struct{}
+	ended chan struct{}
+}
+
+// pending is a request and who waits for it.
+type pending struct {
+	*Request
+	done chan error
+}
+
+func newRig(t testing.TB, mem Memory, disk *backing.Fake, queues int) *rig {
+	t.Helper()
+	r, err := openRig(mem, disk, queues)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func openRig(mem Memory, disk *backing.Fake, queues int) (*rig, error) {
+	c, err := Open(mem, fakeDisk{disk}, Options{Queues: queues, Log: &testLog{}})
+	if err != nil {
+		return nil, err
+	}
+	r := &rig{Cache: c}
+	for i := range queues {
+		l := &loop{
+			q: c.Queue(i), in: make(chan *pending, 64), wake: make(chan struct{}, 1),
+			quit: make(chan struct{}), ended: make(chan struct{}),
+		}
+		l.q.OnWake(func() {
+			select {
+			case l.wake <- struct{}{}:
+			default:
+			}
+		})
+		r.loops = append(r.loops, l)
+		go l.run()
+	}
+	return r, nil
+}
+
+func (l *loop) run() {
+	defer close(l.ended)
+	waiting := map[*Request]*pending{}
+	for {
+		select {
+		case p := <-l.in:
+			waiting[p.Request] = p
+			l.q.Submit(p.Request)
+			for more := true; more; {
+				select {
+				case p := <-l.in:
+					waiting[p.Request] = p
+					l.q.Submit(p.Request)
+				default:
+					more = false
+				}
+			}
+		case <-l.wake:
+		case <-l.quit:
+			return
+		}
+		for _, r := range l.q.Turn() {
+			p := waiting[r]
+			delete(waiting, r)
+			p.done <- r.Err
+		}
+	}
+}
+
+// do carries out one request on a queue.
+func (r *rig) do(queue int, req *Request) error {
+	p := &pending{Request: req, done: make(chan error, 1)}
+	l := r.loops[queue]
+	select {
+	case l.in <- p:
+	case <-l.ended:
+		return errKilled
+	}
+	select {
+	case err := <-p.done:
+		return err
+	case <-l.ended:
+		return errKilled
+	}
+}
+
+var errKilled = fmt.Errorf("the server is gone")
+
+// kill ends the threads wherever they are, then the cache. No request that is
+// under way is answered.
+func (r *rig) kill() error {
+	for _, l := range r.loops {
+		close(l.quit)
+		<-l.ended
+	}
+	return r.Close()
+}
+
+func (r *rig) write(t testing.TB, off int64, p []byte) {
+	t.Helper()
+	if err := r.do(0, &Request{Op: Write, Off: off, Buf: p}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (r *rig) read(t testing.TB, off int64, n int) []byte {
+	t.Helper()
+	p := make([]byte, n)
+	if err := r.do(0, &Request{Op: Read, Off: off, Buf: p}); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}

@@ -1,0 +1,194 @@
+package engine
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"ublk-pcache/ondisk"
+)
+
+// segment is what is known about a segment besides its content.
+//
+// A data segment is held by references: one for each key that names it,
+// taken when the space is allocated and dropped when garbage collection
+// passes the key, and one by the queue that fills it. When the last is
+// dropped the segment is dying; it is free when no reader has it pinned and
+// its generation has moved on.
+//
+// A pin is taken under the lock of the shard whose extent leads to the
+// segment, and extents of a key go before its reference does, so no pin is
+// taken of a dying segment.
+type segment struct {
+	refs atomic.Int32
+	pins atomic.Int32
+	gen  atomic.Uint64
+}
+
+// logReserve returns how many free segments data may not take, so that the
+// log always finds one. Once data gets no more segments, each queue can still
+// fill the one it has with at most 32,744 single-sector keys, which take up to
+// 64 bytes of log each if every one is a kset of its own: 2 MiB a queue, and
+// one more for the rest of the current log segment.
+func logReserve(queues int) int { return 1 + (queues+7)/8 }
+
+type segments struct {
+	all     []segment
+	reserve int
+	// resumable are the half-filled segments that replay found, emptiest
+	// first; the queues go on filling them.
+	resumable []resumable
+	mu        struct {
+		sync.Mutex
+		freeList []uint32 // first in, first out, so that wear is even
+		at       []ondisk.Replica
+		stale    []bool // free since before this run: the generation must move first
+	}
+}
+
+type resumable struct{ seg, off uint32 }
+
+func (s *segments) init(l *ondisk.Layout, reserve int) {
+	s.all = make([]segment, len(l.Chain))
+	s.reserve = reserve
+	s.mu.at = l.GenAt
+	s.mu.stale = make([]bool, len(l.Chain))
+	for i := range s.all {
+		s.all[i].gen.Store(l.Gens[i])
+	}
+}
+
+// addFree makes a segment available. Segments found free by replay are stale:
+// a crash may have come between the tail that freed them and the generation.
+func (s *segments) addFree(seg uint32, stale bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.freeList = append(s.mu.freeList, seg)
+	s.mu.stale[seg] = stale
+}
+
+func (s *segments) free() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.mu.freeList)
+}
+
+// take removes a segment from the free ones unless that would leave fewer
+// than keep.
+func (s *segments) take(keep int) (seg uint32, stale, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.mu.freeList) <= keep {
+		return 0, false, false
+	}
+	seg = s.mu.freeList[0]
+	s.mu.freeList = s.mu.freeList[1:]
+	stale, s.mu.stale[seg] = s.mu.stale[seg], false
+	return seg, stale, true
+}
+
+// takeData hands out a segment for data, with the queue's reference to it.
+func (c *Cache) takeData() (uint32, bool) {
+	seg, stale, ok := c.segments.take(c.segments.reserve)
+	if !ok {
+		return 0, false
+	}
+	if stale {
+		if err := c.bumpGeneration(seg); err != nil {
+			c.fail(err)
+			return 0, false
+		}
+		c.mem.Fence()
+	}
+	c.segments.all[seg].refs.Store(1)
+	n, used := len(c.segments.all), len(c.segments.all)-c.segments.free()
+	limit := int(c.gc.percent.Load()) * n / 100
+	if used > limit {
+		c.gc.kick()
+	}
+	if used > limit/2 {
+		_, written := c.journal.head()
+		c.writeback.demand(written)
+	}
+	return seg, true
+}
+
+// bumpGeneration makes every key that names the segment a dead one. It does
+// not persist.
+func (c *Cache) bumpGeneration(seg uint32) error {
+	s := &c.segments
+	gen := s.all[seg].gen.Load() + 1
+	s.mu.Lock()
+	at := s.mu.at[seg].Next()
+	s.mu.at[seg] = at
+	s.mu.Unlock()
+	var buf [ondisk.GenerationSize]byte
+	off := c.layout.EncodeGeneration(buf[:], seg, at, gen)
+	if _, err := c.mem.WriteAt(buf[:], off); err != nil {
+		return fmt.Errorf("write the generation of segment %d: %w", seg, err)
+	}
+	s.all[seg].gen.Store(gen)
+	return nil
+}
+
+// drop gives one reference back. Whoever drops the last one hands the segment
+// to garbage collection.
+func (c *Cache) drop(seg uint32) {
+	if c.segments.all[seg].refs.Add(-1) == 0 {
+		c.gc.bury(seg)
+	}
+}
+
+func (c *Cache) unpin(seg uint32) {
+	if c.segments.all[seg].pins.Add(-1) == 0 && c.segments.all[seg].refs.Load() == 0 {
+		c.gc.kick()
+	}
+}
+
+// space is where requests wait for a segment, in the order they came. A woken
+// request that finds nothing goes back to its old place.
+type space struct {
+	waiting atomic.Int32 // requests waiting or being retried
+	mu      struct {
+		sync.Mutex
+		list []*Request
+		last uint64 // ticket
+	}
+}
+
+// park adds r, in the order of tickets.
+func (s *space) park(r *Request) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if r.ticket == 0 {
+		s.mu.last++
+		r.ticket = s.mu.last
+		s.waiting.Add(1)
+	}
+	i := len(s.mu.list)
+	for i > 0 && s.mu.list[i-1].ticket > r.ticket {
+		i--
+	}
+	s.mu.list = append(s.mu.list, nil)
+	copy(s.mu.list[i+1:], s.mu.list[i:])
+	s.mu.list[i] = r
+}
+
+// leave is called for a request that has got its space.
+func (s *space) leave(r *Request) {
+	if r.ticket != 0 {
+		r.ticket = 0
+		s.waiting.Add(-1)
+	}
+}
+
+// wakeWriters lets everybody who waits for space try again.
+func (c *Cache) wakeWriters() {
+	c.space.mu.Lock()
+	list := c.space.mu.list
+	c.space.mu.list = nil
+	c.space.mu.Unlock()
+	for _, r := range list {
+		r.q.post(r)
+	}
+}

@@ -1,0 +1,122 @@
+package engine
+
+import (
+	"fmt"
+	"sync/atomic"
+
+	"ublk-pcache/ondisk"
+)
+
+// errorCounts count what went wrong since the cache was opened.
+type errorCounts struct {
+	memory    atomic.Uint64 // accesses of the region that failed, bad checksums
+	diskReads atomic.Uint64 // failed reads of misses
+	rounds    atomic.Uint64 // failed rounds of write-back
+}
+
+// State is how a cache is.
+type State string
+
+const (
+	// Healthy: everything works.
+	Healthy State = "ok"
+	// Degraded: write-back fails at the moment; dirty data stays in the cache.
+	Degraded State = "degraded"
+	// Failed: the region takes no more writes. Reads go on.
+	Failed State = "failed"
+)
+
+// Status is a cache at one moment. Sizes are in bytes, counts since Open.
+type Status struct {
+	State State
+	Error string // why it is not healthy
+
+	Segments, UsedSegments int
+	GCPercent              int
+	DataCRC                bool
+	InfoFlags              ondisk.InfoFlags
+
+	KeyHead, KeyTail, DirtyTail ondisk.Position
+
+	DirtyBytes, CleanBytes int64
+	Extents                int64
+	IndexBytes             int64
+
+	Reads, Writes, Flushes uint64
+	ReadBytes, WriteBytes  uint64
+	Hits, Misses           uint64
+	WrittenBack            uint64
+	Waiting                int // requests waiting for space
+
+	MemoryErrors, DiskReadErrors, WritebackErrors uint64
+}
+
+// Status returns the cache's present state. Any goroutine.
+func (c *Cache) Status() Status {
+	u := c.index.usage()
+	c.gc.info.Lock()
+	flags := c.layout.Info.Flags
+	c.gc.info.Unlock()
+	s := Status{
+		State:           Healthy,
+		Segments:        len(c.segments.all),
+		UsedSegments:    len(c.segments.all) - c.segments.free(),
+		GCPercent:       flags.GCPercent(),
+		DataCRC:         c.crc,
+		InfoFlags:       flags,
+		KeyTail:         c.tails.keyTail(),
+		DirtyBytes:      u.dirty,
+		CleanBytes:      u.clean,
+		Extents:         u.extents,
+		IndexBytes:      u.bytes,
+		WrittenBack:     c.writeback.written.Load(),
+		Waiting:         int(c.space.waiting.Load()),
+		MemoryErrors:    c.errs.memory.Load(),
+		DiskReadErrors:  c.errs.diskReads.Load(),
+		WritebackErrors: c.errs.rounds.Load(),
+	}
+	s.KeyHead, _ = c.journal.head()
+	s.DirtyTail, _ = c.tails.dirtyTail()
+	for _, q := range c.queues {
+		s.Reads += q.stats.reads.Load()
+		s.Writes += q.stats.writes.Load()
+		s.Flushes += q.stats.flushes.Load()
+		s.ReadBytes += q.stats.readBytes.Load()
+		s.WriteBytes += q.stats.writeBytes.Load()
+		s.Hits += q.stats.hits.Load()
+		s.Misses += q.stats.misses.Load()
+	}
+	c.writeback.mu.Lock()
+	if err := c.writeback.mu.err; err != nil {
+		s.State, s.Error = Degraded, err.Error()
+	}
+	c.writeback.mu.Unlock()
+	if f := c.failed.Load(); f != nil {
+		s.State, s.Error = Failed, f.err.Error()
+	}
+	return s
+}
+
+// SetGCPercent makes garbage collection keep the cache at most n percent full,
+// 0 to 90, now and after a restart.
+func (c *Cache) SetGCPercent(n int) error {
+	if n < 0 || n > ondisk.MaxGCPercent {
+		return fmt.Errorf("%w: gc_percent %d is not within 0 to %d", ErrOptions, n, ondisk.MaxGCPercent)
+	}
+	c.gc.info.Lock()
+	defer c.gc.info.Unlock()
+	info, at := c.layout.Info, c.layout.InfoCopies.Newest.Next()
+	info.Flags = info.Flags.WithGCPercent(n)
+	var buf [ondisk.InfoSize]byte
+	off := ondisk.EncodeInfo(buf[:], at, info)
+	if _, err := c.mem.WriteAt(buf[:], off); err != nil {
+		return fmt.Errorf("write cache_info: %w", err)
+	}
+	if err := c.persist(); err != nil {
+		return fmt.Errorf("write cache_info: %w", err)
+	}
+	c.layout.Info, c.layout.InfoCopies.Newest = info, at
+	c.gc.percent.Store(int32(n))
+	c.gc.kick()
+	return nil
+}
