@@ -1,0 +1,97 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"ublk-pcache/ondisk"
+)
+
+const (
+	// maxDepth is the driver's (drivers/block/ublk_drv.c, UBLK_MAX_QUEUE_DEPTH).
+	maxDepth = 4096
+	// defaultQueues is what it takes to keep the memory busy; more than CPUs
+	// help nobody.
+	defaultQueues = 4
+)
+
+func newAddCmd() *cobra.Command {
+	var o serveOptions
+	var foreground, crc bool
+	var gc int
+	cmd := &cobra.Command{
+		Use:   "add -p PMEM -b BACKING",
+		Short: "Put a cache in front of a disk and print the new device's path",
+		Long: `Put a cache in front of a disk and print the new device's path.
+
+PMEM is a device-dax device (/dev/dax0.0), a file on a DAX file system, or any
+file ("cache.img,size=1G" makes it). A cache that is there is opened, whichever
+of this program and the kernel's dm-pcache wrote it; a blank PMEM is formatted;
+anything else needs --format.
+
+BACKING is a block device or a file. Nobody else may use it meanwhile.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if cmd.Flags().Changed("data-crc") {
+				o.DataCRC = &crc
+			}
+			if cmd.Flags().Changed("gc-percent") {
+				o.GCPercent = &gc
+			}
+			o.Foreground = foreground
+			if err := o.check(cmd.Flags().Changed("id")); err != nil {
+				return err
+			}
+			return launch(o, foreground)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVarP(&o.Device.PMEM, "pmem", "p", "", "persistent memory: /dev/daxN.N, FILE, or FILE,size=SIZE")
+	f.StringVarP(&o.Device.Backing, "backing", "b", "", "backing device or file")
+	f.IntVarP(&o.Device.ID, "id", "n", -1, "number of the device (default: the first free one)")
+	f.IntVarP(&o.Device.Queues, "queues", "q", min(defaultQueues, runtime.NumCPU()), "number of queues, each a thread")
+	f.IntVarP(&o.Device.Depth, "depth", "d", 128, "requests in flight per queue")
+	f.BoolVar(&crc, "data-crc", false, "keep checksums of the data (new caches; default: on for plain files)")
+	f.IntVar(&gc, "gc-percent", ondisk.DefaultGCPercent, "how full garbage collection lets the cache become, 0 to 90")
+	f.BoolVar(&o.Format, "format", false, "make a new cache even if PMEM is not blank")
+	f.BoolVar(&o.Force, "force", false, "with --format: even if PMEM holds dirty data; without: even if BACKING has another serial")
+	f.BoolVar(&foreground, "foreground", false, "stay, and log to the terminal")
+	return cmd
+}
+
+// check refuses options that cannot work, and makes paths independent of the
+// working directory.
+func (o *serveOptions) check(idGiven bool) error {
+	d := &o.Device
+	switch {
+	case d.PMEM == "":
+		return errors.New("no persistent memory given: -p PMEM")
+	case d.Backing == "":
+		return errors.New("no backing device given: -b BACKING")
+	case idGiven && d.ID < 0:
+		return fmt.Errorf("--id %d: a device number is not negative", d.ID)
+	case d.Queues < 1 || d.Queues > runtime.NumCPU():
+		return fmt.Errorf("--queues %d: give 1 to %d, the number of CPUs", d.Queues, runtime.NumCPU())
+	case d.Depth < 1 || d.Depth > maxDepth:
+		return fmt.Errorf("--depth %d: give 1 to %d", d.Depth, maxDepth)
+	case o.GCPercent != nil && (*o.GCPercent < 0 || *o.GCPercent > ondisk.MaxGCPercent):
+		return fmt.Errorf("--gc-percent %d: give 0 to %d", *o.GCPercent, ondisk.MaxGCPercent)
+	}
+	var err error
+	if d.Backing, err = filepath.Abs(d.Backing); err != nil {
+		return err
+	}
+	path, size, sized := strings.Cut(d.PMEM, ",size=")
+	if path, err = filepath.Abs(path); err != nil {
+		return err
+	}
+	if d.PMEM = path; sized {
+		d.PMEM += ",size=" + size
+	}
+	return nil
+}

@@ -1,0 +1,41 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
+)
+
+func newCheckCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "check PMEM",
+		Short: "Verify a cache that is not in use, without changing it",
+		Long: `Verify everything on PMEM: all metadata in both copies, the log, and the
+cached data, with its checksums if the cache keeps them. Each thing wrong is a
+line on stdout, and the exit code is 1 if there is any.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r, err := pmem.Open(args[0], pmem.ReadOnly)
+			if err != nil {
+				return err
+			}
+			defer r.Close()
+			rep := ondisk.Check(r, r.Size(), true)
+			for _, p := range rep.Problems {
+				fmt.Fprintln(cmd.OutOrStdout(), p)
+			}
+			if n := len(rep.Problems) + rep.More; n > 0 {
+				if rep.More > 0 {
+					fmt.Fprintf(cmd.OutOrStdout(), "and %d more\n", rep.More)
+				}
+				return fmt.Errorf("%s: problems found: %d", r.Path(), n)
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%s: in order, %d keys (%d clean, %d dirty with %d bytes) in %d ksets up to %v\n",
+				r.Path(), rep.Keys, rep.Clean, rep.Dirty, rep.DirtyBytes, rep.Ksets, rep.End.Pos)
+			return nil
+		},
+	}
+}

@@ -1,0 +1,43 @@
+package main
+
+import (
+	"errors"
+
+	"github.com/spf13/cobra"
+
+	"ublk-pcache/ublk"
+)
+
+func newDelCmd() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "del ID",
+		Short: "Remove a device; its dirty data stays in the cache",
+		Long: `Remove a device and end its server. Dirty data stays in the cache; to have it
+on the backing device, flush first. A device that is open is not removed.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			id, err := deviceID(args[0])
+			if err != nil {
+				return err
+			}
+			d, err := readState(id)
+			if err != nil {
+				return err
+			}
+			if d.alive() {
+				_, err := ask(id, command{Do: "del", Force: force})
+				return err
+			}
+			// Everything acknowledged is in the cache; all that is left to
+			// remove is the device.
+			if err := ublk.Remove(id, force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
+				return err
+			}
+			d.remove()
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&force, "force", false, "even if the device is open")
+	return cmd
+}

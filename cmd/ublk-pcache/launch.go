@@ -1,0 +1,170 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"ublk-pcache/ublk"
+)
+
+// A server protects the machine it serves: the kernel may need it to write
+// out dirty pages just when memory is short. Three of its protections are
+// inherited rather than set: every thread of the Go runtime must have
+// PR_SET_IO_FLUSHER, which survives fork and exec but covers only the calling
+// thread (kernel/fork.c and include/linux/sched.h: PF_MEMALLOC_NOIO), and a
+// mount namespace of its own, without which a server that is the last to leave
+// a namespace would be asked to serve the unmount of its own device while it
+// exits. So whoever starts a server takes both on one thread and starts the
+// server from that thread.
+
+// launch starts a server for o and returns the device path once it is ready,
+// or why it is not. With foreground, launch becomes the server's parent and
+// returns when that ends.
+func launch(o serveOptions, foreground bool) error {
+	if os.Geteuid() != 0 {
+		return ublk.ErrNotRoot
+	}
+	config, err := json.Marshal(o)
+	if err != nil {
+		return err
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(self, "serve", string(config))
+	cmd.ExtraFiles = []*os.File{w}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: !foreground}
+	if foreground {
+		cmd.Stderr = os.Stderr
+		// Ctrl-C reaches both; the server decides when to end.
+		signal.Ignore(os.Interrupt, syscall.SIGTERM)
+	}
+	started := make(chan error)
+	go func() {
+		// Never unlocked: a thread with these properties ends with its goroutine.
+		runtime.LockOSThread()
+		err := isolate(self, o.Device.PMEM, o.Device.Backing)
+		if err == nil {
+			err = cmd.Start()
+		}
+		started <- err
+	}()
+	err = <-started
+	w.Close()
+	if err != nil {
+		return fmt.Errorf("start the server: %w", err)
+	}
+	answer, err := io.ReadAll(r)
+	if err != nil {
+		return fmt.Errorf("wait for the server: %w", err)
+	}
+	path, ready := strings.CutPrefix(string(answer), readyPrefix)
+	switch {
+	case ready:
+		fmt.Println(path)
+	case len(answer) > 0:
+		return fmt.Errorf("%s", answer)
+	default:
+		return fmt.Errorf("the server died before it was ready: %v", cmd.Wait())
+	}
+	if foreground {
+		return cmd.Wait()
+	}
+	return cmd.Process.Release()
+}
+
+// readyPrefix begins the answer of a server that is ready; the path of its
+// device follows. Any other answer is an error.
+const readyPrefix = "ready "
+
+// readyFD is where a server finds the pipe for its answer.
+const readyFD = 3
+
+// isolate gives the calling thread what its children inherit. keep are paths
+// that the server needs.
+func isolate(keep ...string) error {
+	if err := unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("become an I/O flusher: %w", err)
+	}
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("leave the mount namespace: %w", err)
+	}
+	// Slave, not private: what is mounted and unmounted outside reaches the
+	// copies in here, where the outside shares its mounts. It need not, so all
+	// copies that are not needed go: a file system on the device itself would
+	// stay busy in here for as long as the server lives.
+	if err := unix.Mount("none", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return fmt.Errorf("leave the mount namespace: %w", err)
+	}
+	return unmountAllBut(append(keep, "/dev", "/proc", stateDir, "/sys"))
+}
+
+// unmountAllBut detaches every mount of the calling thread's namespace that is
+// on the way to none of the paths.
+func unmountAllBut(keep []string) error {
+	info, err := os.ReadFile("/proc/thread-self/mountinfo")
+	if err != nil {
+		return fmt.Errorf("list mounts: %w", err)
+	}
+	lines := strings.Split(strings.TrimSpace(string(info)), "\n")
+	// Later mounts may cover earlier ones.
+	for _, line := range slices.Backward(lines) {
+		// Field 5 is the mount point, with \040 and the like for special bytes
+		// (fs/proc_namespace.c, show_mountinfo).
+		point, err := strconv.Unquote(`"` + strings.Fields(line)[4] + `"`)
+		if err != nil {
+			return fmt.Errorf("list mounts: %q: %w", line, err)
+		}
+		below := strings.TrimSuffix(point, "/") + "/"
+		if slices.ContainsFunc(keep, func(path string) bool { return strings.HasPrefix(path+"/", below) }) {
+			continue
+		}
+		if err := unix.Unmount(point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL {
+			return fmt.Errorf("unmount %s in the server's namespace: %w", point, err)
+		}
+	}
+	return nil
+}
+
+func newServeCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:    "serve CONFIG",
+		Hidden: true,
+		Args:   cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			var o serveOptions
+			if err := json.Unmarshal([]byte(args[0]), &o); err != nil {
+				return err
+			}
+			unix.CloseOnExec(readyFD)
+			ready := os.NewFile(readyFD, "ready")
+			s, err := start(o)
+			if err != nil {
+				fmt.Fprint(ready, oneLine(err))
+				os.Exit(1)
+			}
+			fmt.Fprint(ready, readyPrefix, s.dev.Device)
+			ready.Close()
+			s.wait()
+			return nil
+		},
+	}
+}

@@ -1,0 +1,88 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"ublk-pcache/ublk"
+)
+
+// listed is a device as list shows it.
+type listed struct {
+	ID      int    `json:"id"`
+	Device  string `json:"device"`
+	PMEM    string `json:"pmem"`
+	Backing string `json:"backing"`
+	State   string `json:"state"` // starting, live, dead (recover it), gone (del it)
+	PID     int    `json:"pid"`   // 0 without a server
+}
+
+func newListCmd() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "Show all devices, also those whose server has died",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			devices, err := readStates()
+			if err != nil {
+				return err
+			}
+			all := []listed{}
+			for _, d := range devices {
+				l, err := look(d)
+				if err != nil {
+					return err
+				}
+				all = append(all, l)
+			}
+			if asJSON {
+				return printJSON(all)
+			}
+			w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
+			fmt.Fprintln(w, "ID\tDEVICE\tPMEM\tBACKING\tSTATE\tPID")
+			for _, l := range all {
+				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%d\n", l.ID, l.Device, l.PMEM, l.Backing, l.State, l.PID)
+			}
+			return w.Flush()
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
+	return cmd
+}
+
+// look finds out how a device is, from its server and from the driver.
+func look(d *device) (listed, error) {
+	l := listed{ID: d.ID, Device: d.Device, PMEM: d.PMEM, Backing: d.Backing, PID: d.PID}
+	alive := d.alive()
+	if !alive {
+		l.PID = 0
+	}
+	info, err := ublk.Lookup(d.ID)
+	switch {
+	case errors.Is(err, ublk.ErrNoDevice) && alive:
+		l.State = "starting"
+	case errors.Is(err, ublk.ErrNoDevice):
+		l.State = "gone"
+	case err != nil:
+		return l, err
+	case alive && info.State == ublk.Live:
+		l.State = "live"
+	case alive:
+		l.State = "starting"
+	default:
+		l.State = "dead"
+	}
+	return l, nil
+}
+
+func printJSON(v any) error {
+	e := json.NewEncoder(os.Stdout)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}

@@ -1,0 +1,216 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"encoding/json"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+
+	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
+)
+
+// goldenImage unpacks the pmem image of a cache that the kernel wrote, with
+// its holes.
+func goldenImage(t *testing.T, name string) string {
+	t.Helper()
+	f, err := os.Open("../../ondisk/testdata/" + name + ".tar.gz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	z, err := gzip.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	archive := tar.NewReader(z)
+	h, err := archive.Next()
+	if err != nil || h.Name != name+".pmem" {
+		t.Fatal(h, err)
+	}
+	path := filepath.Join(t.TempDir(), h.Name)
+	out, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	if err := out.Truncate(h.Size); err != nil {
+		t.Fatal(err)
+	}
+	chunk, zeros := make([]byte, 64<<10), make([]byte, 64<<10)
+	for off := int64(0); off < h.Size; {
+		n, err := io.ReadFull(archive, chunk[:min(int64(len(chunk)), h.Size-off)])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(chunk[:n], zeros[:n]) {
+			if _, err := out.WriteAt(chunk[:n], off); err != nil {
+				t.Fatal(err)
+			}
+		}
+		off += int64(n)
+	}
+	return path
+}
+
+// execute runs one as main does and returns what it printed.
+func execute(cmd *cobra.Command, args ...string) (string, error) {
+	var out bytes.Buffer
+	cmd.SetArgs(args)
+	cmd.SetOut(&out)
+	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	err := cmd.Execute()
+	return out.String(), err
+}
+
+// fails makes sure that an error is one line with each of the words.
+func fails(t *testing.T, err error, words ...string) {
+	t.Helper()
+	if err == nil {
+		t.Errorf("no error, want one with %q", words)
+		return
+	}
+	for _, w := range words {
+		if !strings.Contains(err.Error(), w) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("error %q, want a line with %q", err, words)
+		}
+	}
+}
+
+func TestOfflineGolden(t *testing.T) {
+	for name, want := range map[string]dumpEnd{
+		"small-crc":   {Ksets: 4, Keys: 217, Clean: 122, Offset: 8776},
+		"small-nocrc": {Ksets: 8, Keys: 214, Clean: 111, Offset: 8752},
+	} {
+		image := goldenImage(t, name)
+		before, err := os.Stat(image)
+		if err != nil {
+			t.Fatal(err)
+		}
+
+		out, err := execute(newDumpCmd(), image, "--json")
+		var got struct {
+			dumpHead
+			Ksets []dumpKset `json:"ksets"`
+			Log   dumpEnd    `json:"log"`
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal([]byte(out), &got); err != nil {
+			t.Fatal(err)
+		}
+		keys := 0
+		for _, k := range got.Ksets {
+			keys += len(k.Keys)
+		}
+		if got.Log != want || len(got.Ksets) != want.Ksets || keys != want.Keys || len(got.Chain) != 32 ||
+			got.Info.DataCRC != (name == "small-crc") || got.Identity != nil || *got.KeyTail != *got.DirtyTail {
+			t.Errorf("%s: %+v, %d ksets with %d keys, %+v", name, got.Log, len(got.Ksets), keys, got.dumpHead)
+		}
+
+		text, err := execute(newDumpCmd(), image)
+		if err != nil || strings.Count(text, "\n  ") != want.Keys || strings.Count(text, ", clean\n") != want.Clean {
+			t.Errorf("%s: dump prints %d lines, %v", name, strings.Count(text, "\n"), err)
+		}
+		if out, err := execute(newCheckCmd(), image); err != nil || !strings.Contains(out, "in order") || strings.Count(out, "\n") != 1 {
+			t.Errorf("%s: check: %q, %v", name, out, err)
+		}
+		_, err = execute(newFormatCmd(), image)
+		fails(t, err, image, "bytes of dirty data", "--force")
+
+		if after, err := os.Stat(image); err != nil || !after.ModTime().Equal(before.ModTime()) {
+			t.Errorf("%s: the image was changed: %v", name, err)
+		}
+	}
+}
+
+func TestCheckDamaged(t *testing.T) {
+	image := goldenImage(t, "small-crc")
+	f, err := os.OpenFile(image, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	// The magic number of the second kset, and the newest generation of
+	// segment 0.
+	if _, err := f.WriteAt([]byte{0}, 32768+24+101*40+8); err != nil {
+		t.Fatal(err)
+	}
+	out, err := execute(newCheckCmd(), image)
+	fails(t, err, image, "problems found: 1")
+	if !strings.Contains(out, "the log is damaged at 0:4064") {
+		t.Errorf("check prints %q", out)
+	}
+	_, err = execute(newDumpCmd(), image)
+	fails(t, err, image, "the log is damaged at 0:4064")
+	if _, err := f.WriteAt([]byte{0}, 20480+8192+16); err != nil {
+		t.Fatal(err)
+	}
+	out, err = execute(newDumpCmd(), image, "--json")
+	fails(t, err, image, "generation")
+	if !json.Valid([]byte(out)) {
+		t.Errorf("no JSON: %q", out)
+	}
+	_, err = execute(newFormatCmd(), image)
+	fails(t, err, image, "not in order", "--force")
+}
+
+func TestFormatCommand(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cache.img")
+	_, err := execute(newFormatCmd(), path)
+	fails(t, err, path, "size=")
+	_, err = execute(newFormatCmd(), path+",size=512M", "--gc-percent", "91")
+	fails(t, err, "91", "0 to 90")
+	if _, err := os.Stat(path); err == nil {
+		t.Error("a refused format leaves a file behind")
+	}
+	out, err := execute(newFormatCmd(), path+",size=512M", "--gc-percent", "40")
+	if err != nil || strings.Count(out, "\n") != 1 {
+		t.Fatalf("%q, %v", out, err)
+	}
+
+	r, err := pmem.Open(path, pmem.ReadWrite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := ondisk.ReadLayout(r, r.Size())
+	if err != nil || !l.Info.Flags.DataCRC() || l.Info.Flags.GCPercent() != 40 {
+		t.Errorf("%+v, %v", l, err)
+	}
+	for _, cmd := range []*cobra.Command{newFormatCmd(), newDumpCmd(), newCheckCmd()} {
+		_, err := execute(cmd, path)
+		fails(t, err, path, "in use by another process")
+	}
+	r.Close()
+
+	_, err = execute(newFormatCmd(), path)
+	fails(t, err, path, "without dirty data", "--force")
+	if _, err := execute(newFormatCmd(), path, "--force", "--data-crc=false"); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := execute(newDumpCmd(), path); err != nil || !strings.Contains(out, "data crc off, gc at 70 %") {
+		t.Errorf("%q, %v", out, err)
+	}
+
+	// Something that is not a cache.
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt(make([]byte, 24), 4096); err != nil {
+		t.Fatal(err)
+	}
+	_, err = execute(newFormatCmd(), path)
+	fails(t, err, path, "no cache", "not blank", "--force")
+	_, err = execute(newCheckCmd(), path)
+	fails(t, err, path, "problems found: 1")
+}

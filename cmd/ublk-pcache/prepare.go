@@ -1,0 +1,112 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
+)
+
+// prepare makes sure that the region holds a cache that may be put in front of
+// the disk: it refuses what does not fit, and formats what is blank, or what
+// it was told to. The returned function binds the cache to the disk where that
+// has not been done; it is for when the cache has been opened.
+func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
+	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
+	if errors.Is(err, ondisk.ErrNotFormatted) || o.Format {
+		return func() error { return nil }, s.format(o, layout, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cache %s: %w (look with 'ublk-pcache check %s'; to give up what it holds: --format)", s.dev.PMEM, err, s.dev.PMEM)
+	}
+	if crc := layout.Info.Flags.DataCRC(); o.DataCRC != nil && *o.DataCRC != crc {
+		return nil, fmt.Errorf("cache %s was formatted with --data-crc=%t, not %t (leave the option out, or make a new cache with --format)", s.dev.PMEM, crc, *o.DataCRC)
+	}
+	id, mine := layout.Identity, s.identity()
+	if id == nil {
+		return func() error {
+			return ondisk.WriteIdentity(s.region, layout.IdentityCopies.Newest, mine)
+		}, nil
+	}
+	switch {
+	case !id.Matches(mine.Serial) && !o.Force:
+		return nil, fmt.Errorf("cache %s belongs to the backing device with serial %q; %s has %q (give that one, or if this is its copy: --force)", s.dev.PMEM, id.Serial, s.dev.Backing, mine.Serial)
+	case mine.BackingSize < id.BackingSize:
+		return nil, fmt.Errorf("backing device %s has %d bytes, less than the %d it had when cache %s was made (give the right device, or one at least as large)", s.dev.Backing, mine.BackingSize, id.BackingSize, s.dev.PMEM)
+	case mine.BackingSize > id.BackingSize || !id.Matches(mine.Serial):
+		mine.UUID = id.UUID
+		return func() error {
+			return ondisk.WriteIdentity(s.region, layout.IdentityCopies.Newest, mine)
+		}, nil
+	}
+	return func() error { return nil }, nil
+}
+
+// format makes a new cache, if that is harmless or was asked for. found is
+// what ReadLayout said.
+func (s *server) format(o *serveOptions, layout *ondisk.Layout, found error) error {
+	if err := mayFormat(s.region, s.dev.PMEM, layout, found, o.Format, o.Force); err != nil {
+		return err
+	}
+	opts := ondisk.FormatOptions{
+		// On a plain file a power cut may lose some pages and keep others;
+		// the checksums find the keys it hit.
+		DataCRC:   !s.region.Durable(),
+		GCPercent: ondisk.DefaultGCPercent,
+		Identity:  s.identity(),
+	}
+	if o.DataCRC != nil {
+		opts.DataCRC = *o.DataCRC
+	}
+	if o.GCPercent != nil {
+		opts.GCPercent = *o.GCPercent
+	}
+	return ondisk.Format(s.region, opts)
+}
+
+// mayFormat refuses to format a region that is not blank unless asked to, and
+// one with dirty data unless forced to. found is what ReadLayout said.
+func mayFormat(r *pmem.Region, name string, layout *ondisk.Layout, found error, format, force bool) error {
+	if !format {
+		blank, err := ondisk.Blank(r, r.Size())
+		if err != nil {
+			return err
+		}
+		if !blank {
+			return fmt.Errorf("%s holds no cache, but is not blank (to overwrite what is there: --format)", name)
+		}
+		return nil
+	}
+	if found == nil && !force {
+		dirty, err := dirtyBytes(r, layout)
+		if err != nil {
+			return fmt.Errorf("%s: %w (to format it all the same: --format --force)", name, err)
+		}
+		if dirty > 0 {
+			return fmt.Errorf("%s holds a cache with %d bytes of dirty data that its backing device does not have (flush it first, or lose them with --format --force)", name, dirty)
+		}
+	}
+	return nil
+}
+
+// dirtyBytes adds up the keys behind dirty_tail. What they overwrite of each
+// other counts twice.
+func dirtyBytes(r io.ReaderAt, l *ondisk.Layout) (n int64, err error) {
+	end, err := l.WalkLog(r, l.DirtyTail, func(_ ondisk.Position, k *ondisk.Kset) error {
+		for i := range k.Keys {
+			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 && key.Gen == l.Gens[key.Seg] {
+				n += int64(key.Len)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	if end.Damage != nil {
+		return 0, end.Damage
+	}
+	return n, nil
+}

@@ -1,0 +1,44 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"ublk-pcache/ublk"
+)
+
+func newRecoverCmd() *cobra.Command {
+	var foreground bool
+	cmd := &cobra.Command{
+		Use:   "recover ID",
+		Short: "Continue a device whose server has died",
+		Long: `Continue a device whose server has died.
+
+The device has been there all the time; its users have been waiting. A new
+server replays the cache and answers them. Nothing that was acknowledged is
+lost, flushed or not.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			id, err := deviceID(args[0])
+			if err != nil {
+				return err
+			}
+			d, err := readState(id)
+			if err != nil {
+				return err
+			}
+			info, err := ublk.Lookup(id)
+			if err != nil {
+				return err
+			}
+			if d.alive() {
+				return fmt.Errorf("device %d is being served by process %d", id, d.PID)
+			}
+			d.Queues, d.Depth = info.Queues, info.Depth
+			return launch(serveOptions{Device: *d, Recover: true, Foreground: foreground}, foreground)
+		},
+	}
+	cmd.Flags().BoolVar(&foreground, "foreground", false, "stay, and log to the terminal")
+	return cmd
+}

@@ -1,0 +1,262 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"golang.org/x/sys/unix"
+
+	"ublk-pcache/backing"
+	"ublk-pcache/engine"
+	"ublk-pcache/internal/uring"
+	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
+	"ublk-pcache/ublk"
+)
+
+// serveOptions is what a server is told.
+type serveOptions struct {
+	Device     device `json:"device"`
+	Recover    bool   `json:"recover"`
+	Foreground bool   `json:"foreground"`
+	Format     bool   `json:"format"`
+	Force      bool   `json:"force"`
+	DataCRC    *bool  `json:"data_crc,omitempty"`   // nil: as it is, or the default for the kind of region
+	GCPercent  *int   `json:"gc_percent,omitempty"` // nil: as it is, or the kernel's default
+}
+
+// server is one running device and everything under it.
+type server struct {
+	dev    device
+	log    *zap.Logger
+	region *pmem.Region
+	disk   *backing.Device
+	cache  *engine.Cache
+	ublk   *ublk.Device
+
+	removing sync.Mutex
+	gone     chan struct{} // closed when the device has been removed
+}
+
+// start brings a device up, or leaves nothing behind. Everything that can be
+// refused is refused before the first byte is written.
+func start(o serveOptions) (_ *server, err error) {
+	s := &server{dev: o.Device, gone: make(chan struct{})}
+	if _, err := ublk.Features(); err != nil {
+		return nil, err
+	}
+	if !o.Recover {
+		if err := reserve(&s.dev); err != nil {
+			return nil, err
+		}
+		defer func() {
+			if err != nil {
+				s.dev.remove()
+			}
+		}()
+	}
+	if err := s.openLog(o.Foreground); err != nil {
+		return nil, err
+	}
+	if err := protect(s.dev.Queues); err != nil {
+		return nil, err
+	}
+	if s.disk, err = whenFree(o.Recover, backing.ErrInUse, func() (*backing.Device, error) {
+		return backing.Open(s.dev.Backing)
+	}); err != nil {
+		return nil, err
+	}
+	defer closeOnError(&err, s.disk.Close)
+	path, _, _ := strings.Cut(s.dev.PMEM, ",size=")
+	_, statErr := os.Stat(path)
+	if s.region, err = whenFree(o.Recover, pmem.ErrInUse, func() (*pmem.Region, error) {
+		return pmem.Open(s.dev.PMEM, pmem.ReadWrite)
+	}); err != nil {
+		return nil, err
+	}
+	defer closeOnError(&err, func() error {
+		if os.IsNotExist(statErr) {
+			os.Remove(path)
+		}
+		return s.region.Close()
+	})
+	s.dev.PMEM = path
+
+	bind, err := s.prepare(&o)
+	if err != nil {
+		return nil, err
+	}
+	s.cache, err = engine.Open(s.region, disk{s.disk}, engine.Options{Queues: s.dev.Queues, Log: logger{s.log}})
+	if err != nil {
+		return nil, fmt.Errorf("cache %s: %w", s.dev.PMEM, err)
+	}
+	defer closeOnError(&err, s.cache.Close)
+	if err := bind(); err != nil {
+		return nil, err
+	}
+	if o.GCPercent != nil {
+		if err := s.cache.SetGCPercent(*o.GCPercent); err != nil {
+			return nil, err
+		}
+	}
+	if err := s.serve(o.Recover); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			s.ublk.Stop(true)
+			s.ublk.Delete()
+		}
+	}()
+	s.dev.ID, s.dev.Device, s.dev.PID = s.ublk.ID(), s.ublk.Path(), os.Getpid()
+	if err := s.dev.save(); err != nil {
+		return nil, err
+	}
+	if err := s.listen(); err != nil {
+		return nil, err
+	}
+	s.log.Info("serving", zap.Any("device", s.dev), zap.Bool("recovered", o.Recover))
+	return s, nil
+}
+
+const (
+	// deathPatience is how long a killed process may take to let go of what it
+	// had open: its memory is given back first, which may be a lot.
+	deathPatience = 30 * time.Second
+	deathStep     = 10 * time.Millisecond
+)
+
+// whenFree opens something that a server which has just died may still hold.
+func whenFree[T any](recover bool, inUse error, open func() (T, error)) (T, error) {
+	for begin := time.Now(); ; time.Sleep(deathStep) {
+		v, err := open()
+		if !recover || !errors.Is(err, inUse) || time.Since(begin) > deathPatience {
+			return v, err
+		}
+	}
+}
+
+func closeOnError(err *error, close func() error) {
+	if *err != nil {
+		close()
+	}
+}
+
+// serve makes the block device, or takes over the one of a dead server.
+func (s *server) serve(recover bool) (err error) {
+	handler := func(q *ublk.Queue) ublk.Handler { return newHandler(s.cache.Queue(q.ID()), q) }
+	// Without its loops a device hangs. Ending the process is what lets the
+	// driver keep the requests for the next server.
+	fatal := func(err error) {
+		s.log.Error("a queue has failed, the server ends (ublk-pcache recover continues)", zap.Error(err))
+		os.Exit(1)
+	}
+	if recover {
+		s.ublk, err = ublk.Recover(s.dev.ID, handler, fatal)
+		return err
+	}
+	s.ublk, err = ublk.Add(ublk.Config{
+		ID: s.dev.ID, Queues: s.dev.Queues, Depth: s.dev.Depth,
+		Size: s.disk.Size(), BlockSize: s.disk.BlockSize(), ChunkSize: ondisk.StripeSize,
+		VolatileCache: !s.region.Durable(),
+	}, handler, fatal)
+	return err
+}
+
+// wait returns when the device is gone. A signal asks for that, in vain while
+// the device is in use.
+func (s *server) wait() {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	signal.Ignore(syscall.SIGHUP)
+	for {
+		select {
+		case <-s.gone:
+			return
+		case <-signals:
+			if err := s.remove(false); err != nil {
+				s.log.Warn("told to end, but cannot", zap.Error(err))
+				continue
+			}
+			return
+		}
+	}
+}
+
+// remove ends the device in the order of dependency: no requests, then no
+// cache, then no device, then no trace.
+func (s *server) remove(force bool) error {
+	s.removing.Lock()
+	defer s.removing.Unlock()
+	if err := s.ublk.Stop(force); err != nil {
+		return err
+	}
+	err := errors.Join(s.cache.Close(), s.ublk.Delete(), s.region.Close(), s.disk.Close())
+	s.log.Info("removed", zap.Error(err))
+	s.dev.remove()
+	return err
+}
+
+// openLog sets up the server's log: a console for a person in front of it, else
+// JSON in a file that is not on any disk.
+func (s *server) openLog(foreground bool) (err error) {
+	config := zap.NewProductionConfig()
+	config.Sampling = nil
+	config.EncoderConfig.TimeKey = "time"
+	config.EncoderConfig.EncodeTime = zapcore.ISO8601TimeEncoder
+	config.OutputPaths = []string{statePath(s.dev.ID, ".log")}
+	if foreground {
+		config.Encoding = "console"
+		config.OutputPaths = []string{"stderr"}
+	}
+	s.log, err = config.Build()
+	return err
+}
+
+// logger is the log as the engine sees it.
+type logger struct{ *zap.Logger }
+
+func (l logger) Info(msg string, err error)  { l.Logger.Info(msg, zap.Error(err)) }
+func (l logger) Error(msg string, err error) { l.Logger.Error(msg, zap.Error(err)) }
+
+// protect keeps the server working when memory is short, as far as it is not
+// inherited (see launch.go).
+func protect(queues int) error {
+	// Queue threads hold their P while they sleep; the collector, write-back,
+	// the rings of the backing device and the control socket need their own.
+	runtime.GOMAXPROCS(queues + 6)
+	if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT); err != nil {
+		return fmt.Errorf("lock memory: %w (raise RLIMIT_MEMLOCK)", err)
+	}
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0); err != nil {
+		return fmt.Errorf("leave the out-of-memory killer's list: %w", err)
+	}
+	return nil
+}
+
+// disk is the backing device as the engine sees it.
+type disk struct{ *backing.Device }
+
+// Buffer returns page-aligned memory, as O_DIRECT wants it.
+func (disk) Buffer(n int) []byte {
+	b, err := uring.AlignedBuffer(n)
+	if err != nil {
+		panic(fmt.Sprintf("out of memory for transfer buffers: %v", err))
+	}
+	return b
+}
+
+// identity describes the disk for the cache that belongs to it.
+func (s *server) identity() *ondisk.Identity {
+	return &ondisk.Identity{UUID: uuid.New(), BackingSize: s.disk.Size(), Serial: s.disk.Serial()}
+}

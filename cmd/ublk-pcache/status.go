@@ -1,0 +1,153 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"ublk-pcache/engine"
+	"ublk-pcache/ublk"
+)
+
+// statusJSON is what status --json prints. Fields are only ever added. Sizes
+// are in bytes, positions "segment:offset"; counts begin with the server.
+type statusJSON struct {
+	listed
+	Health          string `json:"health"` // ok, degraded, failed
+	Error           string `json:"error,omitempty"`
+	Segments        int    `json:"segments"`
+	SegmentsUsed    int    `json:"segments_used"`
+	GCPercent       int    `json:"gc_percent"`
+	DataCRC         bool   `json:"data_crc"`
+	KeyHead         string `json:"key_head"`
+	DirtyTail       string `json:"dirty_tail"`
+	KeyTail         string `json:"key_tail"`
+	DirtyBytes      int64  `json:"dirty_bytes"`
+	CleanBytes      int64  `json:"clean_bytes"`
+	Extents         int64  `json:"extents"`
+	IndexBytes      int64  `json:"index_bytes"`
+	Reads           uint64 `json:"reads"`
+	ReadBytes       uint64 `json:"read_bytes"`
+	ReadHits        uint64 `json:"read_hits"`
+	ReadMisses      uint64 `json:"read_misses"`
+	Writes          uint64 `json:"writes"`
+	WriteBytes      uint64 `json:"write_bytes"`
+	Flushes         uint64 `json:"flushes"`
+	WaitingRequests int    `json:"waiting_requests"`
+	WrittenBack     uint64 `json:"written_back_bytes"`
+	MemoryErrors    uint64 `json:"memory_errors"`
+	DiskReadErrors  uint64 `json:"disk_read_errors"`
+	WritebackErrors uint64 `json:"writeback_errors"`
+}
+
+func newStatusCmd() *cobra.Command {
+	var asJSON, dm bool
+	cmd := &cobra.Command{
+		Use:   "status ID",
+		Short: "Show how a cache is",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			id, err := deviceID(args[0])
+			if err != nil {
+				return err
+			}
+			st, err := ask(id, command{Do: "status"})
+			if err != nil {
+				return err
+			}
+			if dm {
+				return printDM(id, st)
+			}
+			d, err := readState(id)
+			if err != nil {
+				return err
+			}
+			l, err := look(d)
+			if err != nil {
+				return err
+			}
+			s := newStatusJSON(l, st)
+			if asJSON {
+				return printJSON(s)
+			}
+			return s.print()
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object")
+	cmd.Flags().BoolVar(&dm, "dm", false, "print the line that 'dmsetup status' prints for dm-pcache")
+	cmd.MarkFlagsMutuallyExclusive("json", "dm")
+	return cmd
+}
+
+func newStatusJSON(l listed, s *engine.Status) statusJSON {
+	return statusJSON{
+		listed: l, Health: string(s.State), Error: s.Error,
+		Segments: s.Segments, SegmentsUsed: s.UsedSegments, GCPercent: s.GCPercent, DataCRC: s.DataCRC,
+		KeyHead: s.KeyHead.String(), DirtyTail: s.DirtyTail.String(), KeyTail: s.KeyTail.String(),
+		DirtyBytes: s.DirtyBytes, CleanBytes: s.CleanBytes, Extents: s.Extents, IndexBytes: s.IndexBytes,
+		Reads: s.Reads, ReadBytes: s.ReadBytes, ReadHits: s.Hits, ReadMisses: s.Misses,
+		Writes: s.Writes, WriteBytes: s.WriteBytes, Flushes: s.Flushes,
+		WaitingRequests: s.Waiting, WrittenBack: s.WrittenBack,
+		MemoryErrors: s.MemoryErrors, DiskReadErrors: s.DiskReadErrors, WritebackErrors: s.WritebackErrors,
+	}
+}
+
+func (s *statusJSON) print() error {
+	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
+	row := func(name, format string, args ...any) {
+		fmt.Fprintf(w, "%s\t"+format+"\n", append([]any{name}, args...)...)
+	}
+	row("device", "%s, %s, server %d", s.Device, s.State, s.PID)
+	row("pmem", "%s", s.PMEM)
+	row("backing", "%s", s.Backing)
+	row("health", "%s", s.Health)
+	if s.Error != "" {
+		row("", "%s", s.Error)
+	}
+	row("segments", "%d of %d used, collected at %d %%", s.SegmentsUsed, s.Segments, s.GCPercent)
+	row("data", "%s dirty, %s clean, checksums %s", size(s.DirtyBytes), size(s.CleanBytes), onOff(s.DataCRC))
+	row("log", "head %s, dirty tail %s, key tail %s", s.KeyHead, s.DirtyTail, s.KeyTail)
+	row("index", "%d extents in %s", s.Extents, size(s.IndexBytes))
+	row("reads", "%d (%s), %d hits, %d misses", s.Reads, size(int64(s.ReadBytes)), s.ReadHits, s.ReadMisses)
+	row("writes", "%d (%s), %d flushes", s.Writes, size(int64(s.WriteBytes)), s.Flushes)
+	row("written back", "%s", size(int64(s.WrittenBack)))
+	row("waiting", "%d requests for space", s.WaitingRequests)
+	row("errors", "%d pmem, %d backing reads, %d write-back", s.MemoryErrors, s.DiskReadErrors, s.WritebackErrors)
+	return w.Flush()
+}
+
+func onOff(b bool) string {
+	if b {
+		return "on"
+	}
+	return "off"
+}
+
+// size prints bytes in the largest unit that leaves at least one whole.
+func size(n int64) string {
+	const units = "KMGTPE"
+	if n < 1024 {
+		return fmt.Sprintf("%d B", n)
+	}
+	v, i := float64(n)/1024, 0
+	for ; v >= 1024; i++ {
+		v /= 1024
+	}
+	return fmt.Sprintf("%.1f %ciB", v, units[i])
+}
+
+// printDM prints the status of dm-pcache: start, length and target as dmsetup
+// adds them, then the fields of dm_pcache_status (drivers/md/dm-pcache/
+// dm_pcache.c, Linux 7.3). The superblock's flags are 0 on every machine that
+// this runs on.
+func printDM(id int, s *engine.Status) error {
+	info, err := ublk.Lookup(id)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Printf("0 %d pcache 0 %d %d %d %d %x %v %v %v\n", info.Size>>9,
+		s.Segments, s.Segments, s.UsedSegments, s.GCPercent, uint32(s.InfoFlags), s.KeyHead, s.DirtyTail, s.KeyTail)
+	return err
+}
