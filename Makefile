@@ -1,0 +1,49 @@
+# `make demo` and `make test` need Debian, root, apt and Go; they install what is missing. See docs/testing.md.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+# The race detector is linked by gcc; the program itself never is.
+export CGO_ENABLED = 0
+
+.PHONY: build demo test vet unit race arm64 vm
+
+build:
+	go build -o bin/ublk-pcache ./cmd/ublk-pcache
+
+demo: build
+	install -m 755 tests/demo.sh bin/demo.sh
+ifdef NATIVE
+	PATH=$(CURDIR)/bin:$$PATH bin/demo.sh
+else
+	go run ./tests/vmrun -share bin -timeout 10m -- demo.sh /dev/dax0.0 /dev/nvme0n1
+endif
+
+# Each phase says how long it took.
+test:
+	@for phase in vet unit race arm64 vm; do \
+	  printf '\n== %s\n' $$phase; begin=$$SECONDS; \
+	  $(MAKE) --no-print-directory $$phase; \
+	  printf '== %s: %d s\n' $$phase $$((SECONDS - begin)); \
+	done
+
+# Files with the tag vm run in a test machine, or start one.
+vet:
+	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "not gofmt-ed: $$unformatted"; exit 1; fi
+	go vet ./... && go vet -tags vm ./tests/...
+	go tool staticcheck ./... && go tool staticcheck -tags vm ./tests/...
+
+unit:
+	go test -count=1 ./...
+
+race:
+	@command -v gcc >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends gcc libc6-dev; }
+	CGO_ENABLED=1 go test -count=1 -race ./...
+
+arm64:
+	GOARCH=arm64 go build ./...
+	GOARCH=arm64 go vet ./...
+
+vm:
+	go test -count=1 -tags vm -timeout 40m -v ./tests

@@ -1,0 +1,80 @@
+package stamp
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Load is a mixed workload on a Device.
+type Load struct {
+	Depth     int    // requests in flight, each from a goroutine of its own
+	BlockSize int64  // bytes; sizes and offsets are multiples of it
+	Seed      uint64 // the same seed gives each goroutine the same requests
+}
+
+// maxRequest is the largest request; sizes are spread so that each power of two up to it is as likely as another.
+const maxRequest = 1 << 20
+
+// Run makes requests until they have written the given number of bytes or stop is closed, whichever is first; it returns
+// the bytes written and all errors. Three requests of four write; half of all go to a sixteenth of the device, so that
+// overwriting, reading what was just written and reading what was long evicted all happen.
+func (l Load) Run(d *Device, bytes int64, stop <-chan struct{}) (int64, error) {
+	var written atomic.Int64
+	var wait sync.WaitGroup
+	failed := make([]error, l.Depth)
+	for i := range l.Depth {
+		wait.Add(1)
+		go func() {
+			defer wait.Done()
+			failed[i] = l.one(d, rand.New(rand.NewPCG(l.Seed, uint64(i))), bytes, &written, stop)
+		}()
+	}
+	wait.Wait()
+	return written.Load(), errors.Join(failed...)
+}
+
+func (l Load) one(d *Device, rnd *rand.Rand, bytes int64, written *atomic.Int64, stop <-chan struct{}) error {
+	buf, err := Buffer(maxRequest)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(buf)
+	for written.Load() < bytes {
+		select {
+		case <-stop:
+			return nil
+		default:
+		}
+		size := int64(math.Exp2(9 + 11*rnd.Float64()))
+		size = max(size/l.BlockSize, 1) * l.BlockSize
+		area := d.Size()
+		if rnd.IntN(2) == 0 {
+			area /= 16
+		}
+		off := rnd.Int64N((area-size)/l.BlockSize+1) * l.BlockSize
+		if rnd.IntN(4) == 0 {
+			err = d.Read(buf[:size], off)
+		} else if err = d.Write(buf[:size], off); err == nil {
+			written.Add(size)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Buffer returns page-aligned memory, as O_DIRECT wants it.
+func Buffer(size int) ([]byte, error) {
+	buf, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, fmt.Errorf("map a buffer of %d bytes: %w", size, err)
+	}
+	return buf, nil
+}

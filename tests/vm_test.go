@@ -1,0 +1,184 @@
+//go:build vm
+
+// Package tests takes the end-to-end tests into test machines and reports each of them as a test of its own.
+package tests
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"ublk-pcache/tests/vm"
+)
+
+var (
+	kernelFlag = flag.String("kernel", "", "only this kernel")
+	guestFlag  = flag.String("guest", "", "run the guest tests that match this `regexp`")
+	seedFlag   = flag.Uint64("seed", 0, "random seed of the guest's workloads")
+)
+
+// limit is for all tests on one kernel. A test that hangs takes the machine with it.
+const limit = 15 * time.Minute
+
+// Everything runs on the newest kernel; what depends on the driver's age runs on the old one, too.
+func TestGuest(t *testing.T) {
+	share := t.TempDir()
+	build(t, share)
+	for _, on := range []struct{ kernel, tests string }{
+		{"trixie-backports", "."},
+		{"bookworm-backports", "^(TestFileSystems|TestFourTimesTheCache|TestServerKilled)$"},
+	} {
+		if *kernelFlag != "" && *kernelFlag != on.kernel {
+			continue
+		}
+		if *guestFlag != "" {
+			on.tests = *guestFlag
+		}
+		t.Run(on.kernel, func(t *testing.T) { runGuest(t, on.kernel, on.tests, share) })
+	}
+}
+
+// build puts what the machines need into share: the program, the tests, the golden images.
+func build(t *testing.T, share string) {
+	t.Helper()
+	for _, args := range [][]string{
+		{"build", "-o", share + "/ublk-pcache", "ublk-pcache/cmd/ublk-pcache"},
+		{"test", "-c", "-tags", "vm", "-o", share + "/guest.test", "ublk-pcache/tests/guest"},
+	} {
+		cmd := exec.Command("go", args...)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("go %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+	images, err := filepath.Glob("../ondisk/testdata/*.tar.gz")
+	if err != nil || len(images) == 0 {
+		t.Fatalf("no golden images in ondisk/testdata (%v)", err)
+	}
+	if err := os.Mkdir(share+"/golden", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, image := range images {
+		data, err := os.ReadFile(image)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(share, "golden", filepath.Base(image)), data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func runGuest(t *testing.T, kernel, tests, share string) {
+	start := time.Now()
+	m, err := vm.Boot(vm.Standard(kernel, t.TempDir(), share))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Kill()
+	t.Logf("booted %s in %v", strings.TrimSpace(release(t, m)), time.Since(start).Round(time.Second))
+
+	// The test binary's output, marked up for test2json, becomes a stream of events.
+	convert := exec.Command("go", "tool", "test2json", "-t")
+	in, err := convert.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := convert.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := convert.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var stderr bytes.Buffer
+	var code int
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		code, err = m.Run(limit, in, &stderr, nil,
+			"guest.test", "-test.v=test2json", "-test.run="+tests, fmt.Sprintf("-test.timeout=%v", limit), fmt.Sprintf("-seed=%d", *seedFlag))
+		in.Close()
+	}()
+	(&report{events: json.NewDecoder(bufio.NewReader(out))}).follow(t, "")
+	<-ended
+	convert.Wait()
+
+	if err != nil {
+		t.Fatalf("%v\n%s\nconsole:\n%s", err, &stderr, m.Console())
+	}
+	if code != 0 && !t.Failed() {
+		t.Errorf("guest.test: exit status %d", code)
+	}
+	if stderr.Len() > 0 {
+		t.Logf("stderr:\n%s", &stderr)
+	}
+	if err := m.Halt(); err != nil {
+		t.Error(err)
+	}
+}
+
+func release(t *testing.T, m *vm.Machine) string {
+	var out bytes.Buffer
+	if _, err := m.Run(time.Minute, &out, io.Discard, nil, "uname", "-sr"); err != nil {
+		t.Fatal(err)
+	}
+	return out.String()
+}
+
+// An event is what test2json makes of a line.
+type event struct {
+	Action, Test, Output string
+	Elapsed              float64
+}
+
+// A report turns the events of the guest's tests into tests of this process, with the same names, nesting and results.
+type report struct{ events *json.Decoder }
+
+// follow reads up to the end of the guest's test name ("" for the whole run) and says on t what happened in it.
+func (r *report) follow(t *testing.T, name string) {
+	for {
+		var e event
+		if err := r.events.Decode(&e); err != nil {
+			if name != "" {
+				t.Errorf("the machine died, or was stopped, in this test")
+			}
+			return
+		}
+		switch {
+		case e.Action == "run" && e.Test != name:
+			t.Run(strings.TrimPrefix(strings.TrimPrefix(e.Test, name), "/"), func(t *testing.T) { r.follow(t, e.Test) })
+		case e.Action == "output" && worthShowing(e.Output):
+			t.Log(strings.TrimSuffix(e.Output, "\n"))
+		case e.Test != name:
+		case e.Action == "pass" && name != "":
+			return
+		case e.Action == "fail" && name != "":
+			t.Fail()
+			return
+		case e.Action == "skip":
+			t.Error("a guest test was skipped; none may be")
+			return
+		}
+	}
+}
+
+// worthShowing leaves out the lines that only say what the events say.
+func worthShowing(line string) bool {
+	trimmed := strings.TrimSpace(line)
+	for _, prefix := range []string{"=== ", "--- ", "PASS", "FAIL"} {
+		if strings.HasPrefix(trimmed, prefix) {
+			return false
+		}
+	}
+	return trimmed != ""
+}
