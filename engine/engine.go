@@ -126,12 +126,13 @@ type failure struct{ err error }
 // region must be formatted. The error is ErrOptions, wraps an error of
 // ondisk, or is one of this package's.
 func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
-	if o.Queues < 1 {
-		return nil, fmt.Errorf("%w: %d queues", ErrOptions, o.Queues)
-	}
 	layout, err := ondisk.ReadLayout(mem, mem.Size())
 	if err != nil {
 		return nil, err
+	}
+	// Each queue fills a segment of its own, and the log one more.
+	if most := len(layout.Chain) - 1 - logReserve(o.Queues); o.Queues < 1 || o.Queues > most {
+		return nil, fmt.Errorf("%w: %d queues for a cache of %d segments, which can have 1 to %d", ErrOptions, o.Queues, len(layout.Chain), most)
 	}
 	c := &Cache{
 		mem: mem, disk: disk, layout: layout, log: o.Log,
@@ -142,6 +143,9 @@ func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
 	for _, n := range layout.Notes {
 		c.log.Error(n.String(), nil)
 	}
+	if !mem.Durable() && !c.crc {
+		c.log.Error("the region is not durable and the cache keeps no checksums: a power cut may exchange data that was not flushed for other data, unnoticed", nil)
+	}
 	c.segments.init(layout, logReserve(o.Queues))
 	c.tails.init(layout)
 	c.gc.init(layout.Info.Flags.GCPercent())
@@ -149,9 +153,6 @@ func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
 	c.syncer.init()
 	if err := c.replay(); err != nil {
 		return nil, err
-	}
-	if free := c.segments.free(); free <= logReserve(o.Queues) {
-		c.gc.kick()
 	}
 	for i := range o.Queues {
 		c.queues = append(c.queues, newQueue(c, i))
@@ -178,10 +179,7 @@ func (c *Cache) Close() error {
 	if err := c.mem.Sync(); err != nil {
 		return fmt.Errorf("sync the cache: %w", err)
 	}
-	if f := c.failed.Load(); f != nil {
-		return f.err
-	}
-	return nil
+	return c.failure()
 }
 
 func (c *Cache) stopping() bool {
@@ -198,8 +196,22 @@ func (c *Cache) stopping() bool {
 func (c *Cache) fail(err error) {
 	if c.failed.CompareAndSwap(nil, &failure{err}) {
 		go c.log.Error("the cache takes no more writes", err)
+		c.gc.kick()
 	}
 }
+
+// failure returns why the cache takes no more writes, nil if it does.
+func (c *Cache) failure() error {
+	if f := c.failed.Load(); f != nil {
+		return f.err
+	}
+	return nil
+}
+
+// Abort ends the requests that wait for space, and all later writes, with
+// ErrAborted. It is for a cache that has to go although its disk does not
+// answer. Any goroutine.
+func (c *Cache) Abort() { c.fail(ErrAborted) }
 
 // persist makes the stores of this goroutine durable, by whichever of the two
 // the region needs.
@@ -251,8 +263,14 @@ func (c *Cache) storeTail(t ondisk.Tail, at ondisk.Replica, pos ondisk.Position)
 	return nil
 }
 
-// moveDirtyTail says, durably, that the disk holds everything before pos.
+// moveDirtyTail says, durably, that the disk holds everything before pos. That
+// leans on what lies behind pos: a key before it may not have been written
+// because a later one superseded it, and where a fence is not enough the later
+// one may not be durable yet. So it is made so first.
 func (c *Cache) moveDirtyTail(pos ondisk.Position, ksets uint64) error {
+	if err := c.persist(); err != nil {
+		return fmt.Errorf("sync the log for dirty_tail: %w", err)
+	}
 	c.tails.mu.Lock()
 	at := c.tails.mu.dirtyAt.Next()
 	c.tails.mu.Unlock()

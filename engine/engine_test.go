@@ -310,16 +310,8 @@ func TestFailedFlushKeepsDirtyTail(t *testing.T) {
 func TestFullCache(t *testing.T) {
 	mem := pmem.Heap(ondisk.MinSize)
 	formatSmall(t, mem, 5, false, 90)
-	disk := backing.NewFake(256<<20, 512, 1)
+	disk, heal := stuckDisk(256 << 20)
 	defer disk.Close()
-	var stuck atomic.Bool
-	stuck.Store(true)
-	disk.Script(func(op backing.Op) (f backing.Fault) {
-		if op.Kind == backing.OpWrite && stuck.Load() {
-			f.Err = syscall.EIO
-		}
-		return f
-	})
 	r := newRig(t, mem, disk, 2)
 	var writers sync.WaitGroup
 	const count, size = 200, 1 << 20
@@ -343,7 +335,7 @@ func TestFullCache(t *testing.T) {
 	if n := finished.Load(); n == count {
 		t.Errorf("%d MiB were written to a cache of 80 MiB over a disk that takes nothing", n)
 	}
-	stuck.Store(false)
+	heal()
 	writers.Wait()
 	for i := range int64(count) {
 		p := r.read(t, i*size, size)
@@ -627,5 +619,149 @@ func TestReaderPinsSegment(t *testing.T) {
 	}
 	if reused < 2*segments {
 		t.Errorf("after 4 times the cache the generations are %v", l.Gens)
+	}
+}
+
+// TestKeyLongerThanTransfer: the kernel makes keys of up to 4 MiB.
+func TestKeyLongerThanTransfer(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 8, false, 70)
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 1)
+	data := stamped(0, 4<<20/sectorSize, 1)
+	r.write(t, 0, data)
+	within(t, "a flush", func() {
+		if err := r.Flush(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	r.kill()
+	got := make([]byte, len(data))
+	disk.ReadAt(got, 0)
+	if !bytes.Equal(got, data) {
+		t.Error("the disk does not have what was flushed")
+	}
+}
+
+// stuckDisk returns a disk that fails all writes until it is told not to.
+func stuckDisk(size int64) (disk *backing.Fake, heal func()) {
+	disk = backing.NewFake(size, 512, 1)
+	var healed atomic.Bool
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if op.Kind == backing.OpWrite && !healed.Load() {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
+	return disk, func() { healed.Store(true) }
+}
+
+// TestLogFull: a log that cannot go on, in a cache without any free segment as
+// the kernel may leave one, stops writers but not readers, and goes on by
+// itself once there is room.
+func TestLogFull(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 20, false, 70)
+	disk, heal := stuckDisk(64 << 20)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 1)
+	data := stamped(0, 1, 1)
+	for {
+		r.write(t, 0, data)
+		if head, _ := r.journal.head(); head.Off > ondisk.SegmentData-1000 {
+			break
+		}
+	}
+	var taken []uint32
+	for {
+		seg, ok := r.segments.take(0)
+		if !ok {
+			break
+		}
+		taken = append(taken, seg)
+	}
+	written := make(chan struct{})
+	go func() {
+		defer close(written)
+		for range 100 {
+			if err := r.do(0, &Request{Op: Write, Off: 0, Buf: data}); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	for !r.queues[0].stalled.Load() {
+		time.Sleep(time.Millisecond)
+	}
+	within(t, "a miss while the log is full", func() { r.read(t, 32<<20, 4096) })
+	within(t, "a hit while the log is full", func() { r.read(t, 0, sectorSize) })
+	for _, seg := range taken {
+		r.segments.addFree(seg)
+	}
+	heal()
+	r.gc.kick()
+	within(t, "a write after the log found room", func() { <-written })
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestWaitersOfFailedCache: those who wait for space hear of a failure.
+func TestWaitersOfFailedCache(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 5, false, 90)
+	disk, _ := stuckDisk(256 << 20)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 2)
+	var writers sync.WaitGroup
+	var finished atomic.Int32
+	const count = 100
+	for i := range int64(count) {
+		writers.Go(func() {
+			err := r.do(int(i%2), &Request{Op: Write, Off: i << 20, Buf: make([]byte, 1<<20)})
+			finished.Add(1)
+			if err != nil && !errors.Is(err, ErrAborted) {
+				t.Error(err)
+			}
+		})
+	}
+	for r.Status().Waiting == 0 || r.Status().Waiting+int(finished.Load()) < count {
+		time.Sleep(time.Millisecond)
+	}
+	r.Abort()
+	within(t, "waiting for a cache that has failed", writers.Wait)
+	r.read(t, 0, 4096)
+	if err := r.kill(); !errors.Is(err, ErrAborted) {
+		t.Errorf("close: %v", err)
+	}
+}
+
+// TestTooManyQueues: each queue holds a segment open.
+func TestTooManyQueues(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 31, false, 70)
+	disk := backing.NewFake(64<<20, 512, 1)
+	defer disk.Close()
+	most := 0
+	for n := 1; n < 40; n++ {
+		c, err := Open(mem, fakeDisk{disk}, Options{Queues: n, Log: &testLog{}})
+		if err == nil {
+			c.Close()
+			most = n
+		} else if !errors.Is(err, ErrOptions) {
+			t.Fatal(err)
+		}
+	}
+	r := newRig(t, mem, disk, most)
+	for q := range most {
+		within(t, "a first write", func() {
+			if err := r.do(q, &Request{Op: Write, Off: int64(q) << 20, Buf: make([]byte, 512)}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
 	}
 }

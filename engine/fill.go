@@ -101,8 +101,9 @@ func (q *Queue) takeFills(r *Request) {
 			if r.Err == nil {
 				r.Err = fmt.Errorf("read the backing device at %d: %w", f.off, f.err)
 			}
-		case c.failed.Load() == nil && c.space.waiting.Load() == 0 && !q.stalled.Load():
-			if k, ok, err := q.store(f.buf, f.off, ondisk.KeyClean); ok && err == nil {
+		case c.failure() == nil && !q.stalled.Load():
+			take := c.space.waiting.Load() == 0
+			if k, ok, err := q.store(f.buf, f.off, ondisk.KeyClean, take); ok && err == nil {
 				f.key = k
 			}
 		}

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -25,13 +26,18 @@ import (
 //
 // If 2 is lost, replay sees keys again that are before dirty_tail, hence
 // clean, and either still backed by their data or dead by 3. If 3 is lost, no
-// key in the log names the segment, and replay marks it for a new generation
-// before its first use. A key is only counted, here as in replay, if its
+// key in the log names the segment, and replay raises its generation before
+// its first use. A key is only counted, here as in replay, if its
 // generation is the segment's current one, so no reference is dropped twice.
 
-// gcKsets is how many ksets a step takes: at most 1024 keys, or some
-// hundreds of microseconds, so that those who wait for space soon get some.
-const gcKsets = 8
+const (
+	// gcKsets is how many ksets a step takes: at most 1024 keys, or some
+	// hundreds of microseconds, so that those who wait for space soon get some.
+	gcKsets = 8
+	// gcKsetsSync is the same where a step ends in a sync, which costs as much
+	// as many thousand keys: about what single writes of a full segment make.
+	gcKsetsSync = 4096
+)
 
 type collector struct {
 	percent atomic.Int32
@@ -85,24 +91,41 @@ func (c *Cache) waiting() bool {
 	return false
 }
 
+// gcLoop also looks after those who wait: whatever may end their waiting kicks
+// it, and so do they themselves once they are in line.
 func (c *Cache) gcLoop() {
+	runtime.LockOSThread() // a fence is for the stores of its own thread
+	defer runtime.UnlockOSThread()
 	for {
 		select {
 		case <-c.gc.kicked:
 		case <-c.stop:
 			return
 		}
-		for {
-			more, err := c.gcStep()
-			if err != nil {
-				c.fail(err)
-				break
+		for more := true; more && !c.stopping(); {
+			if c.failure() == nil {
+				var err error
+				if more, err = c.gcStep(); err != nil {
+					c.fail(err)
+				}
+			} else {
+				more = false
 			}
-			if c.segments.free() > c.segments.reserve {
-				c.wakeWriters()
-			}
-			if !more || c.stopping() {
-				break
+			c.wakeWaiting()
+		}
+	}
+}
+
+// wakeWaiting lets those try again who have reason to.
+func (c *Cache) wakeWaiting() {
+	free, failed := c.segments.free(), c.failure() != nil
+	if failed || free > c.segments.reserve {
+		c.wakeWriters()
+	}
+	if failed || free > 0 {
+		for _, q := range c.queues {
+			if q.stalled.Load() {
+				q.wake()
 			}
 		}
 	}
@@ -120,8 +143,10 @@ func (c *Cache) gcStep() (more bool, err error) {
 	more = needed && from != to
 	var freed, dropped []uint32
 	if more {
-		end := from
-		ksets := 0
+		end, ksets, most := from, 0, gcKsets
+		if !c.mem.Durable() {
+			most = gcKsetsSync
+		}
 		err := c.walk(from, to, func(k *ondisk.Kset, after ondisk.Position) bool {
 			for i := range k.Keys {
 				if c.forgetKey(&k.Keys[i]) {
@@ -133,7 +158,7 @@ func (c *Cache) gcStep() (more bool, err error) {
 			}
 			end = after
 			ksets++
-			return ksets < gcKsets
+			return ksets < most
 		})
 		if err != nil {
 			return false, err
@@ -156,7 +181,7 @@ func (c *Cache) gcStep() (more bool, err error) {
 		return false, err
 	}
 	for _, seg := range append(freed, dead...) {
-		c.segments.addFree(seg, false)
+		c.segments.addFree(seg)
 	}
 	return more, nil
 }

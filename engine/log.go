@@ -70,6 +70,13 @@ func (j *journal) head() (ondisk.Position, uint64) {
 	return j.mu.head, j.mu.written
 }
 
+// last returns the number of the kset before the head.
+func (j *journal) last() uint64 {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return ondisk.PrevSeq(j.mu.seq)
+}
+
 // commit makes the queue's batch part of the log and of the index, fills in
 // front of writes: a fill holds what the disk had before any of these writes.
 // What has been committed is taken from the batch, so that after errLogFull
@@ -141,7 +148,7 @@ func (c *Cache) appendLocked(keys []ondisk.Key) error {
 // and that before the first kset there.
 func (c *Cache) nextSegmentLocked() error {
 	j := &c.journal
-	next, _, ok := c.segments.take(0)
+	next, ok := c.segments.take(0)
 	if !ok {
 		return errLogFull
 	}

@@ -151,21 +151,29 @@ func (q *Queue) commit() {
 	}
 	var err error
 	if len(q.keys) > 0 || len(q.filled) > 0 {
-		switch err = c.commit(q); err {
+		if err = c.failure(); err == nil {
+			err = c.commit(q)
+		}
+		switch err {
 		case nil:
 			c.writeback.wrote()
 		case errLogFull:
-			q.stalled.Store(true)
-			c.gc.kick()
-			return
 		default:
 			c.fail(err)
 			q.abandon()
 		}
-		q.stalled.Store(false)
 	}
+	q.stalled.Store(err == errLogFull)
+	if err == errLogFull {
+		c.gc.kick()
+	}
+	stay := q.turn[:0]
 	for _, r := range q.turn {
-		if err != nil && r.Op == Write {
+		switch {
+		case err == errLogFull && r.Op == Write:
+			stay = append(stay, r)
+			continue
+		case err != nil && r.Op == Write:
 			r.Err = err
 		}
 		if r.Err == nil && !c.mem.Durable() && (r.Op == Flush || r.FUA) {
@@ -174,7 +182,7 @@ func (q *Queue) commit() {
 		}
 		q.finished = append(q.finished, r)
 	}
-	q.turn = q.turn[:0]
+	q.turn = stay
 	for _, f := range q.filled {
 		q.endFill(f)
 	}
@@ -190,12 +198,16 @@ func (q *Queue) abandon() {
 }
 
 // alloc returns a place for up to n bytes of data, with a reference to its
-// segment for the key that will name it.
-func (q *Queue) alloc(n int) (seg, off uint32, got int, ok bool) {
+// segment for the key that will name it. It begins a new segment only if it may
+// take one.
+func (q *Queue) alloc(n int, take bool) (seg, off uint32, got int, ok bool) {
 	if q.head.open && q.head.off == ondisk.SegmentData {
 		q.closeHead()
 	}
 	if !q.head.open {
+		if !take {
+			return 0, 0, 0, false
+		}
 		seg, ok := q.c.takeData()
 		if !ok {
 			return 0, 0, 0, false
@@ -216,8 +228,8 @@ func (q *Queue) closeHead() {
 
 // store puts data into the region and returns the key for it, with less than
 // all of p where the segment ended. ok is false where there is no space.
-func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags) (k ondisk.Key, ok bool, err error) {
-	seg, segOff, n, ok := q.alloc(len(p))
+func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags, take bool) (k ondisk.Key, ok bool, err error) {
+	seg, segOff, n, ok := q.alloc(len(p), take)
 	if !ok {
 		return k, false, nil
 	}
@@ -239,21 +251,23 @@ func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags) (k ondisk.Key,
 }
 
 // write gives the data of r its place, as far as there is space. The rest
-// waits in line, and so does everything while anybody is ahead in it.
+// waits in line for a segment, and so does every other request that needs one
+// while anybody is ahead.
 func (q *Queue) write(r *Request) {
 	c := q.c
-	if f := c.failed.Load(); f != nil {
+	if err := c.failure(); err != nil {
 		c.space.leave(r)
-		r.Err = f.err
+		r.Err = err
 		q.finished = append(q.finished, r)
 		return
 	}
-	if r.ticket == 0 && c.space.waiting.Load() > 0 || q.stalled.Load() {
+	if q.stalled.Load() {
 		q.wait(r)
 		return
 	}
+	ahead := r.ticket == 0 && c.space.waiting.Load() > 0
 	for r.done < len(r.Buf) {
-		k, ok, err := q.store(r.Buf[r.done:], r.Off+int64(r.done), 0)
+		k, ok, err := q.store(r.Buf[r.done:], r.Off+int64(r.done), 0, !ahead)
 		if err != nil {
 			r.Err = err
 			break
@@ -269,6 +283,8 @@ func (q *Queue) write(r *Request) {
 	q.turn = append(q.turn, r)
 }
 
+// wait puts r in line. The collector looks after everybody there: it makes
+// room, and it answers for a cache that has failed.
 func (q *Queue) wait(r *Request) {
 	r.stage = stageWrite
 	q.c.space.park(r)
@@ -287,7 +303,6 @@ func (q *Queue) read(r *Request) {
 	for _, e := range hits {
 		buf := s.bytes(r.Buf, e)
 		_, err := c.mem.ReadAt(buf, c.layout.Offset(e.seg, uint32(e.pos)<<sectorShift))
-		c.unpin(e.seg)
 		switch {
 		case e.flags&extBad != 0:
 			r.Err = fmt.Errorf("%w: %d bytes at %d", ErrDamaged, len(buf), s.device(r, e))
@@ -301,6 +316,7 @@ func (q *Queue) read(r *Request) {
 			c.index.forget(s.sub(e), s.sub(e).place(e.seg, e.pos), nil)
 			q.addFill(r, s, e)
 		}
+		c.unpin(e.seg)
 	}
 	if r.fills == nil {
 		count(&q.stats.hits, 1)

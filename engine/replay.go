@@ -2,6 +2,7 @@ package engine
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -13,26 +14,63 @@ import (
 // generation has passed is dead and not even looked at: its data may be
 // somebody else's by now.
 //
-// Nothing is written. A log that is damaged rather than ended is refused; so
-// is a key that cannot be true.
+// A log that is damaged rather than ended is refused, and so is a key that
+// cannot be true; nothing is written then. Otherwise the segments found free
+// get a new generation, since a crash may have come between the key_tail that
+// freed them and the one it was to have, and everything found, which may never
+// have left the page cache, is made durable.
 func (c *Cache) replay() error {
 	l := c.layout
 	r := replayer{c: c, dirty: l.KeyTail == l.DirtyTail, fill: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain))}
 	r.log[l.KeyTail.Seg] = true
 	end, err := l.WalkLog(c.mem, l.KeyTail, r.kset)
-	if err != nil {
+	torn := err == errTorn
+	if err != nil && !torn {
 		return err
 	}
-	if end.Damage != nil {
-		return end.Damage
+	next := end.NextSeq()
+	if end.Seq == 0 && l.SyncMark != 0 {
+		next = ondisk.NextSeq(l.SyncMark)
 	}
-	c.journal.mu.head, c.journal.mu.seq, c.journal.mu.written = end.Pos, end.NextSeq(), r.ksets
+	if end.Damage != nil {
+		if torn = end.Seq != 0 && c.unsynced(next) && end.Damage.DirtyTail == nil; !torn {
+			return end.Damage
+		}
+	}
+	if torn {
+		c.log.Error(fmt.Sprintf("a power cut took writes that had not been flushed: the log ends at %v", end.Pos), nil)
+	}
+	c.journal.mu.head, c.journal.mu.seq, c.journal.mu.written = end.Pos, next, r.ksets
 	if !r.dirty {
 		r.cleaned = r.ksets
 	}
 	c.tails.mu.cleaned = r.cleaned
-	return r.sortSegments()
+	if err := r.sortSegments(); err != nil {
+		return err
+	}
+	if torn {
+		// What follows would continue the new log's numbers.
+		if err := c.mem.Zero(l.Offset(end.Pos.Seg, end.Pos.Off), int64(ondisk.SegmentData-end.Pos.Off)); err != nil {
+			return fmt.Errorf("clear the torn end of the log: %w", err)
+		}
+	}
+	if err := c.persist(); err != nil {
+		return err
+	}
+	return c.markSynced(ondisk.PrevSeq(next))
 }
+
+// unsynced reports whether the kset numbered seq was never part of a sync, on
+// a region that needs one.
+func (c *Cache) unsynced(seq uint64) bool {
+	mark := c.layout.SyncMark
+	return !c.mem.Durable() && seq != 0 && mark != 0 && ondisk.SeqAfter(seq, mark)
+}
+
+// errTorn ends the replay before a kset that a power cut kept without the data
+// of its keys. Nobody was promised it, nor what follows, and what its keys were
+// to overwrite is still there.
+var errTorn = errors.New("a kset without its data")
 
 type replayer struct {
 	c       *Cache
@@ -47,6 +85,13 @@ type replayer struct {
 func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 	if !r.dirty && at == r.c.layout.DirtyTail {
 		r.dirty, r.cleaned = true, r.ksets
+	}
+	if r.c.crc && r.dirty && r.c.unsynced(k.Seq) {
+		for i := range k.Keys {
+			if k.Keys[i].Gen == r.c.layout.Gens[k.Keys[i].Seg] && !r.intact(&k.Keys[i]) {
+				return errTorn
+			}
+		}
 	}
 	r.ksets++
 	if k.Last {
@@ -110,14 +155,20 @@ func (r *replayer) intact(k *ondisk.Key) bool {
 func (r *replayer) sortSegments() error {
 	s := &r.c.segments
 	for i := range s.all {
+		if r.log[i] && s.all[i].refs.Load() > 0 {
+			return fmt.Errorf("%w: segment %d", ErrKeyInLog, i)
+		}
+	}
+	for i := range s.all {
 		seg, refs := uint32(i), s.all[i].refs.Load()
 		switch {
-		case r.log[i] && refs > 0:
-			return fmt.Errorf("%w: segment %d", ErrKeyInLog, i)
 		case r.log[i]:
 			s.all[i].refs.Store(1)
 		case refs == 0:
-			s.addFree(seg, true)
+			if err := r.c.bumpGeneration(seg); err != nil {
+				return err
+			}
+			s.addFree(seg)
 		case r.fill[i] < ondisk.SegmentData:
 			s.resumable = append(s.resumable, resumable{seg, r.fill[i]})
 		}

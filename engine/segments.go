@@ -42,7 +42,6 @@ type segments struct {
 		sync.Mutex
 		freeList []uint32 // first in, first out, so that wear is even
 		at       []ondisk.Replica
-		stale    []bool // free since before this run: the generation must move first
 	}
 }
 
@@ -52,19 +51,16 @@ func (s *segments) init(l *ondisk.Layout, reserve int) {
 	s.all = make([]segment, len(l.Chain))
 	s.reserve = reserve
 	s.mu.at = l.GenAt
-	s.mu.stale = make([]bool, len(l.Chain))
 	for i := range s.all {
 		s.all[i].gen.Store(l.Gens[i])
 	}
 }
 
-// addFree makes a segment available. Segments found free by replay are stale:
-// a crash may have come between the tail that freed them and the generation.
-func (s *segments) addFree(seg uint32, stale bool) {
+// addFree makes a segment available.
+func (s *segments) addFree(seg uint32) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.mu.freeList = append(s.mu.freeList, seg)
-	s.mu.stale[seg] = stale
 }
 
 func (s *segments) free() int {
@@ -75,30 +71,22 @@ func (s *segments) free() int {
 
 // take removes a segment from the free ones unless that would leave fewer
 // than keep.
-func (s *segments) take(keep int) (seg uint32, stale, ok bool) {
+func (s *segments) take(keep int) (seg uint32, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.mu.freeList) <= keep {
-		return 0, false, false
+		return 0, false
 	}
 	seg = s.mu.freeList[0]
 	s.mu.freeList = s.mu.freeList[1:]
-	stale, s.mu.stale[seg] = s.mu.stale[seg], false
-	return seg, stale, true
+	return seg, true
 }
 
 // takeData hands out a segment for data, with the queue's reference to it.
 func (c *Cache) takeData() (uint32, bool) {
-	seg, stale, ok := c.segments.take(c.segments.reserve)
+	seg, ok := c.segments.take(c.segments.reserve)
 	if !ok {
 		return 0, false
-	}
-	if stale {
-		if err := c.bumpGeneration(seg); err != nil {
-			c.fail(err)
-			return 0, false
-		}
-		c.mem.Fence()
 	}
 	c.segments.all[seg].refs.Store(1)
 	n, used := len(c.segments.all), len(c.segments.all)-c.segments.free()

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"fmt"
+	"runtime"
 	"sync/atomic"
 
 	"ublk-pcache/ondisk"
@@ -91,8 +92,8 @@ func (c *Cache) Status() Status {
 		s.State, s.Error = Degraded, err.Error()
 	}
 	c.writeback.mu.Unlock()
-	if f := c.failed.Load(); f != nil {
-		s.State, s.Error = Failed, f.err.Error()
+	if err := c.failure(); err != nil {
+		s.State, s.Error = Failed, err.Error()
 	}
 	return s
 }
@@ -105,6 +106,8 @@ func (c *Cache) SetGCPercent(n int) error {
 	}
 	c.gc.info.Lock()
 	defer c.gc.info.Unlock()
+	runtime.LockOSThread() // a fence is for the stores of its own thread
+	defer runtime.UnlockOSThread()
 	info, at := c.layout.Info, c.layout.InfoCopies.Newest.Next()
 	info.Flags = info.Flags.WithGCPercent(n)
 	var buf [ondisk.InfoSize]byte

@@ -3,6 +3,8 @@ package engine
 import (
 	"fmt"
 	"sync"
+
+	"ublk-pcache/ondisk"
 )
 
 // syncer answers FLUSH and FUA on a region that needs a sync: one sync for all
@@ -36,6 +38,23 @@ func (s *syncer) add(r *Request) {
 	s.kick()
 }
 
+// markSynced says that the log is durable up to the kset numbered seq, where
+// that goes without saying on a region that is Durable. Open and then syncLoop
+// are its only callers.
+func (c *Cache) markSynced(seq uint64) error {
+	if c.mem.Durable() {
+		return nil
+	}
+	at := c.layout.SyncMarkCopies.Newest.Next()
+	var buf [ondisk.SyncMarkSize]byte
+	off := ondisk.EncodeSyncMark(buf[:], at, seq)
+	if _, err := c.mem.WriteAt(buf[:], off); err != nil {
+		return fmt.Errorf("write the sync mark: %w", err)
+	}
+	c.layout.SyncMarkCopies.Newest = at
+	return nil
+}
+
 func (c *Cache) syncLoop() {
 	for {
 		select {
@@ -47,13 +66,17 @@ func (c *Cache) syncLoop() {
 		list := c.syncer.mu.list
 		c.syncer.mu.list = nil
 		c.syncer.mu.Unlock()
+		seq := c.journal.last()
 		err := c.mem.Sync()
+		if err == nil {
+			err = c.markSynced(seq)
+		}
 		if err != nil {
 			err = fmt.Errorf("sync the cache: %w", err)
 			c.fail(err)
 		}
-		if f := c.failed.Load(); f != nil {
-			err = f.err
+		if failed := c.failure(); failed != nil {
+			err = failed
 		}
 		for _, r := range list {
 			r.Err = err

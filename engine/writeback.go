@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -180,6 +181,8 @@ func (c *Cache) settle(err error) {
 // writebackLoop sleeps until there is a reason to write: a demand, or writers
 // that have stopped coming.
 func (c *Cache) writebackLoop() {
+	runtime.LockOSThread() // a fence is for the stores of its own thread
+	defer runtime.UnlockOSThread()
 	w := &c.writeback
 	timer := time.NewTimer(idleAfter)
 	var delay time.Duration
@@ -259,12 +262,13 @@ func (c *Cache) round() error {
 			return fmt.Errorf("flush the backing device: %w", err)
 		}
 	}
+	// Before dirty_tail moves: after that a part's place may soon be another's.
+	for _, p := range w.parts {
+		w.key = c.index.clean(p.s, p.s.place(p.e.seg, p.e.pos), w.key)
+	}
 	if err := c.moveDirtyTail(end, ksets); err != nil {
 		c.fail(err)
 		return err
-	}
-	for _, p := range w.parts {
-		w.key = c.index.clean(p.s, p.s.place(p.e.seg, p.e.pos), w.key)
 	}
 	w.rounds.Add(1)
 	return nil
@@ -304,40 +308,56 @@ func (c *Cache) collectKey(k *ondisk.Key) (bytes int) {
 	s.sh.Unlock()
 	for _, e := range w.key {
 		bytes += int(e.n) << sectorShift
-		w.parts = append(w.parts, part{s: s.sub(e), e: e, off: int64(k.Off) + int64(e.off-s.off)<<sectorShift})
+		for rest := e; rest.n > 0; {
+			// A key may be as long as a stripe.
+			e, rest = rest, rest.from(min(rest.end(), rest.off+transferBytes>>sectorShift))
+			e.n -= rest.n
+			w.parts = append(w.parts, part{s: s.sub(e), e: e, off: int64(k.Off) + int64(e.off-s.off)<<sectorShift})
+		}
 	}
 	return bytes
 }
 
 // transferParts writes the sorted parts, neighbours joined, and returns the
-// first error once nothing is under way any more.
+// first error once nothing is under way any more. What is not in error is
+// written all the same.
 func (c *Cache) transferParts() error {
 	w := &c.writeback
 	var first error
+	fault := func(err error) {
+		if first == nil {
+			first = err
+		}
+	}
 	take := func() *transfer {
 		t := <-w.free
-		if t.err != nil && first == nil {
-			first = fmt.Errorf("write %d bytes at %d of the backing device: %w", t.n, t.off, t.err)
+		if t.err != nil {
+			fault(fmt.Errorf("write %d bytes at %d of the backing device: %w", t.n, t.off, t.err))
 		}
 		t.err, t.n = nil, 0
 		return t
 	}
-	for i := 0; i < len(w.parts) && first == nil; {
+	for i := 0; i < len(w.parts); {
 		t := take()
 		t.off = w.parts[i].off
 		for ; i < len(w.parts) && w.parts[i].off == t.off+int64(t.n) && t.n+w.parts[i].len() <= len(t.buf); i++ {
 			p := &w.parts[i]
-			if err := c.load(t.buf[t.n:t.n+p.len()], p); err != nil && first == nil {
-				first = err
+			if err := c.load(t.buf[t.n:t.n+p.len()], p); err != nil {
+				// What lies before it goes; behind it a new transfer begins.
+				fault(err)
+				i++
+				break
 			}
 			t.n += p.len()
 		}
-		if b := int64(c.disk.BlockSize()); first == nil && (t.off%b != 0 || int64(t.n)%b != 0) {
-			first = fmt.Errorf("%w: %d bytes at %d, blocks of %d", ErrUnaligned, t.n, t.off, b)
+		b := int64(c.disk.BlockSize())
+		if t.off%b != 0 || int64(t.n)%b != 0 {
+			fault(fmt.Errorf("%w: %d bytes at %d, blocks of %d", ErrUnaligned, t.n, t.off, b))
+			t.n = 0
 		}
-		if first != nil {
+		if t.n == 0 {
 			w.free <- t
-			break
+			continue
 		}
 		w.written.Add(uint64(t.n))
 		c.disk.Write(t.buf[:t.n], t.off, t.done)

@@ -96,6 +96,8 @@ func (k *Key) Validate(segments uint32) error {
 		return fmt.Errorf("%w: offset %d, length %d", ErrKey, k.Off, k.Len)
 	case end < k.Off || end > 1<<63-1 || k.Off/StripeSize != (end-1)/StripeSize:
 		return fmt.Errorf("%w: offset %d, length %d cross a multiple of 4 MiB", ErrKey, k.Off, k.Len)
+	case k.SegOff%SectorSize != 0:
+		return fmt.Errorf("%w: data at %d:%d, not on a sector", ErrKey, k.Seg, k.SegOff)
 	case k.Seg >= segments:
 		return fmt.Errorf("%w: segment %d of %d", ErrKey, k.Seg, segments)
 	case uint64(k.SegOff)+uint64(k.Len) > SegmentData:

@@ -20,6 +20,9 @@ type Layout struct {
 	Identity       *Identity // nil: not bound to a backing device
 	IdentityCopies Copies
 
+	SyncMark       uint64 // number of the last kset known to be durable, 0 for none
+	SyncMarkCopies Copies
+
 	// Indexed by cache_seg_id, which is a segment's rank in the chain.
 	Chain []uint32  // its physical index
 	Gens  []uint64  // its generation
@@ -78,6 +81,7 @@ func ReadLayout(r io.ReaderAt, size int64) (*Layout, error) {
 	}
 	if check(l.readSuperblock(r, size)) {
 		check(l.readIdentity(r))
+		l.readSyncMark(r)
 		if check(l.readInfo(r)) && check(l.readChain(r)) {
 			check(l.readGenerations(r))
 		}
@@ -133,6 +137,16 @@ func (l *Layout) readIdentity(r io.ReaderAt) error {
 		}
 	}
 	return nil
+}
+
+// readSyncMark takes a lost mark for none: that only makes more of what is
+// found count as damage.
+func (l *Layout) readSyncMark(r io.ReaderAt) {
+	var buf [SyncMarkSize]byte
+	l.SyncMarkCopies = readCopies(r, syncMarkOff, identityDistance, buf[:])
+	if l.SyncMarkCopies.Valid() {
+		l.SyncMark = decodeSyncMark(buf[:])
+	}
 }
 
 func (l *Layout) readInfo(r io.ReaderAt) error {

@@ -15,10 +15,13 @@ import (
 // has not been done; it is for when the cache has been opened.
 func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
 	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
-	if errors.Is(err, ondisk.ErrNotFormatted) || o.Format {
+	if !o.Recover && (errors.Is(err, ondisk.ErrNotFormatted) || o.Format) {
 		return func() error { return nil }, s.format(o, layout, err)
 	}
 	if err != nil {
+		if o.Recover {
+			return nil, fmt.Errorf("cache %s cannot continue device %d: %w (look with 'ublk-pcache check %s'; the device waits)", s.dev.PMEM, s.dev.ID, err, s.dev.PMEM)
+		}
 		return nil, fmt.Errorf("cache %s: %w (look with 'ublk-pcache check %s'; to give up what it holds: --format)", s.dev.PMEM, err, s.dev.PMEM)
 	}
 	if crc := layout.Info.Flags.DataCRC(); o.DataCRC != nil && *o.DataCRC != crc {

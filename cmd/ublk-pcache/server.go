@@ -193,11 +193,19 @@ func (s *server) wait() {
 	}
 }
 
+// forceAfter is how long a forced removal waits for requests to finish.
+const forceAfter = 5 * time.Second
+
 // remove ends the device in the order of dependency: no requests, then no
 // cache, then no device, then no trace.
 func (s *server) remove(force bool) error {
 	s.removing.Lock()
 	defer s.removing.Unlock()
+	if force {
+		// Requests that wait for a disk which does not answer would keep the
+		// driver from letting go.
+		defer time.AfterFunc(forceAfter, s.cache.Abort).Stop()
+	}
 	if err := s.ublk.Stop(force); err != nil {
 		return err
 	}

@@ -1,0 +1,322 @@
+package engine
+
+import (
+	"bytes"
+	"context"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"ublk-pcache/backing"
+	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
+)
+
+const pageSize = 4096
+
+// pageCache is a region in the page cache of a file: a page that was written
+// since the last sync may or may not survive a power cut, each for itself.
+type pageCache struct {
+	*pmem.Region
+	mu     sync.Mutex
+	off    bool             // the power is off: nothing is stored any more
+	synced map[int64][]byte // content at the last sync of the pages written since
+	onSync func()           // called before each Sync
+}
+
+func newPageCache() *pageCache {
+	return &pageCache{Region: pmem.Heap(ondisk.MinSize), synced: map[int64][]byte{}}
+}
+
+func (m *pageCache) noteLocked(off, n int64) {
+	for p := off / pageSize; p*pageSize < off+n; p++ {
+		if m.synced[p] == nil {
+			m.synced[p] = make([]byte, pageSize)
+			m.Region.ReadAt(m.synced[p], p*pageSize)
+		}
+	}
+}
+
+func (m *pageCache) Durable() bool { return false }
+
+func (m *pageCache) WriteAt(p []byte, off int64) (int, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.off {
+		return len(p), nil
+	}
+	m.noteLocked(off, int64(len(p)))
+	return m.Region.WriteAt(p, off)
+}
+
+func (m *pageCache) Zero(off, n int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.off {
+		return nil
+	}
+	m.noteLocked(off, n)
+	return m.Region.Zero(off, n)
+}
+
+func (m *pageCache) Sync() error {
+	if m.onSync != nil {
+		m.onSync()
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	clear(m.synced)
+	return nil
+}
+
+// cut cuts the power and returns the region as it is found afterwards: of the
+// pages written since the last sync those survive that keep says.
+func (m *pageCache) cut(keep func(page int64) bool) *pageCache {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, p := range slices.Sorted(maps.Keys(m.synced)) {
+		if !keep(p) {
+			m.Region.WriteAt(m.synced[p], p*pageSize)
+		}
+	}
+	m.off = true
+	return &pageCache{Region: m.Region, synced: map[int64][]byte{}}
+}
+
+// cutWhenSyncing keeps what would be found after a power cut while the next
+// sync is under way, with just the pages that keep says written.
+func (m *pageCache) cutWhenSyncing(disk *backing.Fake, keep func(page int64) bool) (after func() (*pageCache, *backing.Fake)) {
+	copied := newPageCache()
+	var cut *backing.Fake
+	var once sync.Once
+	m.onSync = func() {
+		once.Do(func() {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			cut = disk.Crash()
+			buf := make([]byte, 1<<20)
+			for off := int64(0); off < m.Size(); off += int64(len(buf)) {
+				m.Region.ReadAt(buf, off)
+				copied.Region.WriteAt(buf, off)
+			}
+			for p, content := range m.synced {
+				if !keep(p) {
+					copied.Region.WriteAt(content, p*pageSize)
+				}
+			}
+		})
+	}
+	return func() (*pageCache, *backing.Fake) { return copied, cut }
+}
+
+func (r *rig) flush(t *testing.T) {
+	t.Helper()
+	if err := r.do(0, &Request{Op: Flush}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func stamped(lba int64, sectors int, version uint64) []byte {
+	p := make([]byte, sectors*sectorSize)
+	fillStamp(p, lba, version)
+	return p
+}
+
+func (r *rig) version(t *testing.T, lba int64) uint64 {
+	t.Helper()
+	v, err := stamp(r.read(t, lba*sectorSize, sectorSize), lba)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// TestPowerCutPages: what was flushed is there whichever pages survive, and
+// the rest is as if it had never been written, or had all been.
+func TestPowerCutPages(t *testing.T) {
+	seed := *stormSeed
+	if seed == 0 {
+		seed = rand.Uint64()
+	}
+	t.Logf("seed %d (-storm.seed)", seed)
+	dice := rand.New(rand.NewPCG(seed, 0))
+	disk := backing.NewFake(32<<20, 512, seed)
+	m := newPageCache()
+	formatSmall(t, m.Region, 8, true, 70)
+	// One sector each, so that the log soon has more pages than data has.
+	const sectors = 512
+	var flushed, newest [sectors]uint64
+	version := uint64(0)
+	for range 60 {
+		r := newRig(t, m, disk, 1)
+		for lba := range int64(sectors) {
+			v := r.version(t, lba)
+			if v < flushed[lba] || v > newest[lba] {
+				t.Fatalf("sector %d: version %d, flushed %d, written %d", lba, v, flushed[lba], newest[lba])
+			}
+			flushed[lba], newest[lba] = v, v
+		}
+		for range dice.IntN(4) {
+			for range dice.IntN(300) {
+				lba := dice.Int64N(sectors)
+				version++
+				r.write(t, lba*sectorSize, stamped(lba, 1, version))
+				newest[lba] = version
+			}
+			switch dice.IntN(4) {
+			case 0:
+				if err := r.Flush(context.Background()); err != nil {
+					t.Fatal(err)
+				}
+			case 1, 2:
+				r.flush(t)
+				flushed = newest
+			}
+		}
+		for _, l := range r.loops {
+			close(l.quit)
+			<-l.ended
+		}
+		survivors := dice.IntN(101)
+		after := m.cut(func(int64) bool { return dice.IntN(100) < survivors })
+		next := disk.Crash()
+		r.Close()
+		m = after
+		disk.Close()
+		disk = next
+	}
+	disk.Close()
+}
+
+// TestPowerCutTailFirst: a round's new dirty_tail must not be durable before
+// what it relies on.
+func TestPowerCutTailFirst(t *testing.T) {
+	disk := backing.NewFake(256<<20, 512, 1)
+	defer func() { disk.Close() }()
+	m := newPageCache()
+	formatSmall(t, m.Region, 20, true, 70)
+	r := newRig(t, m, disk, 1)
+	r.write(t, 0, stamped(0, 8, 1))
+	for i := int64(1); i < 70; i++ { // more than a round
+		r.write(t, i<<20, stamped(i<<11, 2048, 1))
+	}
+	for i := range uint64(200) { // the next kset is on another page of the log
+		r.write(t, 100<<20, stamped(100<<11, 1, i+1))
+	}
+	r.flush(t)
+	r.write(t, 0, stamped(0, 8, 2))
+	after := m.cutWhenSyncing(disk, func(p int64) bool { return p == ondisk.CtrlOff/pageSize })
+	if err := r.Flush(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+	disk.Close()
+	m, disk = after()
+	r = newRig(t, m, disk, 1)
+	if v := r.version(t, 0); v != 1 {
+		t.Errorf("version %d, flushed 1", v)
+	}
+	if err := r.Flush(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	r.kill()
+	p := make([]byte, sectorSize)
+	disk.ReadAt(p, 0)
+	if v, err := stamp(p, 0); v == 0 || err != nil {
+		t.Errorf("after a flush of the cache the disk has version %d, %v", v, err)
+	}
+}
+
+// TestPowerCutOverwrite: the key of an overwrite survives and its data does
+// not. What was overwritten had been flushed.
+func TestPowerCutOverwrite(t *testing.T) {
+	disk := backing.NewFake(32<<20, 512, 1)
+	defer disk.Close()
+	m := newPageCache()
+	formatSmall(t, m.Region, 8, true, 70)
+	r := newRig(t, m, disk, 1)
+	log := r.layout.Offset(0, 0) / pageSize
+	r.write(t, 0, stamped(0, 8, 1))
+	r.flush(t)
+	r.write(t, 0, stamped(0, 8, 2))
+	after := m.cut(func(p int64) bool { return p == log })
+	r.kill()
+	r = newRig(t, after, disk, 1)
+	if v := r.version(t, 0); v != 1 {
+		t.Errorf("version %d, flushed 1", v)
+	}
+	r.kill()
+}
+
+// TestPowerCutHole: a page of the log is lost and later ones are not. The log
+// ends at the hole, and nothing of what was behind it is left to be found.
+func TestPowerCutHole(t *testing.T) {
+	disk := backing.NewFake(32<<20, 512, 1)
+	defer disk.Close()
+	m := newPageCache()
+	formatSmall(t, m.Region, 8, true, 70)
+	r := newRig(t, m, disk, 1)
+	log := r.layout.Offset(0, 0) / pageSize
+	r.write(t, 0, stamped(0, 1, 1))
+	r.flush(t)
+	for i := range uint64(400) {
+		r.write(t, 0, stamped(0, 1, i+2))
+	}
+	after := m.cut(func(p int64) bool { return p != log+1 })
+	r.kill()
+	r = newRig(t, after, disk, 1)
+	if v := r.version(t, 0); v < 1 || v > 401 {
+		t.Errorf("version %d", v)
+	}
+	head, _ := r.journal.head()
+	if head.Off >= 2*pageSize {
+		t.Fatalf("the log ends at %v, behind the hole", head)
+	}
+	rest, zero := make([]byte, 1<<20), make([]byte, 1<<20)
+	after.ReadAt(rest, r.layout.Offset(head.Seg, head.Off))
+	if !bytes.Equal(rest, zero) {
+		t.Error("ksets are left behind the end of the log")
+	}
+	r.kill()
+}
+
+// TestDamageBeforeSyncMark: a hole in what was flushed is not the end of the
+// log.
+func TestDamageBeforeSyncMark(t *testing.T) {
+	disk := backing.NewFake(32<<20, 512, 1)
+	defer disk.Close()
+	m := newPageCache()
+	formatSmall(t, m.Region, 8, true, 70)
+	r := newRig(t, m, disk, 1)
+	for i := range uint64(20) {
+		r.write(t, 0, stamped(0, 1, i+1))
+	}
+	r.flush(t)
+	r.flush(t)
+	second := r.layout.Offset(0, ondisk.KsetSize(1))
+	r.kill()
+	if err := m.Region.Zero(second, 24); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := openRig(m, disk, 1); err == nil {
+		r.kill()
+		t.Error("a log with a hole in its flushed part was opened")
+	}
+}
+
+// within fails the test if f takes longer than anything that works could.
+func within(t *testing.T, what string, f func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() { f(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(time.Minute):
+		t.Fatalf("%s does not end", what)
+	}
+}
