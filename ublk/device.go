@@ -284,7 +284,12 @@ func openChar(id uint32) (int, error) {
 	}
 }
 
-// runQueues starts the queues' threads and waits until all tags are fetched.
+// runQueues starts the queues' threads and waits until all tags are fetched. It
+// takes two steps: only when all queues have what may not be had, a ring and
+// its messenger, does any of them fetch. A recovery that fails
+// between the first and the last queue's fetches is what the next one, on 6.12,
+// dies of in the kernel (ublk_queue_reinit drops the task of a queue that has
+// none).
 func (d *Device) runQueues(newHandler NewHandler, fatal func(error)) error {
 	d.ended = make(chan struct{})
 	for i := range int(d.info.nrHwQueues) {
@@ -298,18 +303,28 @@ func (d *Device) runQueues(newHandler NewHandler, fatal func(error)) error {
 	}
 	var threads sync.WaitGroup
 	ready := make(chan error, len(d.queues))
+	fetch := make(chan bool, len(d.queues))
 	for _, q := range d.queues {
-		threads.Go(func() { q.serve(ready) })
+		threads.Go(func() { q.serve(ready, fetch) })
 	}
 	go func() {
 		threads.Wait()
 		close(d.ended)
 	}()
-	var err error
-	for range d.queues {
-		err = errors.Join(err, <-ready)
+	step := func() (err error) {
+		for range d.queues {
+			err = errors.Join(err, <-ready)
+		}
+		return err
 	}
-	return err
+	err := step()
+	for range d.queues {
+		fetch <- err == nil
+	}
+	if err != nil {
+		return err
+	}
+	return step()
 }
 
 // leave makes the queues give up a device that has not been started.

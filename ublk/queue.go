@@ -164,14 +164,23 @@ func (q *Queue) Wake() {
 	}
 }
 
-// serve is the queue's thread. It reports on ready when all tags have been
-// fetched, or why not.
-func (q *Queue) serve(ready chan<- error) {
+// serve is the queue's thread. It reports on ready when it has a ring, waits to
+// hear whether to fetch, and reports again when all tags have been fetched; or
+// why not.
+func (q *Queue) serve(ready chan<- error, fetch <-chan bool) {
 	// The driver knows a tag's owner by its task, and so does the ring.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 
 	defer q.release()
+	if err := q.makeRing(); err != nil {
+		ready <- fmt.Errorf("start queue %d: %w", q.id, err)
+		return
+	}
+	ready <- nil
+	if !<-fetch {
+		return
+	}
 	if err := q.fetchAll(); err != nil {
 		ready <- fmt.Errorf("start queue %d: %w", q.id, err)
 		return
@@ -182,14 +191,16 @@ func (q *Queue) serve(ready chan<- error) {
 	}
 }
 
-func (q *Queue) fetchAll() (err error) {
+func (q *Queue) makeRing() (err error) {
 	// One entry per tag: a tag is either fetched or committed, once per turn.
 	if q.ring, err = uring.New(uring.Options{Entries: uint32(len(q.tags)), SingleIssuer: true}); err != nil {
 		return err
 	}
-	if q.waker, err = uring.NewMessenger(q.ring); err != nil {
-		return err
-	}
+	q.waker, err = uring.NewMessenger(q.ring)
+	return err
+}
+
+func (q *Queue) fetchAll() (err error) {
 	// Mapping ties the device to this process until a recovery resets it, which
 	// 6.12 does only after a queue was fetched: so let nothing fail in between.
 	page := os.Getpagesize()
