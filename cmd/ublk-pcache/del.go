@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -32,7 +33,7 @@ on the backing device, flush first. A device that is open is not removed.`,
 			// Everything acknowledged is in the cache; all that is left to
 			// remove is the device.
 			if err := ublk.Remove(id, force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
-				return err
+				return d.removalError(err)
 			}
 			d.remove()
 			return nil
@@ -40,4 +41,12 @@ on the backing device, flush first. A device that is open is not removed.`,
 	}
 	cmd.Flags().BoolVar(&force, "force", false, "even if the device is open")
 	return cmd
+}
+
+// removalError says what to do about a device that cannot be removed.
+func (d *device) removalError(err error) error {
+	if errors.Is(err, ublk.ErrInUse) {
+		return fmt.Errorf("%s is in use (unmount it and close what has it open, or remove it from under them: ublk-pcache del --force %d)", d.Device, d.ID)
+	}
+	return err
 }

@@ -15,8 +15,6 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
-
-	"ublk-pcache/ublk"
 )
 
 // A server protects the machine it serves: the kernel may need it to write
@@ -33,9 +31,6 @@ import (
 // or why it is not. With foreground, launch becomes the server's parent and
 // returns when that ends.
 func launch(o serveOptions, foreground bool) error {
-	if os.Geteuid() != 0 {
-		return ublk.ErrNotRoot
-	}
 	config, err := json.Marshal(o)
 	if err != nil {
 		return err

@@ -19,6 +19,8 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+
+	"ublk-pcache/ublk"
 )
 
 func main() {
@@ -27,6 +29,12 @@ func main() {
 		Short:         "A persistent-memory cache in front of a slow disk, served in user space",
 		SilenceErrors: true,
 		SilenceUsage:  true,
+		PersistentPreRunE: func(*cobra.Command, []string) error {
+			if os.Geteuid() != 0 {
+				return ublk.ErrNotRoot
+			}
+			return nil
+		},
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(

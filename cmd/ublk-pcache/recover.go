@@ -33,7 +33,7 @@ lost, flushed or not.`,
 				return err
 			}
 			if d.alive() {
-				return fmt.Errorf("device %d is being served by process %d", id, d.PID)
+				return fmt.Errorf("device %d has a server, process %d: there is nothing to recover (to end it: ublk-pcache del %d)", id, d.PID, id)
 			}
 			d.Queues, d.Depth = info.Queues, info.Depth
 			return launch(serveOptions{Device: *d, Recover: true, Foreground: foreground}, foreground)

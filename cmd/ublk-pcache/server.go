@@ -207,7 +207,7 @@ func (s *server) remove(force bool) error {
 		defer time.AfterFunc(forceAfter, s.cache.Abort).Stop()
 	}
 	if err := s.ublk.Stop(force); err != nil {
-		return err
+		return s.dev.removalError(err)
 	}
 	err := errors.Join(s.cache.Close(), s.ublk.Delete(), s.region.Close(), s.disk.Close())
 	s.log.Info("removed", zap.Error(err))
