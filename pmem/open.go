@@ -190,6 +190,13 @@ func mapFile(f *os.File, want int64, mode Mode) (*Region, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mmap of %d bytes: %w", size, err)
 	}
+	if r.kind == File {
+		// A process that locks its memory (mlockall with MCL_FUTURE) means its
+		// own, not as much page cache as the file is large.
+		if err := unix.Munlock(r.mem); err != nil {
+			return nil, fmt.Errorf("unlock the mapping: %w", err)
+		}
+	}
 	return r, nil
 }
 

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 
 	"ublk-pcache/ondisk"
 	"ublk-pcache/pmem"
@@ -16,7 +15,7 @@ import (
 func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
 	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
 	if !o.Recover && (errors.Is(err, ondisk.ErrNotFormatted) || o.Format) {
-		return func() error { return nil }, s.format(o, layout, err)
+		return func() error { return nil }, s.format(o)
 	}
 	if err != nil {
 		if o.Recover {
@@ -47,10 +46,9 @@ func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
 	return func() error { return nil }, nil
 }
 
-// format makes a new cache, if that is harmless or was asked for. found is
-// what ReadLayout said.
-func (s *server) format(o *serveOptions, layout *ondisk.Layout, found error) error {
-	if err := mayFormat(s.region, s.dev.PMEM, layout, found, o.Format, o.Force); err != nil {
+// format makes a new cache, if that is harmless or was asked for.
+func (s *server) format(o *serveOptions) error {
+	if err := mayFormat(s.region, o.Format, o.Force); err != nil {
 		return err
 	}
 	opts := ondisk.FormatOptions{
@@ -70,46 +68,26 @@ func (s *server) format(o *serveOptions, layout *ondisk.Layout, found error) err
 }
 
 // mayFormat refuses to format a region that is not blank unless asked to, and
-// one with dirty data unless forced to. found is what ReadLayout said.
-func mayFormat(r *pmem.Region, name string, layout *ondisk.Layout, found error, format, force bool) error {
+// one with dirty data, or that may have some, unless forced to.
+func mayFormat(r *pmem.Region, format, force bool) error {
 	if !format {
 		blank, err := ondisk.Blank(r, r.Size())
 		if err != nil {
-			return err
+			return fmt.Errorf("%s: %w", r.Path(), err)
 		}
 		if !blank {
-			return fmt.Errorf("%s holds no cache, but is not blank (to overwrite what is there: --format)", name)
+			return fmt.Errorf("%s holds no cache, but is not blank (to overwrite what is there: --format)", r.Path())
 		}
 		return nil
 	}
-	if found == nil && !force {
-		dirty, err := dirtyBytes(r, layout)
-		if err != nil {
-			return fmt.Errorf("%s: %w (to format it all the same: --format --force)", name, err)
-		}
-		if dirty > 0 {
-			return fmt.Errorf("%s holds a cache with %d bytes of dirty data that its backing device does not have (flush it first, or lose them with --format --force)", name, dirty)
-		}
+	if force {
+		return nil
+	}
+	switch report := ondisk.Check(r, r.Size(), false); {
+	case report.Dirty > 0:
+		return fmt.Errorf("%s holds a cache with %d bytes of dirty data that its backing device does not have (flush it first, or lose them with --format --force)", r.Path(), report.DirtyBytes)
+	case len(report.Problems) > 0 && !errors.Is(report.Problems[0], ondisk.ErrNotFormatted):
+		return fmt.Errorf("%s holds a cache that is not in order: %w (to give up what it holds: --format --force)", r.Path(), report.Problems[0])
 	}
 	return nil
-}
-
-// dirtyBytes adds up the keys behind dirty_tail. What they overwrite of each
-// other counts twice.
-func dirtyBytes(r io.ReaderAt, l *ondisk.Layout) (n int64, err error) {
-	end, err := l.WalkLog(r, l.DirtyTail, func(_ ondisk.Position, k *ondisk.Kset) error {
-		for i := range k.Keys {
-			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 && key.Gen == l.Gens[key.Seg] {
-				n += int64(key.Len)
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return 0, err
-	}
-	if end.Damage != nil {
-		return 0, end.Damage
-	}
-	return n, nil
 }
