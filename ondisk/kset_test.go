@@ -105,6 +105,7 @@ func TestValidate(t *testing.T) {
 		"offset is negative":   func(k *Key) { k.Off = 1 << 63 },
 		"no such segment":      func(k *Key) { k.Seg = 32 },
 		"beyond the segment":   func(k *Key) { k.SegOff += 512 },
+		"off the sector grid":  func(k *Key) { k.SegOff -= 8 },
 		"segment offset wraps": func(k *Key) { k.SegOff = 1<<32 - 256 },
 	} {
 		k := good
