@@ -232,10 +232,10 @@ func quietKernel(t *testing.T) (check func()) {
 }
 
 // mount mounts a device on a folder of the test, which is unmounted at its end at the latest.
-func mount(t *testing.T, dev string) (dir string) {
+func mount(t *testing.T, dev string, options ...string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
-	must(t, "mount", dev, dir)
+	must(t, slices.Concat([]string{"mount"}, options, []string{dev, dir})...)
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	return dir
 }

@@ -11,6 +11,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"os/exec"
 	"testing"
 	"time"
 )
@@ -37,5 +38,19 @@ func TestMain(m *testing.M) {
 		*seed = uint64(time.Now().UnixNano())
 	}
 	fmt.Printf("seed %d\n", *seed)
+	if err := installProgram(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	os.Exit(m.Run())
+}
+
+// installProgram copies the program from the shared folder, which is slow and which only root may be able to read, to
+// where everybody finds it first.
+func installProgram() error {
+	const dir = "/tmp/bin"
+	if out, err := exec.Command("install", "-D", "-m", "755", "-t", dir, "/share/ublk-pcache").CombinedOutput(); err != nil {
+		return fmt.Errorf("install ublk-pcache: %w\n%s", err, out)
+	}
+	return os.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 }
