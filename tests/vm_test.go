@@ -12,7 +12,9 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,43 +24,60 @@ import (
 
 var (
 	kernelFlag = flag.String("kernel", "", "only this kernel")
-	guestFlag  = flag.String("guest", "", "run the guest tests that match this `regexp`")
+	guestFlag  = flag.String("guest", "", "run only the tests in there that match this `regexp`")
 	seedFlag   = flag.Uint64("seed", 0, "random seed of the guest's workloads")
 )
 
-// limit is for all tests on one kernel. A test that hangs takes the machine with it.
+// limit is for one package on one kernel. A test that hangs takes the machine with it.
 const limit = 15 * time.Minute
+
+// A suite is what runs of one package. Every package is a test binary of its own, and all of a kernel's run in one boot.
+type suite struct {
+	pkg   string // folder of the module
+	tests string // regular expression
+}
+
+// everything is in the order in which it runs: pmem's tests turn the namespace into one of another mode.
+var everything = []suite{
+	{"tests/guest", "."},
+	{"ublk", "."},
+	{"backing", "."},
+	{"pmem", "."},
+}
 
 // Everything runs on the newest kernel; what depends on the driver's age runs on the old one, too.
 func TestGuest(t *testing.T) {
 	share := t.TempDir()
 	build(t, share)
-	for _, on := range []struct{ kernel, tests string }{
-		{"trixie-backports", "."},
-		{"bookworm-backports", "^(TestFileSystems|TestFourTimesTheCache|TestServerKilled)$"},
+	for _, on := range []struct {
+		kernel string
+		suites []suite
+	}{
+		{"trixie-backports", everything},
+		{"bookworm-backports", []suite{
+			{"tests/guest", "^(TestFileSystems|TestFourTimesTheCache|TestServerKilled)$"},
+			{"ublk", "."},
+		}},
 	} {
 		if *kernelFlag != "" && *kernelFlag != on.kernel {
 			continue
 		}
 		if *guestFlag != "" {
-			on.tests = *guestFlag
+			on.suites = slices.Clone(everything)
+			for i := range on.suites {
+				on.suites[i].tests = *guestFlag
+			}
 		}
-		t.Run(on.kernel, func(t *testing.T) { runGuest(t, on.kernel, on.tests, share) })
+		t.Run(on.kernel, func(t *testing.T) { onKernel(t, on.kernel, on.suites, share) })
 	}
 }
 
-// build puts what the machines need into share: the program, the tests, the golden images.
+// build puts what the machines need into share: the program, the test binaries, the golden images.
 func build(t *testing.T, share string) {
 	t.Helper()
-	for _, args := range [][]string{
-		{"build", "-o", share + "/ublk-pcache", "ublk-pcache/cmd/ublk-pcache"},
-		{"test", "-c", "-tags", "vm", "-o", share + "/guest.test", "ublk-pcache/tests/guest"},
-	} {
-		cmd := exec.Command("go", args...)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("go %s: %v\n%s", strings.Join(args, " "), err, out)
-		}
+	goBuild(t, "build", "-o", share+"/ublk-pcache", "ublk-pcache/cmd/ublk-pcache")
+	for _, s := range everything {
+		goBuild(t, "test", "-c", "-tags", "vm", "-o", filepath.Join(share, s.binary()), "ublk-pcache/"+s.pkg)
 	}
 	images, err := filepath.Glob("../ondisk/testdata/*.tar.gz")
 	if err != nil || len(images) == 0 {
@@ -78,7 +97,18 @@ func build(t *testing.T, share string) {
 	}
 }
 
-func runGuest(t *testing.T, kernel, tests, share string) {
+func goBuild(t *testing.T, args ...string) {
+	t.Helper()
+	cmd := exec.Command("go", args...)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+}
+
+func (s suite) binary() string { return path.Base(s.pkg) + ".test" }
+
+func onKernel(t *testing.T, kernel string, suites []suite, share string) {
 	start := time.Now()
 	m, err := vm.Boot(vm.Standard(kernel, t.TempDir(), share))
 	if err != nil {
@@ -86,8 +116,25 @@ func runGuest(t *testing.T, kernel, tests, share string) {
 	}
 	defer m.Kill()
 	t.Logf("booted %s in %v", strings.TrimSpace(release(t, m)), time.Since(start).Round(time.Second))
+	for _, s := range suites {
+		var died error
+		t.Run(path.Base(s.pkg), func(t *testing.T) { died = s.run(t, m) })
+		if died != nil {
+			t.Fatalf("what comes after %s was not run: %v\nconsole:\n%s", s.pkg, died, m.Console())
+		}
+	}
+	if err := m.Halt(); err != nil {
+		t.Error(err)
+	}
+}
 
+// run runs a suite and reports its tests below t. An error means that the machine did not live through it.
+func (s suite) run(t *testing.T, m *vm.Machine) error {
 	// The test binary's output, marked up for test2json, becomes a stream of events.
+	args := []string{s.binary(), "-test.v=test2json", "-test.run=" + s.tests, fmt.Sprintf("-test.timeout=%v", limit)}
+	if s.pkg == "tests/guest" {
+		args = append(args, fmt.Sprintf("-seed=%d", *seedFlag))
+	}
 	convert := exec.Command("go", "tool", "test2json", "-t")
 	in, err := convert.StdinPipe()
 	if err != nil {
@@ -105,26 +152,20 @@ func runGuest(t *testing.T, kernel, tests, share string) {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		code, err = m.Run(limit, in, &stderr, nil,
-			"guest.test", "-test.v=test2json", "-test.run="+tests, fmt.Sprintf("-test.timeout=%v", limit), fmt.Sprintf("-seed=%d", *seedFlag))
+		code, err = m.Run(limit, in, &stderr, nil, args...)
 		in.Close()
 	}()
 	(&report{events: json.NewDecoder(bufio.NewReader(out))}).follow(t, "")
 	<-ended
 	convert.Wait()
 
-	if err != nil {
-		t.Fatalf("%v\n%s\nconsole:\n%s", err, &stderr, m.Console())
-	}
-	if code != 0 && !t.Failed() {
-		t.Errorf("guest.test: exit status %d", code)
-	}
 	if stderr.Len() > 0 {
 		t.Logf("stderr:\n%s", &stderr)
 	}
-	if err := m.Halt(); err != nil {
-		t.Error(err)
+	if err == nil && code != 0 && !t.Failed() {
+		t.Errorf("%s: exit status %d", s.binary(), code)
 	}
+	return err
 }
 
 func release(t *testing.T, m *vm.Machine) string {

@@ -29,20 +29,24 @@ type refusal struct {
 	says    []string           // regular expressions, all of which the line must match
 }
 
-func refuse(t *testing.T, tmp string, cases []refusal) {
+// theDevices are what no refused command may change.
+var theDevices = []string{dax, disk, disk4K, tinyDisk}
+
+// refuse tries the cases. Each must leave the devices and the files in tmp as they were.
+func refuse(t *testing.T, devices []string, tmp string, cases []refusal) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			if c.prepare != nil {
 				c.prepare(t)
 			}
-			before, running := contents(t, tmp), leftovers(t)
+			before, running := contents(t, devices, tmp), leftovers(t)
 			args := strings.Fields(strings.ReplaceAll(c.args, "TMP/", tmp+"/"))
 			r := run(t, append([]string{"ublk-pcache"}, args...)...)
 			for i := range c.says {
 				c.says[i] = strings.ReplaceAll(c.says[i], "TMP/", tmp+"/")
 			}
 			r.mustRefuse(t, c.says)
-			mustNotHaveChanged(t, tmp, before)
+			mustNotHaveChanged(t, before, contents(t, devices, tmp))
 			if left := leftovers(t); !slices.Equal(left, running) {
 				t.Errorf("there are %v now, before %v", left, running)
 			}
@@ -68,22 +72,25 @@ func (r result) mustRefuse(t *testing.T, says []string) {
 	}
 }
 
-// contents is what a refused command might have touched, by name: the metadata on the pmem, both ends of the disks and of
-// the files of the test.
-func contents(t *testing.T, tmp string) map[string][]byte {
+// contents is what a refused command might have touched, by name: the metadata on a pmem, both ends of disks and of the
+// files in tmp.
+func contents(t *testing.T, devices []string, tmp string) map[string][]byte {
 	t.Helper()
-	all := map[string][]byte{}
-	mapped(t, dax, func(mem []byte) {
-		all[dax] = slices.Clone(mem[:1<<20])
-		for seg := 20 << 10; seg < len(mem); seg += 16 << 20 {
-			all[dax] = append(all[dax], mem[seg:min(seg+64<<10, len(mem))]...)
-		}
-	})
 	files, err := filepath.Glob(tmp + "/*")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range append([]string{disk, disk4K, tinyDisk}, files...) {
+	all := map[string][]byte{}
+	for _, name := range slices.Concat(devices, files) {
+		if name == dax {
+			mapped(t, dax, func(mem []byte) {
+				all[dax] = slices.Clone(mem[:1<<20])
+				for seg := 20 << 10; seg < len(mem); seg += 16 << 20 {
+					all[dax] = append(all[dax], mem[seg:min(seg+64<<10, len(mem))]...)
+				}
+			})
+			continue
+		}
 		f, err := os.Open(name)
 		if err != nil {
 			t.Fatal(err)
@@ -102,9 +109,8 @@ func contents(t *testing.T, tmp string) map[string][]byte {
 	return all
 }
 
-func mustNotHaveChanged(t *testing.T, tmp string, before map[string][]byte) {
+func mustNotHaveChanged(t *testing.T, before, after map[string][]byte) {
 	t.Helper()
-	after := contents(t, tmp)
 	for name := range before {
 		if !bytes.Equal(before[name], after[name]) {
 			t.Errorf("the refused command changed %s", name)
@@ -135,7 +141,7 @@ func TestRefusesBadArguments(t *testing.T) {
 	sparseFile(t, tmp, "odd", 512<<20+100)
 	sparseFile(t, tmp, "empty", 0)
 	sparseFile(t, tmp, "ragged", 1<<20+100)
-	refuse(t, tmp, []refusal{
+	refuse(t, theDevices, tmp, []refusal{
 		{name: "pmem missing", args: "add -p /dev/dax9.9 -b " + disk, says: []string{"/dev/dax9.9", "no such|not exist|missing|not there"}},
 		{name: "pmem file missing and no size", args: "add -p TMP/none -b " + disk, says: []string{"TMP/none", "size="}},
 		{name: "pmem too small", args: "add -p TMP/small -b " + disk, says: []string{"small", "512 MiB"}},
@@ -190,7 +196,7 @@ func TestRefusesBadArguments(t *testing.T) {
 func TestLookingAtBlankPmem(t *testing.T) {
 	wipe(t)
 	tmp := t.TempDir()
-	before := contents(t, tmp)
+	before := contents(t, theDevices, tmp)
 	for _, command := range []string{"check", "dump"} {
 		r := run(t, "ublk-pcache", command, dax)
 		if !strings.Contains(r.stdout, "no cache on this device") || !strings.Contains(r.stdout, "ublk-pcache format") {
@@ -199,13 +205,13 @@ func TestLookingAtBlankPmem(t *testing.T) {
 		r.stdout = ""
 		r.mustRefuse(t, []string{dax})
 	}
-	mustNotHaveChanged(t, tmp, before)
+	mustNotHaveChanged(t, before, contents(t, theDevices, tmp))
 }
 
 func TestRefusesAnyoneButRoot(t *testing.T) {
 	wipe(t, disk)
 	tmp := t.TempDir()
-	before := contents(t, tmp)
+	before := contents(t, theDevices, tmp)
 	for _, args := range [][]string{
 		{"add", "-p", dax, "-b", disk}, {"recover", "0"}, {"del", "0"}, {"flush", "0"}, {"status", "0"}, {"list"},
 		{"set", "0", "gc_percent=80"}, {"format", dax}, {"dump", dax}, {"check", dax},
@@ -214,7 +220,7 @@ func TestRefusesAnyoneButRoot(t *testing.T) {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 		runCommand(t, cmd).mustRefuse(t, []string{"root"})
 	}
-	mustNotHaveChanged(t, tmp, before)
+	mustNotHaveChanged(t, before, contents(t, theDevices, tmp))
 }
 
 // superblock writes a superblock with a valid checksum unless damage is done to it afterwards.
@@ -242,7 +248,7 @@ func TestRefusesForeignPmem(t *testing.T) {
 		return func(t *testing.T) { wipe(t); then(t) }
 	}
 	wipe(t, disk)
-	refuse(t, t.TempDir(), []refusal{
+	refuse(t, theDevices, t.TempDir(), []refusal{
 		{name: "not blank", prepare: blank(func(t *testing.T) {
 			mapped(t, dax, func(mem []byte) { copy(mem[65536:], "somebody's data") })
 		}), args: addIt, says: []string{dax, "not blank|not empty|data", "--format"}},
@@ -278,7 +284,7 @@ func TestRefusesToHarmACache(t *testing.T) {
 	d = add(t, "-p", tmp+"/cache", "-b", tmp+"/backing")
 	d.del(t)
 
-	refuse(t, tmp, []refusal{
+	refuse(t, theDevices, tmp, []refusal{
 		{name: "format of dirty data", args: "add --format -p " + dax + " -b " + disk, says: []string{dax, "dirty", "--force"}},
 		{name: "format command on dirty data", args: "format " + dax, says: []string{dax, "dirty|not blank", "--force"}},
 		{name: "another backing device", args: "add -p " + dax + " -b " + tinyDisk, says: []string{tinyDisk}},
@@ -297,12 +303,13 @@ func TestRefusesWhatARunningCacheHolds(t *testing.T) {
 	d := add(t, "-p", dax, "-b", disk)
 	tmp := t.TempDir()
 	sparseFile(t, tmp, "other", 512<<20)
-	refuse(t, tmp, []refusal{
+	// The server writes to its own pmem when it likes.
+	refuse(t, []string{disk, disk4K, tinyDisk}, tmp, []refusal{
 		{name: "same pmem", args: "add -p " + dax + " -b " + disk4K, says: []string{dax, "device " + d.id, "del " + d.id}},
 		{name: "same backing", args: "add -p TMP/other -b " + disk, says: []string{disk, "device " + d.id, "del " + d.id}},
 		{name: "same id", args: "add -n " + d.id + " -p TMP/other -b " + disk4K, says: []string{d.id, "in use|exists|taken|busy"}},
 		{name: "format of a pmem in use", args: "format " + dax, says: []string{dax, "in use|busy"}},
-		{name: "recover of a running server", args: "recover " + d.id, says: []string{"device " + d.id, "served", "del " + d.id}},
+		{name: "recover of a running server", args: "recover " + d.id, says: []string{"device " + d.id, "nothing to recover", "del " + d.id}},
 		{name: "gc percent too high", args: "set " + d.id + " gc_percent=91", says: []string{"gc_percent", "90"}},
 		{name: "unknown setting", args: "set " + d.id + " colour=red", says: []string{"colour"}},
 		{name: "setting without a value", args: "set " + d.id + " gc_percent", says: []string{"gc_percent", "="}},
@@ -315,4 +322,5 @@ func TestRefusesWhatARunningCacheHolds(t *testing.T) {
 		}, args: "del " + d.id, says: []string{d.path, "open|in use|busy", "--force"}},
 	})
 	d.del(t)
+	pcache(t, "check", dax)
 }
