@@ -40,6 +40,7 @@ type Config struct {
 type Disk struct {
 	Size      int64 // bytes
 	BlockSize int   // bytes per logical block, 512 or 4096
+	IOPS      int   // requests per second, at most; 0 for as many as the emulator can
 }
 
 // namespaceOverhead is what a pmem namespace takes from its region for its own header and alignment.
@@ -56,7 +57,7 @@ func Standard(suite, state, share string) Config {
 	return Config{
 		Suite: suite, State: state, Share: share,
 		Pmem:  528<<20 - namespaceOverhead,
-		Disks: []Disk{{4 << 30, 512}, {1 << 30, 4096}, {16 << 20, 512}},
+		Disks: []Disk{{Size: 4 << 30, BlockSize: 512}, {Size: 1 << 30, BlockSize: 4096}, {Size: 16 << 20, BlockSize: 512}},
 	}
 }
 
@@ -171,7 +172,7 @@ func (m *Machine) arguments(c Config, root string, kernel kernelImage) ([]string
 		}
 		args = append(args,
 			// The host is not the machine that loses power, so its page cache is as good as a disk.
-			"-drive", fmt.Sprintf("if=none,id=disk%d,format=raw,cache=unsafe,discard=unmap,file=%s", i+1, name),
+			"-drive", fmt.Sprintf("if=none,id=disk%d,format=raw,cache=unsafe,discard=unmap,throttling.iops-total=%d,file=%s", i+1, d.IOPS, name),
 			"-device", fmt.Sprintf("nvme,id=nvme%d,serial=disk%[1]d", i+1),
 			"-device", fmt.Sprintf("nvme-ns,bus=nvme%d,drive=disk%[1]d,logical_block_size=%d,physical_block_size=%[2]d", i+1, d.BlockSize))
 	}
