@@ -216,16 +216,25 @@ func (s *server) remove(force bool) error {
 }
 
 // openLog sets up the server's log: a console for a person in front of it, else
-// JSON in a file that is not on any disk.
+// JSON in a file that is not on any disk. That file is standard error, so that
+// the last words of a dying runtime are there as well.
 func (s *server) openLog(foreground bool) (err error) {
 	config := zap.NewProductionConfig()
 	config.Sampling = nil
 	config.EncoderConfig.TimeKey = "time"
 	config.EncoderConfig.EncodeTime = zapcore.ISO8601TimeEncoder
-	config.OutputPaths = []string{statePath(s.dev.ID, ".log")}
+	config.OutputPaths = []string{"stderr"}
 	if foreground {
 		config.Encoding = "console"
-		config.OutputPaths = []string{"stderr"}
+	} else {
+		f, err := os.OpenFile(statePath(s.dev.ID, ".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if err := unix.Dup3(int(f.Fd()), unix.Stderr, 0); err != nil {
+			return fmt.Errorf("log to %s: %w", f.Name(), err)
+		}
 	}
 	s.log, err = config.Build()
 	return err
