@@ -8,6 +8,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -31,6 +32,12 @@ func TestServerKilled(t *testing.T) {
 	fs, raw := slice(t, d, "fs", 0, 1<<30), slice(t, d, "raw", 1<<30, 1<<30)
 	must(t, "mkfs.ext4", "-q", fs)
 	dir := mount(t, fs)
+	// Whoever has the device open waits for a server, and so would all other cleaning up.
+	t.Cleanup(func() {
+		if t.Failed() {
+			go exec.Command("ublk-pcache", "del", "--force", d.id).Run()
+		}
+	})
 
 	f := direct(t, raw)
 	want := stamp.New(f, 0, 1<<30)
