@@ -47,7 +47,8 @@ type Status struct {
 	ReadBytes, WriteBytes  uint64
 	Hits, Misses           uint64
 	WrittenBack            uint64
-	Waiting                int // requests waiting for space
+	RoundBytes             int64 // of the dirty bytes, written but not flushed yet
+	Waiting                int   // requests waiting for space
 
 	MemoryErrors, DiskReadErrors, WritebackErrors uint64
 }
@@ -71,6 +72,7 @@ func (c *Cache) Status() Status {
 		Extents:         u.extents,
 		IndexBytes:      u.bytes,
 		WrittenBack:     c.writeback.written.Load(),
+		RoundBytes:      c.writeback.inRound.Load(),
 		Waiting:         int(c.space.waiting.Load()),
 		MemoryErrors:    c.errs.memory.Load(),
 		DiskReadErrors:  c.errs.diskReads.Load(),

@@ -65,7 +65,8 @@ type writeback struct {
 		waiters []flushWaiter
 		err     error // of the last round, nil if it succeeded
 	}
-	rounds, written atomic.Uint64 // rounds done, bytes written
+	written atomic.Uint64 // bytes, since Open
+	inRound atomic.Int64  // bytes, of the round under way
 }
 
 type flushWaiter struct {
@@ -249,6 +250,7 @@ func (c *Cache) awaitKick(timer *time.Timer) (timedOut bool) {
 // round writes the oldest dirty ksets back and moves dirty_tail behind them.
 func (c *Cache) round() error {
 	w := &c.writeback
+	defer w.inRound.Store(0)
 	end, ksets, err := c.collect()
 	if err != nil {
 		return fmt.Errorf("read the log for write-back: %w", err)
@@ -270,7 +272,6 @@ func (c *Cache) round() error {
 		c.fail(err)
 		return err
 	}
-	w.rounds.Add(1)
 	return nil
 }
 
@@ -333,6 +334,8 @@ func (c *Cache) transferParts() error {
 		t := <-w.free
 		if t.err != nil {
 			fault(fmt.Errorf("write %d bytes at %d of the backing device: %w", t.n, t.off, t.err))
+		} else {
+			w.inRound.Add(int64(t.n))
 		}
 		t.err, t.n = nil, 0
 		return t

@@ -29,10 +29,10 @@ confirmed its flush; the data stays in the cache, clean.`,
 				_, err := ask(id, command{Do: "flush"})
 				done <- err
 			}()
-			if !term.IsTerminal(int(os.Stderr.Fd())) {
-				return <-done
+			if term.IsTerminal(int(os.Stderr.Fd())) {
+				return showProgress(id, done)
 			}
-			return showProgress(id, done)
+			return <-done
 		},
 	}
 }
@@ -44,6 +44,9 @@ func showProgress(id int, done <-chan error) error {
 		return err
 	}
 	total := st.DirtyBytes
+	if total == 0 {
+		return <-done
+	}
 	bar := progressbar.DefaultBytes(total, "flushing")
 	tick := time.NewTicker(progressEvery)
 	defer tick.Stop()
@@ -57,7 +60,7 @@ func showProgress(id int, done <-chan error) error {
 			return err
 		case <-tick.C:
 			if st, err := ask(id, command{Do: "status"}); err == nil {
-				bar.Set64(max(0, total-st.DirtyBytes))
+				bar.Set64(min(max(0, total-st.DirtyBytes+st.RoundBytes), total))
 			}
 		}
 	}
