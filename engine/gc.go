@@ -103,13 +103,12 @@ func (c *Cache) gcLoop() {
 			return
 		}
 		for more := true; more && !c.stopping(); {
+			more = false
 			if c.failure() == nil {
 				var err error
 				if more, err = c.gcStep(); err != nil {
 					c.fail(err)
 				}
-			} else {
-				more = false
 			}
 			c.wakeWaiting()
 		}

@@ -119,7 +119,7 @@ func (w *writeback) wrote() {
 	}
 }
 
-// press asks for a round now, whatever the policy.
+// pressWriteback asks for a round now, whatever the policy.
 func (c *Cache) pressWriteback() {
 	_, cleaned := c.tails.dirtyTail()
 	c.writeback.demand(cleaned + 1)
@@ -127,14 +127,8 @@ func (c *Cache) pressWriteback() {
 
 // demand asks for everything up to the given kset, counted as journal.written.
 func (w *writeback) demand(until uint64) {
-	for {
-		old := w.want.Load()
-		if old >= until {
-			break
-		}
-		if w.want.CompareAndSwap(old, until) {
-			break
-		}
+	for old := w.want.Load(); old < until && !w.want.CompareAndSwap(old, until); {
+		old = w.want.Load()
 	}
 	w.kick()
 }

@@ -266,7 +266,7 @@ func TestStopWhileOpen(t *testing.T) {
 			<-stopping // a write failed before the disk was stopped: hang
 		})
 	}
-	time.Sleep(200 * time.Millisecond)
+	time.Sleep(200 * time.Millisecond) // of writes under way
 	close(stopping)
 	if err := r.Stop(true); err != nil {
 		t.Fatal(err)
@@ -339,7 +339,7 @@ func TestQuiesce(t *testing.T) {
 			}
 		})
 	}
-	time.Sleep(200 * time.Millisecond)
+	time.Sleep(200 * time.Millisecond) // of writes under way
 	c, err := openControl()
 	if err != nil {
 		t.Fatal(err)
@@ -348,7 +348,7 @@ func TestQuiesce(t *testing.T) {
 	if err := c.command(cmdQuiesceDev, uint32(r.ID()), 1000, 0); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(100 * time.Millisecond)
+	time.Sleep(100 * time.Millisecond) // nothing must happen in: there is no event to wait for
 	select {
 	case <-r.Done():
 		t.Fatal("the queues ended with requests in hand")

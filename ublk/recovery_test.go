@@ -46,7 +46,7 @@ func TestKillAndRecover(t *testing.T) {
 		})
 	}
 	for range 5 {
-		time.Sleep(300 * time.Millisecond)
+		time.Sleep(300 * time.Millisecond) // of writes under way
 		s.Process.Kill()
 		killed := time.Now()
 		s.Wait()

@@ -13,9 +13,10 @@ import (
 // it was told to. The returned function binds the cache to the disk where that
 // has not been done; it is for when the cache has been opened.
 func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
+	nothing := func() error { return nil }
 	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
 	if !o.Recover && (errors.Is(err, ondisk.ErrNotFormatted) || o.Format) {
-		return func() error { return nil }, s.format(o)
+		return nothing, s.format(o)
 	}
 	if err != nil {
 		if o.Recover {
@@ -27,10 +28,11 @@ func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
 		return nil, fmt.Errorf("cache %s was formatted with --data-crc=%t, not %t (leave the option out, or make a new cache with --format)", s.dev.PMEM, crc, *o.DataCRC)
 	}
 	id, mine := layout.Identity, s.identity()
+	write := func() error {
+		return ondisk.WriteIdentity(s.region, layout.IdentityCopies.Newest, mine)
+	}
 	if id == nil {
-		return func() error {
-			return ondisk.WriteIdentity(s.region, layout.IdentityCopies.Newest, mine)
-		}, nil
+		return write, nil
 	}
 	switch {
 	case !id.Matches(mine.Serial) && !o.Force:
@@ -39,11 +41,9 @@ func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
 		return nil, fmt.Errorf("backing device %s has %d bytes, less than the %d it had when cache %s was made (give the right device, or one at least as large)", s.dev.Backing, mine.BackingSize, id.BackingSize, s.dev.PMEM)
 	case mine.BackingSize > id.BackingSize || !id.Matches(mine.Serial):
 		mine.UUID = id.UUID
-		return func() error {
-			return ondisk.WriteIdentity(s.region, layout.IdentityCopies.Newest, mine)
-		}, nil
+		return write, nil
 	}
-	return func() error { return nil }, nil
+	return nothing, nil
 }
 
 // format makes a new cache, if that is harmless or was asked for.
