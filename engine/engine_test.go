@@ -10,12 +10,15 @@ import (
 	"errors"
 	"io"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"ublk-pcache/backing"
 	"ublk-pcache/ondisk"
@@ -356,13 +359,16 @@ type countingMemory struct {
 	*pmem.Region
 	durable       bool
 	syncs, fences atomic.Int32
+	thread        int // whose fences count; 0 for all
 	fail          atomic.Bool
 }
 
 func (m *countingMemory) Durable() bool { return m.durable }
 
 func (m *countingMemory) Fence() {
-	m.fences.Add(1)
+	if m.thread == 0 || m.thread == unix.Gettid() {
+		m.fences.Add(1)
+	}
 	m.Region.Fence()
 }
 
@@ -422,24 +428,67 @@ func TestSyncs(t *testing.T) {
 
 // TestTwoFencesPerTurn: a batch of writes costs one kset and two fences.
 func TestTwoFencesPerTurn(t *testing.T) {
-	m := &countingMemory{Region: pmem.Heap(ondisk.MinSize), durable: true}
-	formatSmall(t, m.Region, 8, false, 70)
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	m := &countingMemory{Region: pmem.Heap(ondisk.MinSize), durable: true, thread: unix.Gettid()}
+	formatSmall(t, m.Region, 24, false, 90)
 	disk := backing.NewFake(8<<20, 512, 1)
 	defer disk.Close()
 	c := open(t, m, disk)
 	defer c.Close()
 	var batch []*Request
 	for i := range int64(16) {
-		batch = append(batch, &Request{Op: Write, Off: i * 8192, Buf: make([]byte, 4096)})
+		batch = append(batch, &Request{Op: Write, Off: i * 8192, Buf: make([]byte, 512)})
 	}
 	turn(t, c.Queue(0), batch...)
-	fences, ksets := m.fences.Load(), c.journal.mu.written
-	turn(t, c.Queue(0), batch...)
-	if n := m.fences.Load() - fences; n != 2 {
-		t.Errorf("%d fences for a turn of %d writes", n, len(batch))
+	// Long enough for the log to leave its segment.
+	left := 0
+	for head, _ := c.journal.head(); left == 0; {
+		fences, ksets := m.fences.Load(), c.journal.mu.written
+		turn(t, c.Queue(0), batch...)
+		was := head
+		head, _ = c.journal.head()
+		if head.Seg != was.Seg {
+			left++
+		}
+		if n := m.fences.Load() - fences; n != 2 {
+			t.Fatalf("%d fences for a turn of %d writes at %v", n, len(batch), was)
+		}
+		if n := c.journal.mu.written - ksets; n != 1+uint64(left) {
+			t.Fatalf("%d ksets for a turn of %d writes at %v", n, len(batch), was)
+		}
 	}
-	if n := c.journal.mu.written - ksets; n != 1 {
-		t.Errorf("%d ksets for a turn of %d writes", n, len(batch))
+}
+
+// TestMoreKeysThanAKset: what does not fit comes with the next turns, each of
+// two fences, and each write is answered with its last key.
+func TestMoreKeysThanAKset(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	m := &countingMemory{Region: pmem.Heap(ondisk.MinSize), durable: true, thread: unix.Gettid()}
+	formatSmall(t, m.Region, 8, false, 70)
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	c := open(t, m, disk)
+	defer c.Close()
+	q, woken := c.Queue(0), false
+	q.OnWake(func() { woken = true })
+	const writes = 2*ondisk.MaxKeys + 10
+	for i := range int64(writes) {
+		q.Submit(&Request{Op: Write, Off: i * 4096, Buf: make([]byte, 512)})
+	}
+	for _, want := range []int{ondisk.MaxKeys, ondisk.MaxKeys, 10} {
+		fences := m.fences.Load()
+		if got := len(q.Turn()); got != want {
+			t.Fatalf("%d writes are answered, want %d", got, want)
+		}
+		if n := m.fences.Load() - fences; n != 2 {
+			t.Errorf("%d fences for a turn", n)
+		}
+		if woken != (want == ondisk.MaxKeys) {
+			t.Errorf("woken: %t, after %d", woken, want)
+		}
+		woken = false
 	}
 }
 
@@ -669,7 +718,7 @@ func TestLogFull(t *testing.T) {
 	data := stamped(0, 1, 1)
 	for {
 		r.write(t, 0, data)
-		if head, _ := r.journal.head(); head.Off > ondisk.SegmentData-1000 {
+		if head, _ := r.journal.head(); roomAt(head) < ondisk.MaxKsetSize+1000 {
 			break
 		}
 	}

@@ -119,9 +119,10 @@ func (q *Queue) takeFills(r *Request) {
 }
 
 // fillKeysLocked puts the keys of the stored fills in front of the batch, as
-// far as the index still waits for them. The caller holds the journal's lock,
-// so no write can take what was found free here before it is entered.
-func (q *Queue) fillKeysLocked() {
+// far as the index still waits for them and the writes leave them room in the
+// kset, and returns how many. The caller holds the journal's lock, so no write
+// can take what was found free here before it is entered.
+func (q *Queue) fillKeysLocked() int {
 	writes := len(q.keys)
 	var parts [64]extent
 	for _, f := range q.filled {
@@ -138,6 +139,9 @@ func (q *Queue) fillKeysLocked() {
 		})
 		stored.sh.Unlock()
 		for _, e := range mine {
+			if len(q.keys) >= ondisk.MaxKeys {
+				break
+			}
 			part := k
 			skip := uint32(e.off-stored.off) << sectorShift
 			part.Off += uint64(skip)
@@ -152,20 +156,7 @@ func (q *Queue) fillKeysLocked() {
 		q.c.drop(k.Seg)
 	}
 	rotate(q.keys, writes)
-}
-
-// dropFillKeysLocked takes the fills out of a batch that has to wait: what was
-// free for them may be taken before it is their turn again.
-func (q *Queue) dropFillKeysLocked() {
-	kept := q.keys[:0]
-	for _, k := range q.keys {
-		if k.Flags&ondisk.KeyClean != 0 {
-			q.c.drop(k.Seg)
-			continue
-		}
-		kept = append(kept, k)
-	}
-	q.keys = kept
+	return len(q.keys) - writes
 }
 
 // rotate moves the first n keys behind the others.

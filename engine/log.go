@@ -26,8 +26,8 @@ import (
 //     be lost while the kset survives. Then replay runs on into whatever an
 //     earlier life of the segment left behind.
 //
-// So a turn of a queue stores its data without any lock, and then commits all
-// its keys under the lock of the journal:
+// So a turn of a queue stores its data without any lock, and then commits its
+// keys, as one kset, under the lock of the journal:
 //
 //	zero the end mark behind the kset to come
 //	fence                                      (1)
@@ -42,6 +42,12 @@ import (
 // Because the index is entered under the same lock, its order is the log's.
 // The price is two fences and the index updates under one lock, a few
 // microseconds for a whole turn of requests.
+//
+// Where the kset leaves no room for a full one behind it, the log goes on in
+// another segment, and there is no third fence for that either: in place of
+// the end mark the first step stores the LAST record that leads on, and the
+// end mark at the start of the new segment. If the kset is lost, so is the way
+// to the LAST.
 //
 // Invariants: the log holds, from key_tail to head, every key whose data the
 // index knows; no kset is stored before all ksets in front of it are durable;
@@ -77,28 +83,31 @@ func (j *journal) last() uint64 {
 	return ondisk.PrevSeq(j.mu.seq)
 }
 
-// commit makes the queue's batch part of the log and of the index, fills in
-// front of writes: a fill holds what the disk had before any of these writes.
-// What has been committed is taken from the batch, so that after errLogFull
-// the rest can be committed later.
+// commit makes the oldest keys of the queue's batch part of the log and of the
+// index: one kset of them, fills in front of writes, since a fill holds what
+// the disk had before any of these writes. After errLogFull the batch is as it
+// was, without the fills.
 func (c *Cache) commit(q *Queue) error {
 	j := &c.journal
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if len(q.filled) > 0 {
-		q.fillKeysLocked()
+	fills := q.fillKeysLocked()
+	n := min(len(q.keys), ondisk.MaxKeys)
+	if n == 0 {
+		return nil
 	}
-	for len(q.keys) > 0 {
-		n := min(len(q.keys), ondisk.MaxKeys)
-		if err := c.appendLocked(q.keys[:n]); err != nil {
-			q.dropFillKeysLocked()
-			return err
+	if err := c.appendLocked(q.keys[:n]); err != nil {
+		for i := range q.keys[:fills] {
+			c.drop(q.keys[i].Seg)
 		}
-		for i := range q.keys[:n] {
-			c.enter(&q.keys[i])
-		}
-		q.keys = q.keys[:copy(q.keys, q.keys[n:])]
+		q.keys = q.keys[:copy(q.keys, q.keys[fills:])]
+		return err
 	}
+	for i := range q.keys[:n] {
+		c.enter(&q.keys[i])
+	}
+	q.keys = q.keys[:copy(q.keys, q.keys[n:])]
+	q.committed += uint64(n - fills)
 	return nil
 }
 
@@ -124,46 +133,85 @@ func (c *Cache) keySpan(k *ondisk.Key) (span, place) {
 func (c *Cache) appendLocked(keys []ondisk.Key) error {
 	j := &c.journal
 	size := ondisk.KsetSize(len(keys))
-	if j.mu.head.Off+size > ondisk.SegmentData-ondisk.KsetHeaderSize {
-		if err := c.nextSegmentLocked(); err != nil {
+	if roomAt(j.mu.head) < size {
+		if err := c.leaveSegmentLocked(); err != nil {
 			return err
 		}
 	}
-	at := c.layout.Offset(j.mu.head.Seg, j.mu.head.Off)
-	if err := c.mem.Zero(at+int64(size), ondisk.KsetHeaderSize); err != nil {
-		return fmt.Errorf("write the log's end mark: %w", err)
+	at := j.mu.head
+	behind := ondisk.Position{Seg: at.Seg, Off: at.Off + size}
+	end := behind
+	if roomAt(behind) >= ondisk.MaxKsetSize {
+		if err := c.mem.Zero(c.offset(behind), ondisk.KsetHeaderSize); err != nil {
+			return fmt.Errorf("write the log's end mark: %w", err)
+		}
+	} else {
+		next, err := c.beginSegment()
+		if err != nil {
+			return err
+		}
+		if err := c.storeLastLocked(behind, ondisk.NextSeq(j.mu.seq), next); err != nil {
+			return err
+		}
+		end = ondisk.Position{Seg: next}
 	}
 	kset := ondisk.EncodeKset(j.mu.buf[:], j.mu.seq, keys)
 	c.mem.Fence()
-	if _, err := c.mem.WriteAt(kset, at); err != nil {
+	if _, err := c.mem.WriteAt(kset, c.offset(at)); err != nil {
 		return fmt.Errorf("write the log: %w", err)
 	}
 	c.mem.Fence()
-	j.movedLocked(ondisk.Position{Seg: j.mu.head.Seg, Off: j.mu.head.Off + size})
+	j.movedLocked(behind)
+	if end != behind {
+		j.movedLocked(end)
+	}
 	return nil
 }
 
-// nextSegmentLocked ends the log in its segment and lets it go on in another.
-// The new one's end mark is durable before the LAST record that leads to it,
-// and that before the first kset there.
-func (c *Cache) nextSegmentLocked() error {
+// leaveSegmentLocked lets the log go on in another segment at once. Only a log
+// that somebody else wrote, or whose last kset a crash took, ends so near its
+// segment's end.
+func (c *Cache) leaveSegmentLocked() error {
 	j := &c.journal
-	next, ok := c.segments.take(0)
-	if !ok {
-		return errLogFull
+	next, err := c.beginSegment()
+	if err != nil {
+		return err
 	}
-	c.segments.all[next].refs.Store(1)
-	if err := c.mem.Zero(c.layout.Offset(next, 0), ondisk.KsetHeaderSize); err != nil {
-		return fmt.Errorf("begin a log segment: %w", err)
-	}
-	last := ondisk.EncodeLast(j.mu.buf[:], j.mu.seq, next)
 	c.mem.Fence()
-	if _, err := c.mem.WriteAt(last, c.layout.Offset(j.mu.head.Seg, j.mu.head.Off)); err != nil {
-		return fmt.Errorf("end a log segment: %w", err)
+	if err := c.storeLastLocked(j.mu.head, j.mu.seq, next); err != nil {
+		return err
 	}
 	c.mem.Fence()
 	j.movedLocked(ondisk.Position{Seg: next})
 	return nil
+}
+
+// beginSegment takes a segment for the log and stores its end mark.
+func (c *Cache) beginSegment() (next uint32, err error) {
+	next, ok := c.segments.take(0)
+	if !ok {
+		return 0, errLogFull
+	}
+	c.segments.all[next].refs.Store(1)
+	if err := c.mem.Zero(c.layout.Offset(next, 0), ondisk.KsetHeaderSize); err != nil {
+		return 0, fmt.Errorf("begin a log segment: %w", err)
+	}
+	return next, nil
+}
+
+func (c *Cache) storeLastLocked(at ondisk.Position, seq uint64, next uint32) error {
+	last := ondisk.EncodeLast(c.journal.mu.buf[:], seq, next)
+	if _, err := c.mem.WriteAt(last, c.offset(at)); err != nil {
+		return fmt.Errorf("end a log segment: %w", err)
+	}
+	return nil
+}
+
+func (c *Cache) offset(p ondisk.Position) int64 { return c.layout.Offset(p.Seg, p.Off) }
+
+// roomAt returns how large a kset at p may be.
+func roomAt(p ondisk.Position) uint32 {
+	return ondisk.SegmentData - ondisk.KsetHeaderSize - p.Off
 }
 
 // movedLocked: a kset has been written and the head is behind it.

@@ -22,9 +22,12 @@ type Queue struct {
 		off  uint32 // bytes
 	}
 
-	keys   []ondisk.Key // stored in this turn, not committed yet
+	keys   []ondisk.Key // stored, not committed yet; oldest first
 	filled []*fill      // read from the disk, waiting for the commit
-	turn   []*Request   // finished once this turn is committed
+	turn   []*Request   // finished once their keys are committed
+
+	// Keys of writes, ever. The batch holds stored - committed of them.
+	stored, committed uint64
 
 	finished, returned []*Request
 
@@ -79,7 +82,7 @@ func (q *Queue) OnWake(wake func()) { q.wake = wake }
 
 // Submit starts a request.
 func (q *Queue) Submit(r *Request) {
-	r.q, r.Err, r.done, r.fills = q, nil, 0, nil
+	r.q, r.Err, r.done, r.last, r.fills = q, nil, 0, 0, nil
 	switch r.Op {
 	case Flush:
 		count(&q.stats.flushes, 1)
@@ -144,36 +147,42 @@ func (q *Queue) post(r *Request) {
 	}
 }
 
+// commit makes one kset of the batch's oldest keys and finishes the requests
+// that have no others. A turn pays for one commit; what is left comes with the
+// next, which is soon.
 func (q *Queue) commit() {
 	c := q.c
 	if len(q.turn) == 0 && len(q.filled) == 0 && len(q.keys) == 0 {
 		return
 	}
 	var err error
+	done := q.committed
 	if len(q.keys) > 0 || len(q.filled) > 0 {
 		if err = c.failure(); err == nil {
 			err = c.commit(q)
 		}
+		done = q.committed
 		switch err {
 		case nil:
 			c.writeback.wrote()
 		case errLogFull:
+			c.gc.kick()
 		default:
 			c.fail(err)
 			q.abandon()
 		}
 	}
 	q.stalled.Store(err == errLogFull)
-	if err == errLogFull {
-		c.gc.kick()
+	if err == nil && len(q.keys) > 0 {
+		q.wake()
 	}
 	stay := q.turn[:0]
 	for _, r := range q.turn {
-		switch {
-		case err == errLogFull && r.Op == Write:
-			stay = append(stay, r)
-			continue
-		case err != nil && r.Op == Write:
+		if r.last > done {
+			if err == nil || err == errLogFull {
+				stay = append(stay, r)
+				continue
+			}
 			r.Err = err
 		}
 		if r.Err == nil && !c.mem.Durable() && (r.Op == Flush || r.FUA) {
@@ -189,11 +198,12 @@ func (q *Queue) commit() {
 	q.filled = q.filled[:0]
 }
 
-// abandon forgets the keys of a turn that could not be committed.
+// abandon forgets the keys of a batch that could not be committed.
 func (q *Queue) abandon() {
 	for i := range q.keys {
 		q.c.drop(q.keys[i].Seg)
 	}
+	q.committed += uint64(len(q.keys))
 	q.keys = q.keys[:0]
 }
 
@@ -277,9 +287,11 @@ func (q *Queue) write(r *Request) {
 			return
 		}
 		q.keys = append(q.keys, k)
+		q.stored++
 		r.done += int(k.Len)
 	}
 	c.space.leave(r)
+	r.last = q.stored
 	q.turn = append(q.turn, r)
 }
 

@@ -26,6 +26,7 @@ type Request struct {
 	q      *Queue
 	stage  stage
 	done   int    // bytes of a write that have their place
+	last   uint64 // the queue's count of keys when the last of the write was stored
 	ticket uint64 // place in the line for space, 0 for none
 	fills  *fill  // what a read still lacks, linked by next
 	lacks  atomic.Int32

@@ -76,7 +76,8 @@ func (w *walker) ahead(cause error) *Position {
 	if found := w.numberedAhead(expected); found != nil {
 		return found
 	}
-	if w.pos.Off+MaxKsetSize+KsetHeaderSize > SegmentData {
+	// Where the bad one may be the LAST of its segment, or the kset before it.
+	if w.pos.Off+2*(MaxKsetSize+KsetHeaderSize) > SegmentData {
 		for seg := range uint32(len(w.l.Chain)) {
 			start := Position{Seg: seg}
 			if seg != w.pos.Seg && w.read(start) == nil && w.isAhead(expected) {
@@ -159,14 +160,30 @@ func (w *walker) readAround(p []byte, base uint32) {
 
 // follows reports whether the kset just read can come behind the bad one.
 func (w *walker) follows() bool {
-	return w.kset.Seq == 0 || w.seq == 0 || w.isAhead(NextSeq(w.seq))
+	switch {
+	case w.kset.Seq == 0:
+		return true
+	case w.seq == 0:
+		return !w.kset.Last || w.leadsOn()
+	default:
+		return w.isAhead(NextSeq(w.seq))
+	}
 }
 
-// isAhead reports whether the kset just read is younger than the expected one.
+// isAhead reports whether the kset just read proves that the expected one was
+// there. A LAST may be older than the kset in front of it (kset.go), so what
+// it leads to has to.
 func (w *walker) isAhead(expected uint64) bool {
 	if w.kset.Seq == 0 {
 		return false
 	}
 	d := seqDistance(expected, w.kset.Seq)
-	return d > 0 && d <= maxSeqAhead
+	return d > 0 && d <= maxSeqAhead && (d > 1 || !w.kset.Last || w.leadsOn())
+}
+
+// leadsOn reports whether the log goes on behind the LAST just read.
+func (w *walker) leadsOn() bool {
+	last := w.kset
+	return last.Next < uint32(len(w.l.Chain)) && w.read(Position{Seg: last.Next}) == nil &&
+		w.kset.Seq == NextSeq(last.Seq)
 }

@@ -29,7 +29,9 @@ import (
 // so that leftovers of a cache formatted over do not fit either.
 //
 // A writer must fence between two ksets. Without it a power cut may keep the
-// second and lose the first, which no reader can tell from damage.
+// second and lose the first, which no reader can tell from damage. A LAST is
+// the exception: it may be stored before the kset in front of it, in place of
+// the end mark, since alone it proves nothing.
 
 const (
 	KsetHeaderSize = 24  // bytes; a LAST is no larger

@@ -269,6 +269,39 @@ func TestDamagedLast(t *testing.T) {
 	}
 }
 
+// TestLastBeforeItsKset: a LAST that is there although the kset in front of it
+// is not proves nothing, unless the log goes on where it leads.
+func TestLastBeforeItsKset(t *testing.T) {
+	for _, before := range []int{0, 1} {
+		for _, goesOn := range []bool{false, true} {
+			w := newScribe(t, 7)
+			w.nearEnd()
+			if before == 0 {
+				w.tail(KeyTail, w.pos)
+				w.tail(DirtyTail, w.pos)
+			}
+			at := w.kset(5)
+			w.last(9)
+			if goesOn {
+				w.kset(4)
+			}
+			for _, lose := range []string{"torn", "gone"} {
+				if lose == "torn" {
+					w.s.flip(w.off(at)+30, 1)
+				} else {
+					w.s.Zero(w.off(at), int64(KsetSize(5)))
+				}
+				_, end := w.walk()
+				// Nothing was numbered before a first kset that is gone.
+				hidden := before == 0 && lose == "gone"
+				if damaged := end.Damage != nil; damaged != (goesOn && !hidden) || end.Pos != at {
+					t.Errorf("%d ksets in front, goes on: %t, %s: %+v", before, goesOn, lose, end)
+				}
+			}
+		}
+	}
+}
+
 // TestDirtyTailBeyondEnd loses everything from the key tail on.
 func TestDirtyTailBeyondEnd(t *testing.T) {
 	for name, seq := range numberings {
