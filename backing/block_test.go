@@ -41,8 +41,8 @@ func TestBlockDevice(t *testing.T) {
 			if d.Size() != testSize || strconv.Itoa(d.BlockSize()) != blockSize || d.Serial() != "" {
 				t.Errorf("%d bytes in blocks of %d, serial %q", d.Size(), d.BlockSize(), d.Serial())
 			}
-			if l := d.DiscardLimits(); l.Granularity == 0 || l.Max == 0 {
-				t.Errorf("no discards: %+v", l)
+			if !d.ZeroesCheaply() {
+				t.Error("does not zero cheaply")
 			}
 			flags, err := unix.FcntlInt(uintptr(d.fd), unix.F_GETFL, 0)
 			if err != nil || flags&unix.O_DIRECT == 0 {
@@ -50,6 +50,21 @@ func TestBlockDevice(t *testing.T) {
 			}
 			exercise(t, d)
 		})
+	}
+}
+
+// TestZeroWithoutCommand: the kernel's ramdisk cannot write zeros by itself.
+func TestZeroWithoutCommand(t *testing.T) {
+	run(t, "modprobe", "brd", "rd_nr=1", "rd_size="+strconv.Itoa(testSize>>10))
+	t.Cleanup(func() { run(t, "rmmod", "brd") })
+	d := openDevice(t, "/dev/ram0")
+	defer d.Close()
+	if d.ZeroesCheaply() {
+		t.Error("zeroes cheaply")
+	}
+	exerciseZero(t, d)
+	if d.other.zeroing != zeroRange {
+		t.Errorf("by way %d", d.other.zeroing)
 	}
 }
 
@@ -64,7 +79,10 @@ func TestSerials(t *testing.T) {
 	for _, path := range disks {
 		d := openDevice(t, path)
 		defer d.Close()
-		t.Logf("%s: %q, blocks of %d, %+v", path, d.Serial(), d.BlockSize(), d.DiscardLimits())
+		t.Logf("%s: %q, blocks of %d", path, d.Serial(), d.BlockSize())
+		if !d.ZeroesCheaply() {
+			t.Errorf("%s does not zero cheaply", path)
+		}
 		if d.Serial() == "" || serials[d.Serial()] {
 			t.Errorf("%s has the serial %q", path, d.Serial())
 		}

@@ -1,5 +1,5 @@
 // Package backing is the slow device behind the cache: a block device, or a
-// plain file in its place. Reads, writes, flushes and discards are asynchronous
+// plain file in its place. Reads, writes, zeroing and flushes are asynchronous
 // and end in a callback; see lane for how. There are two lanes, so that a read
 // somebody waits for is never queued behind write-back.
 //
@@ -26,9 +26,9 @@ const fileBlock = 512
 // The four operations return at once and do not allocate. done is called
 // exactly once, on a thread of this package that has other work to do: it must
 // not block, and may submit. Its error is nil when all of it was done, and
-// otherwise wraps a syscall.Errno. After a failed write the content of its range
-// is unknown, after a failed flush that of everything written since the last
-// good one. Operations in flight have no order among each other.
+// otherwise wraps a syscall.Errno. After a failed write or zeroing the content
+// of its range is unknown, after a failed flush that of everything changed since
+// the last good one. Operations in flight have no order among each other.
 //
 // Offsets, lengths and the addresses of buffers are multiples of BlockSize.
 // Buffers come from uring.AlignedBuffer or another mapping, never from the Go
@@ -39,17 +39,10 @@ type Device struct {
 	size      int64
 	blockSize int
 	serial    string
-	discard   Limits
+	cheap     bool // see ZeroesCheaply
 
 	reads *lane
 	other *lane
-}
-
-// Limits describes which discards a device takes, in bytes. Zero values mean
-// that it takes none.
-type Limits struct {
-	Granularity int64 // discards of less, or not aligned to it, may do nothing
-	Max         int64 // in one operation
 }
 
 // Open opens a block device or a regular file for exclusive use. It changes
@@ -139,7 +132,7 @@ func (d *Device) openBlock() error {
 	}
 	disk := findDisk(st.Rdev)
 	d.serial = disk.serial()
-	d.discard = disk.discardLimits()
+	d.cheap = disk.writesZeroes()
 	return nil
 }
 
@@ -158,7 +151,7 @@ func (d *Device) openFile() error {
 	}
 	d.size = st.Size
 	d.blockSize = fileBlock
-	d.discard = Limits{Granularity: int64(st.Blksize), Max: st.Size}
+	d.cheap = punches(d.fd, d.size)
 	return d.tryDirect()
 }
 
@@ -199,8 +192,9 @@ func (d *Device) BlockSize() int { return d.blockSize }
 // device without one, and for a file.
 func (d *Device) Serial() string { return d.serial }
 
-// DiscardLimits tells which discards are worth trying.
-func (d *Device) DiscardLimits() Limits { return d.discard }
+// ZeroesCheaply tells whether Zero is done by the device or the file system,
+// without transferring the zeros to it.
+func (d *Device) ZeroesCheaply() bool { return d.cheap }
 
 // Read fills buf from byte off on.
 func (d *Device) Read(buf []byte, off int64, done func(error)) {
@@ -218,10 +212,10 @@ func (d *Device) Flush(done func(error)) {
 	d.other.submit(op{kind: OpFlush, done: done})
 }
 
-// Discard gives up the content of n bytes at off: they read as zeroes and may
-// cost no space. A device that cannot do that fails with EOPNOTSUPP.
-func (d *Device) Discard(off, n int64, done func(error)) {
-	d.other.submit(op{kind: OpDiscard, off: off, n: n, done: done})
+// Zero makes n bytes at off read as zeros, and cost no space where the device
+// can do that. It works on every device, and is durable only after a Flush.
+func (d *Device) Zero(off, n int64, done func(error)) {
+	d.other.submit(op{kind: OpZero, off: off, n: n, done: done})
 }
 
 // Close waits for all operations and gives the device back. Nothing may be

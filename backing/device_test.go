@@ -3,6 +3,7 @@ package backing
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"ublk-pcache/internal/uring"
 )
 
@@ -59,7 +61,7 @@ func TestFile(t *testing.T) {
 	exercise(t, d)
 }
 
-// exercise has many goroutines write, read back and discard, with more
+// exercise has many goroutines write, read back and zero, with more
 // operations at once than there are slots.
 func exercise(t *testing.T, d *Device) {
 	const workers, rounds, batch = 4, 4, 128
@@ -111,19 +113,109 @@ func exercise(t *testing.T, d *Device) {
 					t.Errorf("worker %d, round %d: data differ", w, round)
 				}
 			}
-			n := 8192
-			if err := wait(func(done func(error)) { d.Discard(base, int64(n), done) }); err != nil {
-				t.Errorf("discard: %v", err)
-			}
-			if err := read(d, buf[:2*n], base); err != nil {
-				t.Error(err)
-			}
-			if !bytes.Equal(buf[:n], make([]byte, n)) || bytes.Equal(buf[n:2*n], make([]byte, n)) {
-				t.Error("a discard did not zero its range and nothing else")
-			}
 		})
 	}
 	wg.Wait()
+	exerciseZero(t, d)
+}
+
+// exerciseZero zeroes ranges between data, of one block, of some, and of more
+// than is written at once, all in flight together.
+func exerciseZero(t *testing.T, d *Device) {
+	t.Helper()
+	unit := int64(d.BlockSize())
+	data := aligned(t, int(d.Size()))
+	for i := range data {
+		data[i] = byte(i>>9) | 1
+	}
+	if err := write(d, data, 0); err != nil {
+		t.Fatal(err)
+	}
+	errs := make(chan error, inFlight)
+	off, n := unit, 0
+	for i := int64(0); off < d.Size(); i++ {
+		size := []int64{unit, 3 * unit, 16 * unit, 5 * zeroPiece / 2}[i%4]
+		if off+size > d.Size() {
+			break
+		}
+		d.Zero(off, size, func(err error) { errs <- err })
+		clear(data[off : off+size])
+		off += size + (1+i%3)*unit
+		n++
+	}
+	for range n {
+		if err := <-errs; err != nil {
+			t.Errorf("zero: %v", err)
+		}
+	}
+	got := aligned(t, len(data))
+	if err := read(d, got, 0); err != nil {
+		t.Fatal(err)
+	}
+	for i := int64(0); i < d.Size(); i += unit {
+		if !bytes.Equal(got[i:i+unit], data[i:i+unit]) {
+			t.Fatalf("block %d of %d begins with %d, should with %d (zeroing %d)", i/unit, d.Size()/unit, got[i], data[i], d.other.zeroing)
+		}
+	}
+}
+
+// allocated is how many bytes a file takes on its disk.
+func allocated(t *testing.T, path string) int64 {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Blocks * 512
+}
+
+// TestZeroWays takes a file system that can punch holes but not zero ranges, by
+// all ways; a refusal leads to the next, and is remembered.
+func TestZeroWays(t *testing.T) {
+	for first, last := range map[zeroing]zeroing{punchHole: punchHole, zeroRange: writeZeros, writeZeros: writeZeros} {
+		fd, err := unix.MemfdCreate("disk", unix.MFD_CLOEXEC) // is tmpfs
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		if err := unix.Ftruncate(fd, testSize); err != nil {
+			t.Fatal(err)
+		}
+		path := fmt.Sprintf("/proc/self/fd/%d", fd)
+		d := openDevice(t, path)
+		if !d.ZeroesCheaply() {
+			t.Error("does not zero cheaply")
+		}
+		d.other.zeroing = first // nothing has been submitted
+		exerciseZero(t, d)
+		if d.other.zeroing != last {
+			t.Errorf("beginning with way %d, ended with %d, should with %d", first, d.other.zeroing, last)
+		}
+		if err := zero(d, 0, testSize); err != nil {
+			t.Error(err)
+		}
+		if n := allocated(t, path); first == punchHole && n != 0 || first != punchHole && n == 0 {
+			t.Errorf("by way %d, %d bytes stay allocated", first, n)
+		}
+		d.Close()
+	}
+}
+
+// Zeroing that fails for another reason than that it is not supported is an
+// error, and nothing is concluded from it.
+func TestZeroFails(t *testing.T) {
+	path := tempFile(t, testSize)
+	d := openDevice(t, path)
+	defer d.Close()
+	if err := zero(d, -4096, 4096); !errors.Is(err, syscall.EINVAL) {
+		t.Errorf("zero before the beginning: %v", err)
+	}
+	if d.other.zeroing != punchHole {
+		t.Errorf("then by way %d", d.other.zeroing)
+	}
+	if err := zero(d, 0, 4096); err != nil {
+		t.Errorf("zero after a failure: %v", err)
+	}
 }
 
 // Operations that reach beyond the end are errors, not short.
@@ -166,9 +258,9 @@ func TestReadsPassWriteBack(t *testing.T) {
 	d := openDevice(t, tempFile(t, testSize))
 	buf := aligned(t, 4096)
 	for what, block := range map[string]func(done func(error)){
-		"write":   func(done func(error)) { d.Write(buf, 0, done) },
-		"flush":   d.Flush,
-		"discard": func(done func(error)) { d.Discard(0, 4096, done) },
+		"write": func(done func(error)) { d.Write(buf, 0, done) },
+		"flush": d.Flush,
+		"zero":  func(done func(error)) { d.Zero(0, 4096, done) },
 	} {
 		release := make(chan struct{})
 		block(func(error) { <-release })

@@ -14,10 +14,10 @@ import (
 // misbehave. It behaves as badly as a real disk may:
 //
 //   - Operations in flight finish in any order, on a goroutine of its own.
-//   - Writes go to a volatile cache. Reads see them, but only a flush makes
+//   - Writes and zeroing go to a volatile cache. Reads see them, but only a flush makes
 //     them stable. Crash keeps the stable blocks, and of each block written
 //     since, any version or none.
-//   - A write that fails has written some of its blocks.
+//   - A write that fails has written some of its blocks, as has a zeroing.
 //   - A flush that fails has made some blocks stable and has forgotten that
 //     the others were not: the next flush succeeds without them, as it does on
 //     Linux after fsync has reported an error once. Reads still see them.
@@ -61,8 +61,8 @@ type Fault struct {
 // Counters count finished operations, failed ones included, and the bytes of
 // those that succeeded.
 type Counters struct {
-	Reads, Writes, Flushes, Discards, Failed int
-	BytesRead, BytesWritten                  int64
+	Reads, Writes, Zeros, Flushes, Failed int
+	BytesRead, BytesWritten, BytesZeroed  int64
 }
 
 type extent struct {
@@ -118,9 +118,9 @@ func (f *Fake) Flush(done func(error)) {
 	f.submit(op{kind: OpFlush, done: done})
 }
 
-// Discard is Device.Discard; what is discarded reads as zeroes.
-func (f *Fake) Discard(off, n int64, done func(error)) {
-	f.submit(op{kind: OpDiscard, off: off, n: n, done: done})
+// Zero is Device.Zero.
+func (f *Fake) Zero(off, n int64, done func(error)) {
+	f.submit(op{kind: OpZero, buf: make([]byte, n), off: off, n: n, done: done})
 }
 
 func (f *Fake) submit(o op) {
@@ -215,8 +215,8 @@ func (f *Fake) WriteAt(p []byte, off int64) (int, error) {
 }
 
 // Crash returns the disk as it could be found after a power cut at this
-// moment. The original goes on as if nothing had happened. Writes in flight may
-// have got there, too, block by block.
+// moment. The original goes on as if nothing had happened. Writes and zeroing in
+// flight may have got there, too, block by block.
 func (f *Fake) Crash() *Fake {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -230,7 +230,7 @@ func (f *Fake) Crash() *Fake {
 		inFlight = append(inFlight, p)
 	}
 	for _, p := range inFlight {
-		if p.kind == OpWrite && p.n > 0 {
+		if (p.kind == OpWrite || p.kind == OpZero) && p.n > 0 {
 			lost = append(lost, extent{p.off, p.buf})
 		}
 	}
@@ -293,9 +293,12 @@ func (f *Fake) carryOutLocked(p *fakeOp) {
 			c.BytesWritten += p.n
 		}
 		f.changeLocked(p.off, p.buf[:p.n], failed)
-	case OpDiscard:
-		c.Discards++
-		f.changeLocked(p.off, make([]byte, p.n), failed)
+	case OpZero:
+		c.Zeros++
+		if !failed {
+			c.BytesZeroed += p.n
+		}
+		f.changeLocked(p.off, p.buf[:p.n], failed)
 	case OpFlush:
 		c.Flushes++
 		if failed {

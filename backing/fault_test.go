@@ -13,7 +13,7 @@ type asyncDisk interface {
 	Read(buf []byte, off int64, done func(error))
 	Write(buf []byte, off int64, done func(error))
 	Flush(done func(error))
-	Discard(off, n int64, done func(error))
+	Zero(off, n int64, done func(error))
 }
 
 func wait(submit func(done func(error))) error {
@@ -28,6 +28,10 @@ func read(d asyncDisk, buf []byte, off int64) error {
 
 func write(d asyncDisk, buf []byte, off int64) error {
 	return wait(func(done func(error)) { d.Write(buf, off, done) })
+}
+
+func zero(d asyncDisk, off, n int64) error {
+	return wait(func(done func(error)) { d.Zero(off, n, done) })
 }
 
 func block(b byte) []byte { return bytes.Repeat([]byte{b}, 512) }
@@ -80,8 +84,22 @@ func TestFakeCrash(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	wait(f.Flush)
-	wait(func(done func(error)) { f.Discard(0, 512, done) })
-	requireVersions(t, "after a discard", versions(f), 0, 3)
+	zero(f, 0, 512)
+	requireVersions(t, "after zeroing", versions(f), 0, 3)
+	write(f, block(4), 0)
+	wait(f.Flush)
+	requireVersions(t, "after a flush of what was zeroed and written", versions(f), 4)
+
+	f.Script(func(Op) Fault { return Fault{Hold: true} })
+	f.Zero(0, 512, func(error) {})
+	requireVersions(t, "with a zeroing in flight", versions(f), 0, 4)
+	f.Script(nil)
+	f.Release()
+	for f.Counters().Zeros < 2 {
+		time.Sleep(time.Millisecond)
+	}
+	wait(f.Flush)
+	requireVersions(t, "after a flush of zeros", versions(f), 0)
 }
 
 // A failed flush must sometimes lose a write for good, also behind the back of
@@ -125,8 +143,6 @@ func TestFakeFaults(t *testing.T) {
 		switch {
 		case o.Kind == OpWrite && o.Off == 0:
 			return Fault{Err: syscall.EIO}
-		case o.Kind == OpRead && o.Off == 4096:
-			return Fault{Delay: 20 * time.Millisecond}
 		}
 		return Fault{}
 	})
@@ -137,6 +153,30 @@ func TestFakeFaults(t *testing.T) {
 	f.ReadAt(got, 0)
 	if n := bytes.Count(got, []byte{7}); n == 0 || n == len(got) || n%4096 != 0 {
 		t.Errorf("a failed write wrote %d of %d bytes", n, len(buf))
+	}
+	const second = 64 * 4096
+	f.WriteAt(buf, second)
+	f.Script(func(o Op) Fault {
+		if o != (Op{OpZero, second, int64(len(buf))}) {
+			t.Errorf("scripted: %+v", o)
+		}
+		return Fault{Err: syscall.EIO}
+	})
+	if err := zero(f, second, int64(len(buf))); !errors.Is(err, syscall.EIO) {
+		t.Errorf("scripted failure of a zeroing: %v", err)
+	}
+	f.ReadAt(got, second)
+	if n := bytes.Count(got, []byte{7}); n == 0 || n == len(got) || n%4096 != 0 {
+		t.Errorf("a failed zeroing left %d of %d bytes", n, len(buf))
+	}
+	f.Script(func(o Op) Fault {
+		if o.Kind == OpRead && o.Off == 4096 {
+			return Fault{Delay: 20 * time.Millisecond}
+		}
+		return Fault{}
+	})
+	if err := zero(f, 8192, 4096); err != nil {
+		t.Error(err)
 	}
 	start := time.Now()
 	if err := read(f, got[:4096], 4096); err != nil || time.Since(start) < 20*time.Millisecond {
@@ -150,7 +190,7 @@ func TestFakeFaults(t *testing.T) {
 	if err := read(f, got[:512], 0); !errors.Is(err, syscall.EINVAL) {
 		t.Errorf("read of half a block: %v", err)
 	}
-	if c, want := f.Counters(), (Counters{Reads: 5, Writes: 1, Failed: 5, BytesRead: 4096}); c != want {
+	if c, want := f.Counters(), (Counters{Reads: 5, Writes: 1, Zeros: 2, Failed: 6, BytesRead: 4096, BytesZeroed: 4096}); c != want {
 		t.Errorf("counters %+v, should be %+v", c, want)
 	}
 

@@ -6,7 +6,6 @@ import (
 	"sync"
 	"syscall"
 
-	"golang.org/x/sys/unix"
 	"ublk-pcache/internal/uring"
 )
 
@@ -48,6 +47,9 @@ type lane struct {
 	free  []uint32 // indices of slots
 	ended chan struct{}
 
+	zeroing zeroing // the best way that has not been refused
+	zeros   []byte  // only read
+
 	mu struct {
 		sync.Mutex
 		queue  fifo
@@ -70,18 +72,19 @@ const (
 	OpRead Kind = iota
 	OpWrite
 	OpFlush
-	OpDiscard
+	OpZero
 )
 
 func (k Kind) String() string {
-	return [...]string{"read", "write", "flush", "discard"}[k]
+	return [...]string{"read", "write", "flush", "zero"}[k]
 }
 
 type op struct {
 	kind Kind
-	buf  []byte // what is left of the transfer
+	by   zeroing // OpZero: how it was issued
+	buf  []byte  // what is left of the transfer
 	off  int64
-	n    int64 // OpDiscard
+	n    int64 // OpZero: what is left of it
 	done func(error)
 }
 
@@ -107,6 +110,11 @@ func startLane(fd int, path string) (*lane, error) {
 			return
 		}
 		defer l.waker.Close()
+		if l.zeros, err = uring.AlignedBuffer(zeroPiece); err != nil {
+			ready <- err
+			return
+		}
+		defer uring.FreeBuffer(l.zeros)
 		ready <- nil
 		l.run()
 		close(l.ended)
@@ -190,13 +198,17 @@ func (l *lane) issue(i uint32) {
 		sqe.PrepareWrite(l.fd, o.buf, o.off)
 	case OpFlush:
 		sqe.PrepareDatasync(l.fd)
-	case OpDiscard:
-		sqe.PrepareFallocate(l.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, o.off, o.n)
+	case OpZero:
+		l.issueZero(sqe, o)
 	}
 }
 
 func (l *lane) complete(i uint32, res int32) {
 	o := &l.slots[i]
+	if o.kind == OpZero && l.zeroMore(o, res) {
+		l.issue(i)
+		return
+	}
 	var err error
 	switch {
 	case res < 0:

@@ -59,19 +59,10 @@ func (d disk) serial() string {
 	return ""
 }
 
-func (d disk) discardLimits() Limits {
-	number := func(name string) int64 {
-		n, err := strconv.ParseInt(attribute(d.whole, filepath.Join("queue", name)), 10, 64)
-		if err != nil {
-			return 0
-		}
-		return n
-	}
-	l := Limits{Granularity: number("discard_granularity"), Max: number("discard_max_bytes")}
-	if l.Granularity == 0 || l.Max == 0 {
-		return Limits{}
-	}
-	return l
+// writesZeroes tells whether the disk has a command for that.
+func (d disk) writesZeroes() bool {
+	n, err := strconv.ParseUint(attribute(d.whole, "queue/write_zeroes_max_bytes"), 10, 64)
+	return err == nil && n > 0
 }
 
 // blockHolder says what keeps a device from being opened exclusively, and what

@@ -1,0 +1,67 @@
+package backing
+
+import (
+	"syscall"
+
+	"golang.org/x/sys/unix"
+	"ublk-pcache/internal/uring"
+)
+
+// zeroing is a way to make a range read as zeros, the best first. A lane begins
+// with the first and goes on to the next, for good, when one is not supported;
+// also one that has worked, because some drivers learn what their device cannot
+// do when it refuses (block/blk-lib.c of Linux 6.12, blkdev_issue_write_zeroes).
+type zeroing uint8
+
+const (
+	// punchHole deallocates: blocks of a file, and on a block device what its
+	// command for writing zeros lets go of. It is refused by a device without
+	// that command (block/fops.c of Linux 6.12, blkdev_fallocate), so it never
+	// transfers data.
+	punchHole zeroing = iota
+
+	// zeroRange works on every block device: the block layer writes pages of
+	// zeros where the device cannot. In a file it leaves blocks allocated.
+	zeroRange
+
+	// writeZeros is for file systems that know neither.
+	writeZeros
+)
+
+// zeroPiece is how many bytes writeZeros writes at once: enough for the cost of
+// a write not to show. The memory is never touched, so it costs nothing.
+const zeroPiece = 1 << 20
+
+func (l *lane) issueZero(sqe *uring.SQE, o *op) {
+	o.by = l.zeroing
+	switch o.by {
+	case punchHole:
+		sqe.PrepareFallocate(l.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, o.off, o.n)
+	case zeroRange:
+		sqe.PrepareFallocate(l.fd, unix.FALLOC_FL_ZERO_RANGE|unix.FALLOC_FL_KEEP_SIZE, o.off, o.n)
+	case writeZeros:
+		o.buf = l.zeros[:min(o.n, zeroPiece)]
+		sqe.PrepareWrite(l.fd, o.buf, o.off)
+	}
+}
+
+// zeroMore takes the result of an OpZero and tells whether it must be issued
+// again: in another way, or for what is left of it. Many may be in flight when
+// the first of them is refused, hence by.
+func (l *lane) zeroMore(o *op, res int32) bool {
+	switch {
+	case res == -int32(syscall.EOPNOTSUPP) && o.by < writeZeros:
+		l.zeroing = max(l.zeroing, o.by+1)
+		return true
+	case o.by == writeZeros && res > 0:
+		o.off, o.n, o.buf = o.off+int64(res), o.n-int64(res), nil
+		return o.n > 0
+	}
+	return false
+}
+
+// punches tells whether a file's file system can punch holes, by punching one
+// behind its end, where there is nothing.
+func punches(fd int, size int64) bool {
+	return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, size, fileBlock) == nil
+}
