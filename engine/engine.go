@@ -72,6 +72,8 @@ type Memory interface {
 type Disk interface {
 	Read(buf []byte, off int64, done func(error))
 	Write(buf []byte, off int64, done func(error))
+	// Zero makes n bytes at off read as zeros.
+	Zero(off, n int64, done func(error))
 	Flush(done func(error))
 	// Size returns the disk's size in bytes, BlockSize its logical block.
 	Size() int64

@@ -338,8 +338,15 @@ func TestFullCache(t *testing.T) {
 	if n := finished.Load(); n == count {
 		t.Errorf("%d MiB were written to a cache of 80 MiB over a disk that takes nothing", n)
 	}
+	waited := r.Status().LongestWait
+	if waited <= 0 {
+		t.Error("requests wait, and the longest wait is nothing")
+	}
 	heal()
 	writers.Wait()
+	if after := r.Status().LongestWait; after < waited {
+		t.Errorf("the longest wait went from %v to %v", waited, after)
+	}
 	for i := range int64(count) {
 		p := r.read(t, i*size, size)
 		for j := range int64(size / sectorSize) {

@@ -29,8 +29,8 @@ type shard struct {
 	slab    slab
 	roots   []uint32 // by stripe / shardCount
 	extents int64
-	sectors [2]int64 // clean, dirty; loading ones are not counted
-	_       [40]byte // keeps neighbours' locks out of each other's cache line
+	sectors [3]int64 // clean, dirty, dirty zeros; loading ones and clean zeros are not counted
+	_       [32]byte // keeps neighbours' locks out of each other's cache line
 }
 
 type index struct {
@@ -71,8 +71,12 @@ func (sh *shard) countLocked(e extent, sign int64) {
 }
 
 func (sh *shard) sectorsLocked(e extent, n int64) {
-	if e.flags&extLoading == 0 {
+	switch {
+	case e.flags&extLoading != 0:
+	case e.flags&extZero == 0:
 		sh.sectors[e.flags&extDirty] += n
+	case e.flags&extDirty != 0:
+		sh.sectors[2] += n
 	}
 }
 
@@ -180,11 +184,12 @@ func (s span) sub(e extent) span {
 	return s
 }
 
-// forget removes what still points at the place.
+// forget removes what still points at the place and is clean. What is dirty
+// there belongs to a younger key, for the same zeros.
 func (x *index) forget(s span, p place, scratch []extent) []extent {
 	s.sh.Lock()
 	defer s.sh.Unlock()
-	scratch = s.partsLocked(scratch[:0], p.holds)
+	scratch = s.partsLocked(scratch[:0], func(e extent) bool { return p.holds(e) && e.flags&extDirty == 0 })
 	for _, e := range scratch {
 		s.sub(e).cutLocked()
 	}
@@ -207,6 +212,7 @@ func (x *index) clean(s span, p place, scratch []extent) []extent {
 type usage struct {
 	extents      int64
 	clean, dirty int64 // bytes
+	zero         int64 // bytes of dirty zeros
 	bytes        int64 // of memory
 }
 
@@ -218,6 +224,7 @@ func (x *index) usage() usage {
 		u.extents += sh.extents
 		u.clean += sh.sectors[0] << sectorShift
 		u.dirty += sh.sectors[extDirty] << sectorShift
+		u.zero += sh.sectors[2] << sectorShift
 		u.bytes += int64(len(sh.slab.chunks)*slabNodes)*int64(unsafe.Sizeof(node{})) + int64(4*len(sh.roots))
 		sh.Unlock()
 	}

@@ -89,7 +89,7 @@ func TestIndexAgainstArray(t *testing.T) {
 			s := draw("at")
 			switch rapid.IntRange(0, 9).Draw(t, "op") {
 			default:
-				e := extent{seg: next / 4, pos: s.off, flags: uint16(rapid.IntRange(0, 1).Draw(t, "dirty"))}
+				e := extent{seg: next / 4, pos: s.off, flags: rapid.SampledFrom([]uint16{0, extDirty, extZero, extZero | extDirty}).Draw(t, "state")}
 				next++
 				s.sh.Lock()
 				s.setLocked(e)
@@ -108,7 +108,7 @@ func TestIndexAgainstArray(t *testing.T) {
 				seg := uint32(rapid.IntRange(0, int(next/4)).Draw(t, "seg"))
 				x.forget(s, s.place(seg, s.off), nil)
 				for i := s.off; i < s.end(); i++ {
-					if model[i].set && model[i].seg == seg {
+					if model[i].set && model[i].seg == seg && model[i].flags&extDirty == 0 {
 						model[i] = sector{}
 					}
 				}
@@ -128,14 +128,20 @@ func TestIndexAgainstArray(t *testing.T) {
 			t.Fatalf("tree holds %d extents in %d nodes, counted %d in %d", extents, nodes, s.sh.extents, s.sh.slab.used)
 		}
 		var got [stripeSectors]sector
-		var count [2]int64
+		var count [3]int64
 		var prev extent
 		for _, e := range s.partsLocked(nil, func(extent) bool { return true }) {
 			if prev.n > 0 && prev.abuts(e) {
 				t.Fatalf("%+v and %+v are not joined", prev, e)
 			}
 			prev = e
-			count[e.flags&extDirty] += int64(e.n)
+			switch e.flags {
+			case extZero:
+			case extZero | extDirty:
+				count[2] += int64(e.n)
+			default:
+				count[e.flags] += int64(e.n)
+			}
 			for i := range e.n {
 				got[e.off+i] = sector{e.seg, e.pos + i, e.flags, true}
 			}

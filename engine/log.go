@@ -113,14 +113,22 @@ func (c *Cache) commit(q *Queue) error {
 
 // enter makes the index point at a key.
 func (c *Cache) enter(k *ondisk.Key) {
-	var flags uint16
-	if k.Flags&ondisk.KeyClean == 0 {
-		flags = extDirty
-	}
 	s, p := c.keySpan(k)
 	s.sh.Lock()
-	s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: flags})
+	s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: keyState(k, true)})
 	s.sh.Unlock()
+}
+
+// keyState returns the state of a key's extent; dirty says whether the key
+// lies behind dirty_tail.
+func keyState(k *ondisk.Key, dirty bool) (flags uint16) {
+	if dirty && k.Flags&ondisk.KeyClean == 0 {
+		flags |= extDirty
+	}
+	if k.Flags&ondisk.KeyZero != 0 {
+		flags |= extZero
+	}
+	return flags
 }
 
 // keySpan returns what a key covers and where.

@@ -218,7 +218,8 @@ func TestPowerCutTailFirst(t *testing.T) {
 	disk.Close()
 	m, disk = after()
 	r = newRig(t, m, disk, 1)
-	if v := r.version(t, 0); v != 1 {
+	// 2 if a round of its own accord synced it before the cut.
+	if v := r.version(t, 0); v != 1 && v != 2 {
 		t.Errorf("version %d, flushed 1", v)
 	}
 	if err := r.Flush(context.Background()); err != nil {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"ublk-pcache/ondisk"
 )
@@ -22,6 +23,10 @@ type Queue struct {
 		off  uint32 // bytes
 	}
 
+	// A run of zeros in the head's segment, with a reference of its own; n
+	// bytes, 0 for none yet. Every Zero of the queue names it.
+	zeros struct{ off, n uint32 }
+
 	keys   []ondisk.Key // stored, not committed yet; oldest first
 	filled []*fill      // read from the disk, waiting for the commit
 	turn   []*Request   // finished once their keys are committed
@@ -34,6 +39,7 @@ type Queue struct {
 	pieces   []extent // scratch of a read
 	freeFill *fill
 	stalled  atomic.Bool // the log was full at the last commit
+	since    time.Time   // when it first was
 
 	inbox struct {
 		sync.Mutex
@@ -45,9 +51,9 @@ type Queue struct {
 
 // queueStats are written by the queue's thread alone.
 type queueStats struct {
-	reads, writes, flushes atomic.Uint64 // requests
-	hits, misses           atomic.Uint64 // reads that did not, or did, need the disk
-	readBytes, writeBytes  atomic.Uint64
+	reads, writes, flushes, zeros atomic.Uint64 // requests
+	hits, misses                  atomic.Uint64 // reads that did not, or did, need the disk
+	readBytes, writeBytes         atomic.Uint64
 }
 
 // count adds to a counter that only one thread writes.
@@ -87,9 +93,9 @@ func (q *Queue) Submit(r *Request) {
 	case Flush:
 		count(&q.stats.flushes, 1)
 		q.turn = append(q.turn, r)
-	case Read, Write:
-		if !q.c.covers(r.Off, len(r.Buf)) {
-			r.Err = fmt.Errorf("%w: offset %d, length %d", ErrInvalid, r.Off, len(r.Buf))
+	case Read, Write, Zero:
+		if !q.c.covers(r) {
+			r.Err = fmt.Errorf("%w: offset %d, length %d", ErrInvalid, r.Off, r.size())
 			q.finished = append(q.finished, r)
 			return
 		}
@@ -99,17 +105,31 @@ func (q *Queue) Submit(r *Request) {
 			q.read(r)
 			return
 		}
-		count(&q.stats.writes, 1)
-		count(&q.stats.writeBytes, len(r.Buf))
+		if r.Op == Zero {
+			count(&q.stats.zeros, 1)
+		} else {
+			count(&q.stats.writes, 1)
+			count(&q.stats.writeBytes, len(r.Buf))
+		}
 		q.write(r)
 	}
 }
 
-// covers reports whether the range is whole sectors of one stripe.
-func (c *Cache) covers(off int64, n int) bool {
-	return off >= 0 && n > 0 && off%ondisk.SectorSize == 0 && n%ondisk.SectorSize == 0 &&
-		off <= c.disk.Size()-int64(n) && off/ondisk.StripeSize == (off+int64(n)-1)/ondisk.StripeSize
+// covers reports whether the range is whole sectors of the device, of one
+// stripe if there is data to them.
+func (c *Cache) covers(r *Request) bool {
+	off, n := r.Off, r.size()
+	if off < 0 || n <= 0 || off%ondisk.SectorSize != 0 || n%ondisk.SectorSize != 0 || off > c.disk.Size()-int64(n) {
+		return false
+	}
+	if r.Op == Zero {
+		return n <= MaxZero
+	}
+	return stripeLeft(off) >= n
 }
+
+// stripeLeft returns the number of bytes from off to the end of its stripe.
+func stripeLeft(off int64) int { return int(ondisk.StripeSize - off%ondisk.StripeSize) }
 
 // Turn ends a turn: it takes up what has come back, commits what was
 // submitted, and returns the requests that are finished. The slice is valid
@@ -172,7 +192,12 @@ func (q *Queue) commit() {
 			q.abandon()
 		}
 	}
-	q.stalled.Store(err == errLogFull)
+	switch was := q.stalled.Swap(err == errLogFull); {
+	case err == errLogFull && !was:
+		q.since = time.Now()
+	case err != errLogFull && was:
+		c.space.waited(time.Since(q.since))
+	}
 	if err == nil && len(q.keys) > 0 {
 		q.wake()
 	}
@@ -232,6 +257,10 @@ func (q *Queue) alloc(n int, take bool) (seg, off uint32, got int, ok bool) {
 }
 
 func (q *Queue) closeHead() {
+	if q.zeros.n > 0 {
+		q.zeros.n = 0
+		q.c.drop(q.head.seg)
+	}
 	q.head.open = false
 	q.c.drop(q.head.seg)
 }
@@ -244,11 +273,7 @@ func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags, take bool) (k 
 		return k, false, nil
 	}
 	if _, err := q.c.mem.WriteAt(p[:n], q.c.layout.Offset(seg, segOff)); err != nil {
-		// Whatever else the segment holds stays; nothing is added to it.
-		q.c.drop(seg)
-		q.closeHead()
-		q.c.errs.memory.Add(1)
-		return k, true, fmt.Errorf("store data in segment %d: %w", seg, err)
+		return k, true, q.storeFailed(seg, err)
 	}
 	k = ondisk.Key{
 		Off: uint64(off), Len: uint32(n), Flags: flags,
@@ -258,6 +283,56 @@ func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags, take bool) (k 
 		k.CRC = ondisk.Checksum(p[:n])
 	}
 	return k, true, nil
+}
+
+const (
+	// zeroRun is how long a run of zeros is made, in bytes, unless the segment
+	// ends before: a discard of a disk of 1 TiB is a million keys of it, 42 MB
+	// of log, and a run is a sixteenth of a segment.
+	zeroRun = 1 << 20
+	// zeroRunMin is how long it must be. What else is left of a segment is
+	// given up.
+	zeroRunMin = 64 << 10
+)
+
+// zeros is what runs of zeros are made of when their checksum is computed.
+var zeros [zeroRun]byte
+
+// storeZeros returns a key for zeros like store does for data: without storing
+// any, if the head's segment has a run of them already.
+func (q *Queue) storeZeros(n int, off int64, take bool) (k ondisk.Key, ok bool, err error) {
+	if q.zeros.n == 0 {
+		if q.head.open && take && ondisk.SegmentData-q.head.off < zeroRunMin {
+			q.closeHead()
+		}
+		seg, segOff, got, ok := q.alloc(zeroRun, take)
+		if !ok {
+			return k, false, nil
+		}
+		if err := q.c.mem.Zero(q.c.layout.Offset(seg, segOff), int64(got)); err != nil {
+			return k, true, q.storeFailed(seg, err)
+		}
+		q.zeros.off, q.zeros.n = segOff, uint32(got)
+	}
+	seg := q.head.seg
+	q.c.segments.all[seg].refs.Add(1)
+	k = ondisk.Key{
+		Off: uint64(off), Len: min(uint32(n), q.zeros.n), Flags: ondisk.KeyZero,
+		Seg: seg, SegOff: q.zeros.off, Gen: q.c.segments.all[seg].gen.Load(),
+	}
+	if q.c.crc {
+		k.CRC = ondisk.Checksum(zeros[:k.Len])
+	}
+	return k, true, nil
+}
+
+// storeFailed gives up the head after a store to its segment that failed.
+// Whatever else the segment holds stays; nothing is added to it.
+func (q *Queue) storeFailed(seg uint32, err error) error {
+	q.c.drop(seg)
+	q.closeHead()
+	q.c.errs.memory.Add(1)
+	return fmt.Errorf("store data in segment %d: %w", seg, err)
 }
 
 // write gives the data of r its place, as far as there is space. The rest
@@ -276,8 +351,8 @@ func (q *Queue) write(r *Request) {
 		return
 	}
 	ahead := r.ticket == 0 && c.space.waiting.Load() > 0
-	for r.done < len(r.Buf) {
-		k, ok, err := q.store(r.Buf[r.done:], r.Off+int64(r.done), 0, !ahead)
+	for r.done < r.size() {
+		k, ok, err := q.storeNext(r, !ahead)
 		if err != nil {
 			r.Err = err
 			break
@@ -293,6 +368,15 @@ func (q *Queue) write(r *Request) {
 	c.space.leave(r)
 	r.last = q.stored
 	q.turn = append(q.turn, r)
+}
+
+// storeNext stores what comes next of a write or zero.
+func (q *Queue) storeNext(r *Request, take bool) (k ondisk.Key, ok bool, err error) {
+	off := r.Off + int64(r.done)
+	if r.Op == Zero {
+		return q.storeZeros(min(r.Len-r.done, stripeLeft(off)), off, take)
+	}
+	return q.store(r.Buf[r.done:], off, 0, take)
 }
 
 // wait puts r in line. The collector looks after everybody there: it makes
@@ -314,6 +398,11 @@ func (q *Queue) read(r *Request) {
 	}
 	for _, e := range hits {
 		buf := s.bytes(r.Buf, e)
+		if e.flags&extZero != 0 {
+			clear(buf)
+			c.unpin(e.seg)
+			continue
+		}
 		_, err := c.mem.ReadAt(buf, c.layout.Offset(e.seg, uint32(e.pos)<<sectorShift))
 		switch {
 		case e.flags&extBad != 0:

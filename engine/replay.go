@@ -118,10 +118,7 @@ func (r *replayer) key(k *ondisk.Key) error {
 	c.segments.all[k.Seg].refs.Add(1)
 	r.fill[k.Seg] = max(r.fill[k.Seg], k.SegOff+k.Len)
 
-	var flags uint16
-	if r.dirty && k.Flags&ondisk.KeyClean == 0 {
-		flags = extDirty
-	}
+	flags := keyState(k, r.dirty)
 	bad := c.crc && !r.intact(k)
 	s, p := c.keySpan(k)
 	s.sh.Lock()

@@ -1,6 +1,9 @@
 package engine
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+	"time"
+)
 
 // Op is what a request asks for.
 type Op uint8
@@ -10,25 +13,31 @@ const (
 	Read Op = iota
 	Write
 	Flush
+	Zero // makes a range read as zeros; what a discard and a write of zeroes ask for
 )
+
+// MaxZero is how many bytes a Zero may cover.
+const MaxZero = 64 << 20
 
 // Request is one request and, once finished, its result. It belongs to the
 // queue from Submit until Turn returns it; its memory can be used again then.
 // The exported fields but Err are the caller's to set.
 type Request struct {
 	Op  Op
-	FUA bool   // a Write that is durable when it finishes
+	FUA bool   // a Write or Zero that is durable when it finishes
 	Tag int    // the caller's own
 	Off int64  // bytes
 	Buf []byte // whole sectors that do not cross a multiple of 4 MiB; from Disk.Buffer or as good
+	Len int    // bytes of a Zero: whole sectors
 	Err error  // the result
 
 	q      *Queue
 	stage  stage
-	done   int    // bytes of a write that have their place
-	last   uint64 // the queue's count of keys when the last of the write was stored
-	ticket uint64 // place in the line for space, 0 for none
-	fills  *fill  // what a read still lacks, linked by next
+	done   int       // bytes of a write or zero that have their place
+	last   uint64    // the queue's count of keys when the last of the write was stored
+	ticket uint64    // place in the line for space, 0 for none
+	since  time.Time // when it got that
+	fills  *fill     // what a read still lacks, linked by next
 	lacks  atomic.Int32
 }
 
@@ -41,3 +50,11 @@ const (
 	stageFilled              // its own fills are done
 	stageSynced              // the region is synced
 )
+
+// size returns how many bytes r covers.
+func (r *Request) size() int {
+	if r.Op == Zero {
+		return r.Len
+	}
+	return len(r.Buf)
+}

@@ -8,7 +8,6 @@ import (
 
 	"ublk-pcache/backing"
 	"ublk-pcache/ondisk"
-	"ublk-pcache/pmem"
 )
 
 // fakeDisk is a backing.Fake as the engine wants it.
@@ -31,7 +30,7 @@ func (l *testLog) Error(msg string, err error) {
 
 // formatSmall makes a cache of the given number of segments, fewer than the
 // region could hold, so that it is soon full.
-func formatSmall(t testing.TB, mem *pmem.Region, segments uint32, crc bool, gcPercent int) {
+func formatSmall(t testing.TB, mem Memory, segments uint32, crc bool, gcPercent int) {
 	t.Helper()
 	if err := ondisk.Format(mem, ondisk.FormatOptions{DataCRC: crc, GCPercent: gcPercent}); err != nil {
 		t.Fatal(err)
@@ -51,7 +50,7 @@ func formatSmall(t testing.TB, mem *pmem.Region, segments uint32, crc bool, gcPe
 	}
 }
 
-func store(t testing.TB, mem *pmem.Region, p []byte, off int64) {
+func store(t testing.TB, mem Memory, p []byte, off int64) {
 	t.Helper()
 	if _, err := mem.WriteAt(p, off); err != nil {
 		t.Fatal(err)

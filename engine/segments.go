@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"ublk-pcache/ondisk"
 )
@@ -137,6 +138,7 @@ func (c *Cache) unpin(seg uint32) {
 // request that finds nothing goes back to its old place.
 type space struct {
 	waiting atomic.Int32 // requests waiting or being retried
+	longest atomic.Int64 // wait that is over, in nanoseconds
 	mu      struct {
 		sync.Mutex
 		list []*Request
@@ -150,7 +152,7 @@ func (s *space) park(r *Request) {
 	defer s.mu.Unlock()
 	if r.ticket == 0 {
 		s.mu.last++
-		r.ticket = s.mu.last
+		r.ticket, r.since = s.mu.last, time.Now()
 		s.waiting.Add(1)
 	}
 	i := len(s.mu.list)
@@ -167,7 +169,27 @@ func (s *space) leave(r *Request) {
 	if r.ticket != 0 {
 		r.ticket = 0
 		s.waiting.Add(-1)
+		s.waited(time.Since(r.since))
 	}
+}
+
+// waited takes note of a wait that is over.
+func (s *space) waited(d time.Duration) {
+	for old := s.longest.Load(); old < int64(d) && !s.longest.CompareAndSwap(old, int64(d)); {
+		old = s.longest.Load()
+	}
+}
+
+// longestWait returns the longest wait so far, of those who still stand in line
+// too.
+func (s *space) longestWait() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	d := time.Duration(s.longest.Load())
+	if len(s.mu.list) > 0 {
+		d = max(d, time.Since(s.mu.list[0].since))
+	}
+	return d
 }
 
 // wakeWriters lets everybody who waits for space try again.

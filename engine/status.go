@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"runtime"
 	"sync/atomic"
+	"time"
 
 	"ublk-pcache/ondisk"
 )
@@ -40,15 +41,17 @@ type Status struct {
 	KeyHead, KeyTail, DirtyTail ondisk.Position
 
 	DirtyBytes, CleanBytes int64
+	ZeroBytes              int64 // zeros that the disk does not have yet
 	Extents                int64
 	IndexBytes             int64
 
-	Reads, Writes, Flushes uint64
-	ReadBytes, WriteBytes  uint64
-	Hits, Misses           uint64
-	WrittenBack            uint64
-	RoundBytes             int64 // of the dirty bytes, written but not flushed yet
-	Waiting                int   // requests waiting for space
+	Reads, Writes, Flushes, Zeros uint64
+	ReadBytes, WriteBytes         uint64
+	Hits, Misses                  uint64
+	WrittenBack                   uint64
+	RoundBytes                    int64         // of the dirty bytes, written but not flushed yet
+	Waiting                       int           // requests waiting for space
+	LongestWait                   time.Duration // of a request for space
 
 	MemoryErrors, DiskReadErrors, WritebackErrors uint64
 }
@@ -69,11 +72,13 @@ func (c *Cache) Status() Status {
 		KeyTail:         c.tails.keyTail(),
 		DirtyBytes:      u.dirty,
 		CleanBytes:      u.clean,
+		ZeroBytes:       u.zero,
 		Extents:         u.extents,
 		IndexBytes:      u.bytes,
 		WrittenBack:     c.writeback.written.Load(),
 		RoundBytes:      c.writeback.inRound.Load(),
 		Waiting:         int(c.space.waiting.Load()),
+		LongestWait:     c.space.longestWait(),
 		MemoryErrors:    c.errs.memory.Load(),
 		DiskReadErrors:  c.errs.diskReads.Load(),
 		WritebackErrors: c.errs.rounds.Load(),
@@ -84,6 +89,7 @@ func (c *Cache) Status() Status {
 		s.Reads += q.stats.reads.Load()
 		s.Writes += q.stats.writes.Load()
 		s.Flushes += q.stats.flushes.Load()
+		s.Zeros += q.stats.zeros.Load()
 		s.ReadBytes += q.stats.readBytes.Load()
 		s.WriteBytes += q.stats.writeBytes.Load()
 		s.Hits += q.stats.hits.Load()

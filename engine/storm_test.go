@@ -32,10 +32,13 @@ var (
 // must say that it is the one that was asked for.
 type ledger struct {
 	acked, begun []atomic.Uint64
+	zeroed       []atomic.Uint64 // the newest version that was a Zero: what zeros stand for
 }
 
 func newLedger(sectors int64) *ledger {
-	return &ledger{acked: make([]atomic.Uint64, sectors), begun: make([]atomic.Uint64, sectors)}
+	return &ledger{
+		acked: make([]atomic.Uint64, sectors), begun: make([]atomic.Uint64, sectors), zeroed: make([]atomic.Uint64, sectors),
+	}
 }
 
 const sectorSize = ondisk.SectorSize
@@ -73,6 +76,9 @@ func (g *ledger) check(p []byte, lba int64, low []uint64) error {
 		if err != nil {
 			return err
 		}
+		if v == 0 {
+			v = g.zeroed[lba+int64(i)].Load()
+		}
 		if high := g.begun[lba+int64(i)].Load(); v < low[i] || v > high {
 			return fmt.Errorf("sector %d has version %d, acknowledged %d, begun %d", lba+int64(i), v, low[i], high)
 		}
@@ -93,6 +99,9 @@ func (g *ledger) low(lba int64, n int) []uint64 {
 func (g *ledger) settle(p []byte, lba int64) {
 	for i := range len(p) / sectorSize {
 		v, _ := stamp(p[i*sectorSize:][:sectorSize], lba+int64(i))
+		if v == 0 {
+			v = g.zeroed[lba+int64(i)].Load()
+		}
 		g.acked[lba+int64(i)].Store(v)
 		g.begun[lba+int64(i)].Store(v)
 	}
@@ -182,8 +191,8 @@ func (s storm) run(t *testing.T, seed uint64) {
 	if err := r.Flush(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	if u := r.index.usage(); u.dirty != 0 {
-		t.Fatalf("%d bytes are dirty after a flush", u.dirty)
+	if u := r.index.usage(); u.dirty+u.zero != 0 {
+		t.Fatalf("%d bytes are dirty after a flush", u.dirty+u.zero)
 	}
 	if err := r.kill(); err != nil {
 		t.Fatal(err)
@@ -268,8 +277,15 @@ func (s storm) client(t *testing.T, r *rig, g *ledger, id int, dice *rand.Rand) 
 		for i := range count {
 			g.begun[lba+int64(i)].Store(version)
 		}
+		req := &Request{Op: Write, Off: off, Buf: buf, FUA: dice.IntN(8) == 0}
+		if dice.IntN(4) == 0 {
+			req.Op, req.Buf, req.Len = Zero, nil, n
+			for i := range count {
+				g.zeroed[lba+int64(i)].Store(version)
+			}
+		}
 		fillStamp(buf, lba, version)
-		switch err := r.do(queue, &Request{Op: Write, Off: off, Buf: buf, FUA: dice.IntN(8) == 0}); {
+		switch err := r.do(queue, req); {
 		case err == errKilled:
 			return
 		case err != nil:

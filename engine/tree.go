@@ -27,6 +27,8 @@ const (
 	extLoading
 	// extBad: the data failed its crc when the cache was opened.
 	extBad
+	// extZero: the sectors are zeros; nobody needs to look at the place.
+	extZero
 )
 
 func (e extent) end() uint16 { return e.off + e.n }

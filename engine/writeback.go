@@ -83,6 +83,8 @@ type part struct {
 
 func (p *part) len() int { return int(p.e.n) << sectorShift }
 
+func (p *part) zero() bool { return p.e.flags&extZero != 0 }
+
 // transfer is one write to the disk.
 type transfer struct {
 	buf  []byte
@@ -299,9 +301,15 @@ func (c *Cache) collectKey(k *ondisk.Key) (bytes int) {
 	w := &c.writeback
 	s, p := c.keySpan(k)
 	s.sh.Lock()
-	w.key = s.partsLocked(w.key[:0], p.holds)
+	w.key = s.partsLocked(w.key[:0], func(e extent) bool { return p.holds(e) && e.flags&extDirty != 0 })
 	s.sh.Unlock()
 	for _, e := range w.key {
+		if e.flags&extZero != 0 {
+			// What a transfer of zeros costs has little to do with their number.
+			bytes += ondisk.SectorSize
+			w.parts = append(w.parts, part{s: s.sub(e), e: e, off: int64(k.Off) + int64(e.off-s.off)<<sectorShift})
+			continue
+		}
 		bytes += int(e.n) << sectorShift
 		for rest := e; rest.n > 0; {
 			// A key may be as long as a stripe.
@@ -337,7 +345,14 @@ func (c *Cache) transferParts() error {
 	for i := 0; i < len(w.parts); {
 		t := take()
 		t.off = w.parts[i].off
-		for ; i < len(w.parts) && w.parts[i].off == t.off+int64(t.n) && t.n+w.parts[i].len() <= len(t.buf); i++ {
+		if w.parts[i].zero() {
+			for ; i < len(w.parts) && w.parts[i].zero() && w.parts[i].off == t.off+int64(t.n) && t.n < MaxZero; i++ {
+				t.n += w.parts[i].len()
+			}
+			c.disk.Zero(t.off, int64(t.n), t.done)
+			continue
+		}
+		for ; i < len(w.parts) && !w.parts[i].zero() && w.parts[i].off == t.off+int64(t.n) && t.n+w.parts[i].len() <= len(t.buf); i++ {
 			p := &w.parts[i]
 			if err := c.load(t.buf[t.n:t.n+p.len()], p); err != nil {
 				// What lies before it goes; behind it a new transfer begins.

@@ -74,6 +74,10 @@ const (
 	KeyEmpty KeyFlags = 1 << 0
 	// KeyClean marks data that the backing device holds as well.
 	KeyClean KeyFlags = 1 << 1
+	// KeyZero marks data that is nothing but zeros, of which many keys may
+	// name the same. It is this project's own: the kernel does not look at
+	// the bit (drivers/md/dm-pcache/cache_key.c of 7.3), and finds zeros.
+	KeyZero KeyFlags = 1 << 2
 )
 
 // Key says where a piece of the cached device lies in the cache.

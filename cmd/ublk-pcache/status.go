@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -35,7 +36,10 @@ type statusJSON struct {
 	Writes          uint64 `json:"writes"`
 	WriteBytes      uint64 `json:"write_bytes"`
 	Flushes         uint64 `json:"flushes"`
+	Zeros           uint64 `json:"zeros"`      // discards and writes of zeroes
+	ZeroBytes       int64  `json:"zero_bytes"` // to be zeroed on the backing device
 	WaitingRequests int    `json:"waiting_requests"`
+	LongestWaitMS   int64  `json:"longest_wait_ms"`
 	WrittenBack     uint64 `json:"written_back_bytes"`
 	MemoryErrors    uint64 `json:"memory_errors"`
 	DiskReadErrors  uint64 `json:"disk_read_errors"`
@@ -89,7 +93,8 @@ func newStatusJSON(l listed, s *engine.Status) statusJSON {
 		DirtyBytes: s.DirtyBytes, CleanBytes: s.CleanBytes, Extents: s.Extents, IndexBytes: s.IndexBytes,
 		Reads: s.Reads, ReadBytes: s.ReadBytes, ReadHits: s.Hits, ReadMisses: s.Misses,
 		Writes: s.Writes, WriteBytes: s.WriteBytes, Flushes: s.Flushes,
-		WaitingRequests: s.Waiting, WrittenBack: s.WrittenBack,
+		Zeros: s.Zeros, ZeroBytes: s.ZeroBytes,
+		WaitingRequests: s.Waiting, LongestWaitMS: s.LongestWait.Milliseconds(), WrittenBack: s.WrittenBack,
 		MemoryErrors: s.MemoryErrors, DiskReadErrors: s.DiskReadErrors, WritebackErrors: s.WritebackErrors,
 	}
 }
@@ -107,13 +112,13 @@ func (s *statusJSON) print() error {
 		row("", "%s", s.Error)
 	}
 	row("segments", "%d of %d used, collected at %d %%", s.SegmentsUsed, s.Segments, s.GCPercent)
-	row("data", "%s dirty, %s clean, checksums %s", size(s.DirtyBytes), size(s.CleanBytes), onOff(s.DataCRC))
+	row("data", "%s dirty, %s to be zeroed, %s clean, checksums %s", size(s.DirtyBytes), size(s.ZeroBytes), size(s.CleanBytes), onOff(s.DataCRC))
 	row("log", "head %s, dirty tail %s, key tail %s", s.KeyHead, s.DirtyTail, s.KeyTail)
 	row("index", "%d extents in %s", s.Extents, size(s.IndexBytes))
 	row("reads", "%d (%s), %d hits, %d misses", s.Reads, size(int64(s.ReadBytes)), s.ReadHits, s.ReadMisses)
-	row("writes", "%d (%s), %d flushes", s.Writes, size(int64(s.WriteBytes)), s.Flushes)
+	row("writes", "%d (%s), %d flushes, %d zeroed ranges", s.Writes, size(int64(s.WriteBytes)), s.Flushes, s.Zeros)
 	row("written back", "%s", size(int64(s.WrittenBack)))
-	row("waiting", "%d requests for space", s.WaitingRequests)
+	row("waiting", "%d requests for space, longest so far %v", s.WaitingRequests, time.Duration(s.LongestWaitMS)*time.Millisecond)
 	row("errors", "%d pmem, %d backing reads, %d write-back", s.MemoryErrors, s.DiskReadErrors, s.WritebackErrors)
 	return w.Flush()
 }
