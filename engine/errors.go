@@ -8,14 +8,15 @@ var (
 	ErrDiskTooSmall  = errors.New("the backing device is smaller than what the cache holds for it")
 	ErrKeyGeneration = errors.New("a key names a generation of its segment that does not exist yet")
 	ErrKeyInLog      = errors.New("a key names data inside the log")
+	ErrKeyOverlap    = errors.New("a key names a part of another's data and more")
 )
 
 // Errors of requests.
 var (
 	// ErrInvalid: a request that is not whole sectors inside the device.
 	ErrInvalid = errors.New("request outside the device or not aligned to sectors")
-	// ErrDamaged: dirty data whose checksum does not match.
-	ErrDamaged = errors.New("cached data is damaged and the backing device does not have it")
+	// ErrDamaged: of clean data nobody gets to see it, since the disk is asked.
+	ErrDamaged = errors.New("cached data does not match its checksum")
 )
 
 // Errors of the cache's own work.

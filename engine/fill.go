@@ -26,9 +26,9 @@ type fill struct {
 	buf     []byte // the part of r.Buf that is read
 	off     int64  // bytes on the disk
 	err     error
-	key     ondisk.Key  // where the data was stored, if it was
-	waiters []*Request  // under the lock of at's shard
-	done    func(error) // finished, bound once
+	keys    []ondisk.Key // where the data was stored, as far as it was
+	waiters []*Request   // under the lock of at's shard
+	done    func(error)  // finished, bound once
 	next    *fill
 }
 
@@ -61,7 +61,7 @@ func (q *Queue) newFill() *fill {
 // addFill gives r one more thing to wait for.
 func (q *Queue) addFill(r *Request, s span, e extent) *fill {
 	f := q.newFill()
-	f.r, f.at, f.err, f.key = r, s.sub(e), nil, ondisk.Key{}
+	f.r, f.at, f.err, f.keys = r, s.sub(e), nil, f.keys[:0]
 	f.buf, f.off = s.bytes(r.Buf, e), s.device(r, e)
 	f.next, r.fills = r.fills, f
 	return f
@@ -103,11 +103,16 @@ func (q *Queue) takeFills(r *Request) {
 			}
 		case c.failure() == nil && !q.stalled.Load():
 			take := c.space.waiting.Load() == 0
-			if k, ok, err := q.store(f.buf, f.off, ondisk.KeyClean, take); ok && err == nil {
-				f.key = k
+			for done := 0; done < len(f.buf); {
+				k, ok, err := q.store(f.buf[done:], f.off+int64(done), ondisk.KeyClean, take)
+				if !ok || err != nil {
+					break
+				}
+				f.keys = append(f.keys, k)
+				done += int(k.Len)
 			}
 		}
-		if f.key.Len > 0 {
+		if len(f.keys) > 0 {
 			q.filled = append(q.filled, f)
 		} else {
 			q.endFill(f)
@@ -126,34 +131,32 @@ func (q *Queue) fillKeysLocked() int {
 	writes := len(q.keys)
 	var parts [64]extent
 	for _, f := range q.filled {
-		k := f.key
-		if k.Len == 0 {
-			continue
-		}
-		f.key.Len = 0
-		stored := f.at
-		stored.n = uint16(k.Len >> sectorShift)
-		stored.sh.Lock()
-		mine := stored.partsLocked(parts[:0], func(e extent) bool {
-			return e.flags&extLoading != 0 && e.seg == f.id
-		})
-		stored.sh.Unlock()
-		for _, e := range mine {
-			if len(q.keys) >= ondisk.MaxKeys {
-				break
+		for i := range f.keys {
+			k := &f.keys[i]
+			stored, _ := q.c.keySpan(k)
+			stored.sh.Lock()
+			mine := stored.partsLocked(parts[:0], func(e extent) bool {
+				return e.flags&extLoading != 0 && e.seg == f.id
+			})
+			stored.sh.Unlock()
+			for _, e := range mine {
+				if len(q.keys) >= ondisk.MaxKeys {
+					break
+				}
+				part := *k
+				skip := uint32(e.off-stored.off) << sectorShift
+				part.Off += uint64(skip)
+				part.SegOff += skip
+				part.Len = uint32(e.n) << sectorShift
+				if q.c.crc && part.Len != k.Len {
+					part.CRC = ondisk.Checksum(f.at.bytes(f.buf, e))
+				}
+				q.c.segments.all[k.Seg].refs.Add(1)
+				q.keys = append(q.keys, part)
 			}
-			part := k
-			skip := uint32(e.off-stored.off) << sectorShift
-			part.Off += uint64(skip)
-			part.SegOff += skip
-			part.Len = uint32(e.n) << sectorShift
-			if q.c.crc && part.Len != k.Len {
-				part.CRC = ondisk.Checksum(stored.bytes(f.buf, e))
-			}
-			q.c.segments.all[k.Seg].refs.Add(1)
-			q.keys = append(q.keys, part)
+			q.c.drop(k.Seg)
 		}
-		q.c.drop(k.Seg)
+		f.keys = f.keys[:0]
 	}
 	rotate(q.keys, writes)
 	return len(q.keys) - writes

@@ -37,6 +37,7 @@ type Queue struct {
 	finished, returned []*Request
 
 	pieces   []extent // scratch of a read
+	whole    []byte   // likewise
 	freeFill *fill
 	stalled  atomic.Bool // the log was full at the last commit
 	since    time.Time   // when it first was
@@ -266,8 +267,12 @@ func (q *Queue) closeHead() {
 }
 
 // store puts data into the region and returns the key for it, with less than
-// all of p where the segment ended. ok is false where there is no space.
+// all of p where the segment or a checksum ended. ok is false where there is
+// no space.
 func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags, take bool) (k ondisk.Key, ok bool, err error) {
+	if q.c.crc {
+		p = p[:min(len(p), maxSummed)]
+	}
 	seg, segOff, n, ok := q.alloc(len(p), take)
 	if !ok {
 		return k, false, nil
@@ -281,6 +286,7 @@ func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags, take bool) (k 
 	}
 	if q.c.crc {
 		k.CRC = ondisk.Checksum(p[:n])
+		q.c.segments.all[seg].sums.add(sum{uint16(segOff >> sectorShift), uint16(n >> sectorShift), k.CRC})
 	}
 	return k, true, nil
 }
@@ -403,10 +409,8 @@ func (q *Queue) read(r *Request) {
 			c.unpin(e.seg)
 			continue
 		}
-		_, err := c.mem.ReadAt(buf, c.layout.Offset(e.seg, uint32(e.pos)<<sectorShift))
+		err := c.readExtent(buf, e, &q.whole)
 		switch {
-		case e.flags&extBad != 0:
-			r.Err = fmt.Errorf("%w: %d bytes at %d", ErrDamaged, len(buf), s.device(r, e))
 		case err != nil && e.flags&extDirty != 0:
 			c.errs.memory.Add(1)
 			r.Err = fmt.Errorf("read dirty data at %d: %w", s.device(r, e), err)

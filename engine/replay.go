@@ -14,6 +14,9 @@ import (
 // generation has passed is dead and not even looked at: its data may be
 // somebody else's by now.
 //
+// The data itself is not looked at, except for what no sync of the region has
+// covered: whoever uses it verifies it.
+//
 // A log that is damaged rather than ended is refused, and so is a key that
 // cannot be true; nothing is written then. Otherwise the segments found free
 // get a new generation, since a crash may have come between the key_tail that
@@ -21,7 +24,7 @@ import (
 // have left the page cache, is made durable.
 func (c *Cache) replay() error {
 	l := c.layout
-	r := replayer{c: c, dirty: l.KeyTail == l.DirtyTail, fill: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain))}
+	r := replayer{c: c, dirty: l.KeyTail == l.DirtyTail, fill: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain)), sums: map[uint32]*pieces{}}
 	r.log[l.KeyTail.Seg] = true
 	end, err := l.WalkLog(c.mem, l.KeyTail, r.kset)
 	torn := err == errTorn
@@ -45,6 +48,9 @@ func (c *Cache) replay() error {
 		r.cleaned = r.ksets
 	}
 	c.tails.mu.cleaned = r.cleaned
+	for seg, p := range r.sums {
+		c.sumsOf(seg).fill(p)
+	}
 	if err := r.sortSegments(); err != nil {
 		return err
 	}
@@ -79,6 +85,7 @@ type replayer struct {
 	cleaned uint64 // before dirty_tail
 	fill    []uint32
 	log     []bool
+	sums    map[uint32]*pieces
 	buf     []byte
 }
 
@@ -88,7 +95,7 @@ func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 	}
 	if r.c.crc && r.dirty && r.c.unsynced(k.Seq) {
 		for i := range k.Keys {
-			if k.Keys[i].Gen == r.c.layout.Gens[k.Keys[i].Seg] && !r.intact(&k.Keys[i]) {
+			if k := &k.Keys[i]; k.Gen == r.c.layout.Gens[k.Seg] && k.Flags&ondisk.KeyZero == 0 && !r.intact(k) {
 				return errTorn
 			}
 		}
@@ -119,22 +126,18 @@ func (r *replayer) key(k *ondisk.Key) error {
 	r.fill[k.Seg] = max(r.fill[k.Seg], k.SegOff+k.Len)
 
 	flags := keyState(k, r.dirty)
-	bad := c.crc && !r.intact(k)
+	if c.crc && flags&extZero == 0 {
+		if r.sums[k.Seg] == nil {
+			r.sums[k.Seg] = &pieces{}
+		}
+		if err := r.sums[k.Seg].add(k); err != nil {
+			return err
+		}
+	}
 	s, p := c.keySpan(k)
 	s.sh.Lock()
-	defer s.sh.Unlock()
-	switch {
-	case bad && flags&extDirty == 0:
-		// The disk has it.
-		s.cutLocked()
-		c.errs.memory.Add(1)
-	case bad:
-		s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: flags | extBad})
-		c.errs.memory.Add(1)
-		c.log.Error(fmt.Sprintf("%d bytes at %d cannot be read", k.Len, k.Off), ErrDamaged)
-	default:
-		s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: flags})
-	}
+	s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: flags})
+	s.sh.Unlock()
 	return nil
 }
 

@@ -24,6 +24,7 @@ type segment struct {
 	refs atomic.Int32
 	pins atomic.Int32
 	gen  atomic.Uint64
+	sums *sums // of the data, if the cache keeps checksums and it ever had any
 }
 
 // logReserve returns how many free segments data may not take, so that the
@@ -90,6 +91,9 @@ func (c *Cache) takeData() (uint32, bool) {
 		return 0, false
 	}
 	c.segments.all[seg].refs.Store(1)
+	if c.crc {
+		c.sumsOf(seg).clear()
+	}
 	n, used := len(c.segments.all), len(c.segments.all)-c.segments.free()
 	limit := int(c.gc.percent.Load()) * n / 100
 	if used > limit {

@@ -25,8 +25,6 @@ const (
 	extDirty = 1 << iota
 	// extLoading: a miss read is on its way; seg is its fill, pos is unused.
 	extLoading
-	// extBad: the data failed its crc when the cache was opened.
-	extBad
 	// extZero: the sectors are zeros; nobody needs to look at the place.
 	extZero
 )

@@ -58,6 +58,7 @@ type writeback struct {
 
 	parts []part
 	key   []extent
+	whole []byte
 	free  chan *transfer
 
 	mu struct {
@@ -384,12 +385,9 @@ func (c *Cache) transferParts() error {
 	return first
 }
 
-// load copies a part out of the region.
+// load copies a part out of the region and verifies it.
 func (c *Cache) load(buf []byte, p *part) error {
-	if p.e.flags&extBad != 0 {
-		return fmt.Errorf("%w: %d bytes at %d", ErrDamaged, len(buf), p.off)
-	}
-	if _, err := c.mem.ReadAt(buf, c.layout.Offset(p.e.seg, uint32(p.e.pos)<<sectorShift)); err != nil {
+	if err := c.readExtent(buf, p.e, &c.writeback.whole); err != nil {
 		c.errs.memory.Add(1)
 		return fmt.Errorf("read dirty data at %d: %w", p.off, err)
 	}
