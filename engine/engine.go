@@ -90,8 +90,9 @@ type Logger interface {
 
 // Options are the settings of an open cache.
 type Options struct {
-	Queues int    // number of queues, at least 1
-	Log    Logger // required
+	Queues         int    // number of queues, at least 1
+	WritebackDepth int    // writes of up to 1 MiB under way to the disk at once, 0 for DefaultWritebackDepth
+	Log            Logger // required
 }
 
 // Cache is an open cache.
@@ -151,11 +152,13 @@ func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
 	c.segments.init(layout, logReserve(o.Queues))
 	c.tails.init(layout)
 	c.gc.init(layout.Info.Flags.GCPercent())
-	c.writeback.init(c)
+	c.writeback.init(c, o.WritebackDepth)
 	c.syncer.init()
 	if err := c.replay(); err != nil {
 		return nil, err
 	}
+	c.writeback.at = mark{c.tails.mu.dirty, c.tails.mu.cleaned}
+	c.writeback.passed.Store(c.tails.mu.cleaned)
 	for i := range o.Queues {
 		c.queues = append(c.queues, newQueue(c, i))
 	}

@@ -77,6 +77,9 @@ func newQueue(c *Cache, id int) *Queue {
 	if id < len(c.segments.resumable) {
 		h := c.segments.resumable[id]
 		q.head.open, q.head.seg, q.head.off = true, h.seg, h.off
+		if c.crc {
+			c.sumsOf(h.seg)
+		}
 		c.segments.all[h.seg].refs.Add(1)
 	}
 	return q
@@ -301,8 +304,10 @@ const (
 	zeroRunMin = 64 << 10
 )
 
-// zeros is what runs of zeros are made of when their checksum is computed.
-var zeros [zeroRun]byte
+var zeros [ondisk.StripeSize]byte
+
+// zeroSum returns the checksum of n zeros, at most a stripe of them.
+func zeroSum(n uint32) uint32 { return ondisk.Checksum(zeros[:n]) }
 
 // storeZeros returns a key for zeros like store does for data: without storing
 // any, if the head's segment has a run of them already.
@@ -327,7 +332,7 @@ func (q *Queue) storeZeros(n int, off int64, take bool) (k ondisk.Key, ok bool, 
 		Seg: seg, SegOff: q.zeros.off, Gen: q.c.segments.all[seg].gen.Load(),
 	}
 	if q.c.crc {
-		k.CRC = ondisk.Checksum(zeros[:k.Len])
+		k.CRC = zeroSum(k.Len)
 	}
 	return k, true, nil
 }

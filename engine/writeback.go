@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"math"
 	"runtime"
 	"slices"
 	"sync"
@@ -13,19 +14,20 @@ import (
 	"ublk-pcache/ondisk"
 )
 
-// Write-back copies dirty data to the disk, in rounds. A round takes the
-// oldest ksets behind dirty_tail, writes what the index still has of their
-// keys, sorted by address and joined into large writes, flushes the disk once,
-// and only then moves dirty_tail.
+// Write-back copies dirty data to the disk, in rounds. A round takes the next
+// ksets behind the place where the one before ended, writes what the index
+// still has of their keys, sorted by address and joined into large writes,
+// flushes the disk once, and only then moves dirty_tail.
 //
 // What a later key has superseded is not written: that key is dirty too and
 // further on in the log, so dirty_tail cannot pass it unwritten, and until
 // then every read is answered by it. The parts of one round are therefore
 // disjoint, and nothing of them can be overtaken by an older write.
 //
-// A round that failed, in a write or in the flush, has moved nothing: the next
-// one begins at the same place and writes everything again, which is the only
-// safe reading of a failed flush.
+// A round whose flush failed, or none of whose writes succeeded, has moved
+// nothing: the next one begins at the same place and writes everything again,
+// which is the only safe reading of a failed flush. Parts that failed while
+// others were written are put aside (stuck.go), so that the rest goes on.
 //
 // Rounds are made when somebody waits for them (a flush, or garbage
 // collection that needs room), when the cache is half full of what the
@@ -37,37 +39,57 @@ const (
 	roundBytes = 64 << 20
 	roundParts = 64 << 10
 
-	// transferBytes by transfers: what is under way to the disk at once.
-	transferBytes = 1 << 20
-	transfers     = 16
+	// transferBytes is the size of one write to the disk at most, and
+	// DefaultWritebackDepth how many are under way at once.
+	transferBytes         = 1 << 20
+	DefaultWritebackDepth = 16
 
 	// idleAfter is how long no write came before the dirty data is written
 	// without being asked for: long enough to let a burst overwrite itself.
 	idleAfter = time.Second
 
-	// The delay after a failed round, doubled with each failure up to the
-	// longest: soon enough after a cable was put back.
+	// The delay after a failure, doubled with each up to the longest: soon
+	// enough after a cable was put back.
 	firstRetry = 100 * time.Millisecond
 	lastRetry  = 10 * time.Second
 )
 
-type writeback struct {
-	kicked chan struct{}
-	asleep atomic.Bool   // there was nothing dirty to write
-	want   atomic.Uint64 // ksets that should be clean now
+// backoff returns the delay that follows d.
+func backoff(d time.Duration) time.Duration { return min(max(firstRetry, 2*d), lastRetry) }
 
+type writeback struct {
+	kicked  chan struct{}
+	asleep  atomic.Bool   // there was nothing dirty to write
+	want    atomic.Uint64 // ksets that should be written now
+	pressed atomic.Bool   // garbage collection has nothing to collect, but should
+	again   atomic.Bool   // what is stuck should be tried now
+
+	// The goroutine's own. Everything before at is on the disk, but for what
+	// is stuck.
+	at    mark
+	stuck []stuck
 	parts []part
 	key   []extent
 	whole []byte
+	depth int
 	free  chan *transfer
+
+	passed atomic.Uint64 // at.ksets
 
 	mu struct {
 		sync.Mutex
 		waiters []flushWaiter
-		err     error // of the last round, nil if it succeeded
+		err     error // why not everything is well, nil if it is
 	}
 	written atomic.Uint64 // bytes, since Open
 	inRound atomic.Int64  // bytes, of the round under way
+}
+
+// mark is a place in the log, with the number of ksets before it as journal
+// counts them.
+type mark struct {
+	pos   ondisk.Position
+	ksets uint64
 }
 
 type flushWaiter struct {
@@ -77,28 +99,46 @@ type flushWaiter struct {
 
 // part is one run of dirty sectors of a round.
 type part struct {
-	s   span
-	e   extent
-	off int64 // bytes on the disk
+	s    span
+	e    extent
+	off  int64         // bytes on the disk
+	key  mark          // its key lies there or behind
+	wait time.Duration // how long it was put aside before this round, 0 if it was not
+	err  error         // why it is not written
 }
 
 func (p *part) len() int { return int(p.e.n) << sectorShift }
 
 func (p *part) zero() bool { return p.e.flags&extZero != 0 }
 
-// transfer is one write to the disk.
-type transfer struct {
-	buf  []byte
-	n    int
-	off  int64
-	err  error
-	done func(error)
+// sub returns the part of p that begins at sector off of its stripe and is n
+// sectors long.
+func (p *part) sub(off, n uint16) part {
+	q := *p
+	q.e = p.e.from(off).to(off + n)
+	q.s = p.s.sub(q.e)
+	q.off += int64(off-p.e.off) << sectorShift
+	return q
 }
 
-func (w *writeback) init(c *Cache) {
+// transfer is one write to the disk.
+type transfer struct {
+	buf   []byte
+	n     int // bytes, 0 while nothing is under way
+	off   int64
+	parts []part // what it writes
+	err   error
+	done  func(error)
+}
+
+func (w *writeback) init(c *Cache, depth int) {
+	if depth == 0 {
+		depth = DefaultWritebackDepth
+	}
+	w.depth = depth
 	w.kicked = make(chan struct{}, 1)
-	w.free = make(chan *transfer, transfers)
-	for range transfers {
+	w.free = make(chan *transfer, depth)
+	for range depth {
 		t := &transfer{buf: c.disk.Buffer(transferBytes)}
 		t.done = func(err error) {
 			t.err = err
@@ -122,10 +162,10 @@ func (w *writeback) wrote() {
 	}
 }
 
-// pressWriteback asks for a round now, whatever the policy.
+// pressWriteback asks for room that only write-back can make.
 func (c *Cache) pressWriteback() {
-	_, cleaned := c.tails.dirtyTail()
-	c.writeback.demand(cleaned + 1)
+	c.writeback.pressed.Store(true)
+	c.writeback.demand(c.writeback.passed.Load() + 1)
 }
 
 // demand asks for everything up to the given kset, counted as journal.written.
@@ -137,8 +177,9 @@ func (w *writeback) demand(until uint64) {
 }
 
 // Flush writes all data back that is dirty now, and returns when the disk has
-// confirmed its flush. It returns the error of the first round that fails;
-// the data stays dirty, and write-back goes on trying.
+// confirmed its flush. It returns the error of the first round that fails, or,
+// when everything has been tried, that of what could not be written. It stays
+// dirty, and write-back goes on trying.
 func (c *Cache) Flush(ctx context.Context) error {
 	_, written := c.journal.head()
 	w := flushWaiter{until: written, done: make(chan error, 1)}
@@ -149,6 +190,7 @@ func (c *Cache) Flush(ctx context.Context) error {
 	}
 	c.writeback.mu.waiters = append(c.writeback.mu.waiters, w)
 	c.writeback.mu.Unlock()
+	c.writeback.again.Store(true)
 	c.writeback.demand(written)
 	select {
 	case err := <-w.done:
@@ -160,77 +202,106 @@ func (c *Cache) Flush(ctx context.Context) error {
 	}
 }
 
-// settle tells those who wait for a flush how the last round went.
+// settle tells those who wait for a flush how the last round went, and keeps
+// why not everything is well.
 func (c *Cache) settle(err error) {
-	_, cleaned := c.tails.dirtyTail()
 	w := &c.writeback
+	tried := w.at.ksets
+	if err != nil {
+		tried = math.MaxUint64
+	} else if len(w.stuck) > 0 {
+		err = w.stuck[0].err
+	}
+	_, cleaned := c.tails.dirtyTail()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.mu.err = err
 	w.mu.waiters = slices.DeleteFunc(w.mu.waiters, func(f flushWaiter) bool {
-		if err == nil && cleaned < f.until {
+		switch {
+		case cleaned >= f.until:
+			f.done <- nil
+		case err != nil && tried >= f.until:
+			f.done <- err
+		default:
 			return false
 		}
-		f.done <- err
 		return true
 	})
 }
 
-// writebackLoop sleeps until there is a reason to write: a demand, or writers
-// that have stopped coming.
+// writebackLoop sleeps until there is a reason to write: a demand, writers
+// that have stopped coming, or something stuck whose time has come.
 func (c *Cache) writebackLoop() {
 	runtime.LockOSThread() // a fence is for the stores of its own thread
 	defer runtime.UnlockOSThread()
 	w := &c.writeback
 	timer := time.NewTimer(idleAfter)
 	var delay time.Duration
-	idle := false
-	for {
-		_, cleaned := c.tails.dirtyTail()
+	var seen uint64 // ksets in the log, unchanged
+	since := time.Now()
+	for !c.stopping() {
 		_, written := c.journal.head()
-		switch {
-		case c.stopping():
-			return
-		case cleaned == written:
-			w.asleep.Store(true)
-			if _, now := c.journal.head(); now == written {
-				c.awaitKick(nil)
+		now := time.Now()
+		if written != seen {
+			seen, since = written, now
+		}
+		if w.again.Swap(false) {
+			w.retryNow()
+		}
+		if w.pressed.Swap(false) && len(w.stuck) > 0 {
+			if err := c.relogStuck(); err != nil {
+				c.fail(err)
 			}
+			c.gc.kick()
+		}
+		idleAt, dirty := since.Add(idleAfter), w.at.ksets < written
+		collect := dirty && (w.at.ksets < w.want.Load() || !now.Before(idleAt))
+		retryAt, retry := w.nextRetry()
+		if !collect && !(retry && !now.Before(retryAt)) {
+			var wake *time.Timer
+			switch {
+			case dirty && (!retry || idleAt.Before(retryAt)):
+				timer.Reset(idleAt.Sub(now))
+				wake = timer
+			case retry:
+				timer.Reset(retryAt.Sub(now))
+				wake = timer
+			}
+			if !dirty {
+				w.asleep.Store(true)
+				if _, now := c.journal.head(); now != written {
+					w.asleep.Store(false)
+					continue
+				}
+			}
+			c.awaitKick(wake)
 			w.asleep.Store(false)
-			idle = false
-			continue
-		case !idle && cleaned >= w.want.Load():
-			timer.Reset(idleAfter)
-			if timedOut := c.awaitKick(timer); timedOut {
-				_, now := c.journal.head()
-				idle = now == written
-			}
 			continue
 		}
-		err := c.round()
+		was := len(w.stuck)
+		err := c.round(collect)
 		c.settle(err)
-		if err != nil {
-			delay = min(max(firstRetry, 2*delay), lastRetry)
-			c.errs.rounds.Add(1)
+		switch {
+		case err != nil:
+			delay = backoff(delay)
 			c.log.Error(fmt.Sprintf("write-back failed, its data stays in the cache, next try in %v", delay), err)
 			select {
 			case <-time.After(delay):
 			case <-c.stop:
 			}
 			continue
-		}
-		if delay > 0 {
-			delay = 0
+		case len(w.stuck) > 0 && was == 0:
+			c.log.Error(fmt.Sprintf("%d pieces of data cannot be written back and stay in the cache, the rest goes on", len(w.stuck)), w.stuck[0].err)
+		case delay > 0, was > 0 && len(w.stuck) == 0:
 			c.log.Info("write-back works again", nil)
 		}
-		_, now := c.journal.head()
-		idle = idle && now == written
+		delay = 0
 		c.gc.kick()
 	}
 }
 
 // awaitKick waits for a kick, the cache's end, or the timer if there is one.
-func (c *Cache) awaitKick(timer *time.Timer) (timedOut bool) {
+func (c *Cache) awaitKick(timer *time.Timer) {
 	var expired <-chan time.Time
 	if timer != nil {
 		expired = timer.C
@@ -239,150 +310,227 @@ func (c *Cache) awaitKick(timer *time.Timer) (timedOut bool) {
 	case <-c.stop:
 	case <-c.writeback.kicked:
 	case <-expired:
-		return true
 	}
-	return false
 }
 
-// round writes the oldest dirty ksets back and moves dirty_tail behind them.
-func (c *Cache) round() error {
+// round writes the next dirty ksets back, if it is to collect any, and what is
+// stuck and due, and moves dirty_tail as far as that allows.
+func (c *Cache) round(collect bool) error {
 	w := &c.writeback
 	defer w.inRound.Store(0)
-	end, ksets, err := c.collect()
-	if err != nil {
-		return fmt.Errorf("read the log for write-back: %w", err)
+	w.parts = c.takeDue(w.parts[:0])
+	retried := len(w.parts)
+	end := w.at
+	if collect {
+		var err error
+		if end, err = c.collect(); err != nil {
+			w.putBack(w.parts[:retried])
+			return fmt.Errorf("read the log for write-back: %w", err)
+		}
 	}
 	slices.SortFunc(w.parts, func(a, b part) int { return cmp.Compare(a.off, b.off) })
-	if len(w.parts) > 0 {
-		if err := c.transferParts(); err != nil {
-			return err
-		}
-		if err := c.flushDisk(); err != nil {
-			return fmt.Errorf("flush the backing device: %w", err)
-		}
+	if err := c.writeParts(); err != nil {
+		w.putBack(w.parts)
+		return err
 	}
 	// Before dirty_tail moves: after that a part's place may soon be another's.
-	for _, p := range w.parts {
-		w.key = c.index.clean(p.s, p.s.place(p.e.seg, p.e.pos), w.key)
+	for i := range w.parts {
+		if p := &w.parts[i]; p.err != nil {
+			c.setAside(p)
+		} else {
+			w.key = c.index.clean(p.s, p.s.place(p.e.seg, p.e.pos), w.key)
+		}
 	}
-	if err := c.moveDirtyTail(end, ksets); err != nil {
+	w.at = end
+	w.passed.Store(end.ksets)
+	if err := c.advance(); err != nil {
 		c.fail(err)
 		return err
 	}
 	return nil
 }
 
-// collect gathers the parts of a round. Their segments need no pins: keys
-// behind dirty_tail keep their references.
-func (c *Cache) collect() (end ondisk.Position, ksets uint64, err error) {
+// writeParts writes the parts of the round and flushes the disk. What could
+// not be written says so itself; the error is for when nothing could.
+func (c *Cache) writeParts() error {
 	w := &c.writeback
-	from, _ := c.tails.dirtyTail()
-	to, _ := c.journal.head()
-	end = from
-	w.parts = w.parts[:0]
-	bytes := 0
-	err = c.walk(from, to, func(k *ondisk.Kset, after ondisk.Position) bool {
-		for i := range k.Keys {
-			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {
-				bytes += c.collectKey(key)
-			}
+	if len(w.parts) == 0 {
+		return nil
+	}
+	written, refused := c.transferParts()
+	failed, collected := 0, false
+	for i := range w.parts {
+		p := &w.parts[i]
+		collected = collected || p.wait == 0
+		if p.err != nil {
+			failed++
+			refused = cmp.Or(refused, p.err)
 		}
-		end = after
-		ksets++
-		return bytes < roundBytes && len(w.parts) < roundParts
-	})
-	return end, ksets, err
+	}
+	if failed > 0 {
+		c.errs.rounds.Add(1)
+	}
+	if refused != nil && (written == 0 && collected || len(w.stuck)+failed > maxStuck) {
+		return refused
+	}
+	if written == 0 {
+		return nil
+	}
+	if err := c.flushDisk(); err != nil {
+		c.errs.rounds.Add(1)
+		return fmt.Errorf("flush the backing device: %w", err)
+	}
+	return nil
 }
 
-// collectKey adds what the index still has of a key, and returns its size.
-func (c *Cache) collectKey(k *ondisk.Key) (bytes int) {
+// advance moves dirty_tail to where everything before is on the disk.
+func (c *Cache) advance() error {
+	to := c.writeback.at
+	for i := range c.writeback.stuck {
+		if m := c.writeback.stuck[i].key; m.ksets < to.ksets {
+			to = m
+		}
+	}
+	if _, cleaned := c.tails.dirtyTail(); to.ksets > cleaned {
+		return c.moveDirtyTail(to.pos, to.ksets-cleaned)
+	}
+	return nil
+}
+
+// collect gathers the parts of a round. Their segments need no pins: keys
+// behind dirty_tail keep their references.
+func (c *Cache) collect() (end mark, err error) {
+	w := &c.writeback
+	to, _ := c.journal.head()
+	end = w.at
+	known := w.known()
+	bytes, first := 0, len(w.parts)
+	err = c.walk(w.at.pos, to, func(k *ondisk.Kset, after ondisk.Position) bool {
+		for i := range k.Keys {
+			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {
+				bytes += c.collectKey(key, known)
+			}
+		}
+		end = mark{after, end.ksets + 1}
+		return bytes < roundBytes && len(w.parts)-first < roundParts
+	})
+	return end, err
+}
+
+// collectKey adds what the index still has of a key, and returns its size. It
+// leaves out what is known to be stuck.
+func (c *Cache) collectKey(k *ondisk.Key, known map[where][]extent) (bytes int) {
 	if k.Gen != c.segments.all[k.Seg].gen.Load() {
 		return 0
 	}
 	w := &c.writeback
 	s, p := c.keySpan(k)
-	s.sh.Lock()
-	w.key = s.partsLocked(w.key[:0], func(e extent) bool { return p.holds(e) && e.flags&extDirty != 0 })
-	s.sh.Unlock()
-	for _, e := range w.key {
-		if e.flags&extZero != 0 {
+	parts := c.dirtyParts(s, p)
+	for _, e := range known[where{s.root, p}] {
+		parts = without(parts, e)
+	}
+	for _, e := range parts {
+		whole := part{s: s.sub(e), e: e, off: int64(k.Off) + int64(e.off-s.off)<<sectorShift, key: w.at}
+		if whole.zero() {
 			// What a transfer of zeros costs has little to do with their number.
 			bytes += ondisk.SectorSize
-			w.parts = append(w.parts, part{s: s.sub(e), e: e, off: int64(k.Off) + int64(e.off-s.off)<<sectorShift})
+			w.parts = append(w.parts, whole)
 			continue
 		}
-		bytes += int(e.n) << sectorShift
-		for rest := e; rest.n > 0; {
-			// A key may be as long as a stripe.
-			e, rest = rest, rest.from(min(rest.end(), rest.off+transferBytes>>sectorShift))
-			e.n -= rest.n
-			w.parts = append(w.parts, part{s: s.sub(e), e: e, off: int64(k.Off) + int64(e.off-s.off)<<sectorShift})
+		bytes += whole.len()
+		// A key may be as long as a stripe.
+		for off := e.off; off < e.end(); off += transferBytes >> sectorShift {
+			w.parts = append(w.parts, whole.sub(off, min(transferBytes>>sectorShift, e.end()-off)))
 		}
 	}
 	return bytes
 }
 
-// transferParts writes the sorted parts, neighbours joined, and returns the
-// first error once nothing is under way any more. What is not in error is
-// written all the same.
-func (c *Cache) transferParts() error {
+// dirtyParts returns what the index still has of a place, and is dirty. The
+// slice is valid until the next call.
+func (c *Cache) dirtyParts(s span, p place) []extent {
 	w := &c.writeback
-	var first error
-	fault := func(err error) {
-		if first == nil {
-			first = err
-		}
-	}
+	s.sh.Lock()
+	defer s.sh.Unlock()
+	w.key = s.partsLocked(w.key[:0], func(e extent) bool { return p.holds(e) && e.flags&extDirty != 0 })
+	return w.key
+}
+
+// transferParts writes the sorted parts, neighbours joined, and returns how
+// many bytes were written and the first error of the disk, once nothing is
+// under way any more. What was put aside before goes alone, so that only what
+// is really wrong fails again.
+func (c *Cache) transferParts() (written int64, refused error) {
+	w := &c.writeback
 	take := func() *transfer {
 		t := <-w.free
 		if t.err != nil {
-			fault(fmt.Errorf("write %d bytes at %d of the backing device: %w", t.n, t.off, t.err))
+			err := fmt.Errorf("write %d bytes at %d of the backing device: %w", t.n, t.off, t.err)
+			for i := range t.parts {
+				t.parts[i].err = err
+			}
+			if refused == nil {
+				refused = err
+			}
 		} else {
+			written += int64(t.n)
 			w.inRound.Add(int64(t.n))
 		}
-		t.err, t.n = nil, 0
+		t.err, t.n, t.parts = nil, 0, nil
 		return t
 	}
 	for i := 0; i < len(w.parts); {
-		t := take()
+		t, from := take(), i
 		t.off = w.parts[i].off
-		if w.parts[i].zero() {
-			for ; i < len(w.parts) && w.parts[i].zero() && w.parts[i].off == t.off+int64(t.n) && t.n < MaxZero; i++ {
-				t.n += w.parts[i].len()
-			}
-			c.disk.Zero(t.off, int64(t.n), t.done)
-			continue
-		}
-		for ; i < len(w.parts) && !w.parts[i].zero() && w.parts[i].off == t.off+int64(t.n) && t.n+w.parts[i].len() <= len(t.buf); i++ {
+		zero := w.parts[i].zero()
+		for ; i < len(w.parts) && t.joins(w.parts[from:i], &w.parts[i]); i++ {
 			p := &w.parts[i]
-			if err := c.load(t.buf[t.n:t.n+p.len()], p); err != nil {
-				// What lies before it goes; behind it a new transfer begins.
-				fault(err)
-				i++
-				break
+			if !zero {
+				if p.err = c.load(t.buf[t.n:t.n+p.len()], p); p.err != nil {
+					break
+				}
 			}
 			t.n += p.len()
 		}
-		b := int64(c.disk.BlockSize())
-		if t.off%b != 0 || int64(t.n)%b != 0 {
-			fault(fmt.Errorf("%w: %d bytes at %d, blocks of %d", ErrUnaligned, t.n, t.off, b))
-			t.n = 0
+		t.parts = w.parts[from:i]
+		if i < len(w.parts) && w.parts[i].err != nil {
+			// What lies before it goes; behind it a new transfer begins.
+			i++
 		}
-		if t.n == 0 {
+		switch b := int64(c.disk.BlockSize()); {
+		case t.n == 0:
 			w.free <- t
-			continue
+		case t.off%b != 0 || int64(t.n)%b != 0:
+			t.done(fmt.Errorf("%w: blocks of %d", ErrUnaligned, b))
+		case zero:
+			c.disk.Zero(t.off, int64(t.n), t.done)
+		default:
+			w.written.Add(uint64(t.n))
+			c.disk.Write(t.buf[:t.n], t.off, t.done)
 		}
-		w.written.Add(uint64(t.n))
-		c.disk.Write(t.buf[:t.n], t.off, t.done)
 	}
-	all := make([]*transfer, transfers)
+	all := make([]*transfer, w.depth)
 	for i := range all {
 		all[i] = take()
 	}
 	for _, t := range all {
 		w.free <- t
 	}
-	return first
+	return written, refused
+}
+
+// joins reports whether p can go with what the transfer has.
+func (t *transfer) joins(has []part, p *part) bool {
+	switch {
+	case len(has) == 0:
+		return true
+	case p.off != t.off+int64(t.n) || p.wait > 0 || has[0].wait > 0 || p.zero() != has[0].zero():
+		return false
+	case p.zero():
+		return t.n < MaxZero
+	default:
+		return t.n+p.len() <= len(t.buf)
+	}
 }
 
 // load copies a part out of the region and verifies it.

@@ -138,3 +138,23 @@ func TestZeroTwice(t *testing.T) {
 		t.Error("the disk does not have the zeros that were flushed")
 	}
 }
+
+// TestResumeZeros: a queue goes on filling a segment that has nothing but
+// zeros, and no checksums yet.
+func TestResumeZeros(t *testing.T) {
+	mem := pmem.NewFake(ondisk.MinSize)
+	formatSmall(t, mem, 8, true, 70)
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 1)
+	r.zero(t, 0, 4096)
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+	r = newRig(t, mem, disk, 1)
+	r.write(t, 4096, stamped(8, 8, 1))
+	if v := r.version(t, 8); v != 1 {
+		t.Errorf("version %d", v)
+	}
+	r.kill()
+}

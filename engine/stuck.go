@@ -1,0 +1,247 @@
+package engine
+
+import (
+	"errors"
+	"slices"
+	"time"
+
+	"ublk-pcache/ondisk"
+)
+
+// Dirty data that the disk refuses, or that is damaged, is put aside and tried
+// again by itself, in smaller and smaller pieces until only what is really
+// wrong is left, and that with growing delays. It stays dirty, and dirty_tail stays in
+// front of its key: the rest is written, but nothing behind is collected.
+//
+// That would hold the whole cache for the sake of one sector. So when garbage
+// collection has nothing left, what is stuck is logged again at the head: new
+// keys for the same place, which the index points to already. Nothing is
+// copied, and damaged data stays damaged. Then dirty_tail can pass the old
+// keys, and collecting them leaves the segment its references.
+
+// maxStuck bounds the list. A disk that refuses more is not asked for more
+// until it takes something.
+const maxStuck = 4096
+
+// stuck is a part that could not be written.
+type stuck struct {
+	part
+	next time.Time // when to try again
+}
+
+// putBack keeps the parts that were stuck before for another time, after a
+// round that has moved nothing.
+func (w *writeback) putBack(parts []part) {
+	for _, p := range parts {
+		if p.wait > 0 {
+			w.stuck = append(w.stuck, stuck{p, time.Now().Add(p.wait)})
+		}
+	}
+}
+
+// setAside takes a part that was not written out of the round, in pieces where
+// that may help.
+func (c *Cache) setAside(p *part) {
+	w := &c.writeback
+	for rest := p.e; rest.n > 0; {
+		n := c.pieceOf(p, rest)
+		piece := p.sub(rest.off, n)
+		if piece.wait = firstRetry; n == p.e.n {
+			piece.wait = backoff(p.wait)
+		}
+		w.stuck = append(w.stuck, stuck{piece, time.Now().Add(piece.wait)})
+		rest = rest.from(rest.off + n)
+	}
+}
+
+// pieceOf returns how many sectors of what is left of a part are to be tried
+// alone: what has one checksum, if that is wrong; else the half of it.
+func (c *Cache) pieceOf(p *part, rest extent) uint16 {
+	if errors.Is(p.err, ErrDamaged) {
+		if s, ok := c.segments.all[rest.seg].sums.find(rest.pos); ok {
+			return min(rest.n, s.end()-rest.pos)
+		}
+		return rest.n
+	}
+	blocks := max(1, uint16(c.disk.BlockSize()>>sectorShift))
+	return min(rest.n, (p.e.n/blocks+1)/2*blocks)
+}
+
+// nextRetry returns when the first of what is stuck is due.
+func (w *writeback) nextRetry() (at time.Time, ok bool) {
+	for i := range w.stuck {
+		if next := w.stuck[i].next; !ok || next.Before(at) {
+			at, ok = next, true
+		}
+	}
+	return at, ok
+}
+
+// retryNow makes all of it due.
+func (w *writeback) retryNow() {
+	for i := range w.stuck {
+		w.stuck[i].next = time.Time{}
+	}
+}
+
+// takeDue moves what is due from the list to parts, as far as the index still
+// has it.
+func (c *Cache) takeDue(parts []part) []part {
+	w := &c.writeback
+	now := time.Now()
+	w.stuck = slices.DeleteFunc(w.stuck, func(s stuck) bool {
+		if now.Before(s.next) {
+			return false
+		}
+		for _, e := range c.dirtyParts(s.s, s.s.place(s.e.seg, s.e.pos)) {
+			p := s.sub(e.off, e.n)
+			p.err = nil
+			parts = append(parts, p)
+		}
+		return true
+	})
+	return parts
+}
+
+// where is a place in a stripe.
+type where struct {
+	root *uint32
+	place
+}
+
+// known returns what is stuck, or taken up again by this round. A key that was
+// logged again leads to it a second time. What has been overwritten since is at
+// another place.
+func (w *writeback) known() map[where][]extent {
+	if len(w.stuck) == 0 && len(w.parts) == 0 {
+		return nil
+	}
+	m := map[where][]extent{}
+	add := func(p *part) {
+		at := where{p.s.root, p.s.place(p.e.seg, p.e.pos)}
+		m[at] = append(m[at], p.e)
+	}
+	for i := range w.stuck {
+		add(&w.stuck[i].part)
+	}
+	for i := range w.parts {
+		add(&w.parts[i])
+	}
+	return m
+}
+
+// without returns what is left of the parts when what is known is taken out.
+func without(parts []extent, known extent) (rest []extent) {
+	for _, e := range parts {
+		if e.end() <= known.off || known.end() <= e.off {
+			rest = append(rest, e)
+			continue
+		}
+		if e.off < known.off {
+			rest = append(rest, e.to(known.off))
+		}
+		if known.end() < e.end() {
+			rest = append(rest, e.from(known.end()))
+		}
+	}
+	return rest
+}
+
+// relogStuck logs what is stuck again, if dirty_tail can pass anything by that.
+// When there is no room for it in the log, nothing is lost by the attempt.
+func (c *Cache) relogStuck() error {
+	w := &c.writeback
+	w.retryNow()
+	parts := c.takeDue(nil)
+	oldest := w.at.ksets
+	var keys []ondisk.Key
+	for _, p := range parts {
+		w.stuck = append(w.stuck, stuck{p, time.Now().Add(p.wait)})
+		oldest = min(oldest, p.key.ksets)
+		keys = c.keysOf(keys, &p)
+	}
+	// As many ksets again, or fewer, would only let the log grow.
+	if w.at.ksets-oldest <= uint64(len(keys)+ondisk.MaxKeys-1)/ondisk.MaxKeys {
+		return nil
+	}
+	at, err := c.relog(keys)
+	if err == errLogFull || err == errOvertaken {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	for i := range w.stuck {
+		w.stuck[i].key = at
+	}
+	return c.advance()
+}
+
+// errOvertaken: a part was overwritten before it was logged again.
+var errOvertaken = errors.New("overwritten meanwhile")
+
+// relog appends keys for dirty data that is in the cache already, and returns
+// where they begin. What the index has of them must be all of it, or the log
+// would bring back what has been overwritten.
+func (c *Cache) relog(keys []ondisk.Key) (at mark, err error) {
+	j := &c.journal
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for i := range keys {
+		held := 0
+		s, p := c.keySpan(&keys[i])
+		for _, e := range c.dirtyParts(s, p) {
+			held += int(e.n) << sectorShift
+		}
+		if held != int(keys[i].Len) {
+			return mark{}, errOvertaken
+		}
+	}
+	at = mark{j.mu.head, j.mu.written}
+	for len(keys) > 0 {
+		n := min(len(keys), ondisk.MaxKeys)
+		if err := c.appendLocked(keys[:n]); err != nil {
+			return mark{}, err
+		}
+		for i := range keys[:n] {
+			c.segments.all[keys[i].Seg].refs.Add(1)
+		}
+		keys = keys[n:]
+	}
+	return at, nil
+}
+
+// keysOf appends the keys that name a part: one for each checksum that it has
+// to do with. What is damaged gets one that it cannot match, for it must not
+// pass for good after a restart.
+func (c *Cache) keysOf(keys []ondisk.Key, p *part) []ondisk.Key {
+	w := &c.writeback
+	for rest := p.e; rest.n > 0; {
+		e := rest
+		if c.crc && !p.zero() {
+			if s, ok := c.segments.all[e.seg].sums.find(e.pos); ok && s.end() < e.pos+e.n {
+				e.n = s.end() - e.pos
+			}
+		}
+		rest = rest.from(e.end())
+		k := ondisk.Key{
+			Off: uint64(p.off) + uint64(e.off-p.e.off)<<sectorShift, Len: uint32(e.n) << sectorShift,
+			Seg: e.seg, SegOff: uint32(e.pos) << sectorShift, Gen: c.segments.all[e.seg].gen.Load(),
+		}
+		switch {
+		case p.zero():
+			k.Flags = ondisk.KeyZero
+			if c.crc {
+				k.CRC = zeroSum(k.Len)
+			}
+		case c.crc:
+			buf := make([]byte, k.Len)
+			err := c.readExtent(buf, e, &w.whole)
+			if k.CRC = ondisk.Checksum(buf); err != nil {
+				c.mem.ReadAt(buf, c.layout.Offset(e.seg, k.SegOff))
+				k.CRC = ^ondisk.Checksum(buf)
+			}
+		}
+		keys = append(keys, k)
+	}
+	return keys
+}

@@ -1,0 +1,170 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"testing"
+	"time"
+
+	"ublk-pcache/backing"
+	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
+)
+
+// badBlocks makes the disk refuse all writes and zeroings that touch the
+// sectors, until it is scripted otherwise.
+func badBlocks(disk *backing.Fake, lba, n int64) {
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if op.Kind != backing.OpRead && op.Off < (lba+n)*sectorSize && (lba)*sectorSize < op.Off+op.Len {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
+}
+
+// TestBadSector: one sector that the disk refuses costs nothing but itself. The
+// rest is written, the cache can be filled many times over, the sector's data
+// is there all the time and after a restart, and on the disk once it is mended.
+func TestBadSector(t *testing.T) {
+	for _, crc := range []bool{false, true} {
+		for _, zero := range []bool{false, true} {
+			t.Run(fmt.Sprintf("crc=%t,zero=%t", crc, zero), func(t *testing.T) { badSector(t, crc, zero) })
+		}
+	}
+}
+
+func badSector(t *testing.T, crc, zero bool) {
+	const bad, version = 3000, 5
+	mem := pmem.NewFake(ondisk.MinSize)
+	formatSmall(t, mem, 6, crc, 70)
+	disk := backing.NewFake(64<<20, 512, 1)
+	defer disk.Close()
+	disk.WriteAt(stamped(bad-100, 200, 1), (bad-100)*sectorSize)
+	badBlocks(disk, bad, 1)
+	r := newRig(t, mem, disk, 1)
+	r.write(t, (bad-100)*sectorSize, stamped(bad-100, 200, version))
+	if zero {
+		r.zero(t, (bad-4)*sectorSize, 8*sectorSize)
+	}
+	r.write(t, 8<<20, stamped(8<<11, 2048, version))
+	want := func(lba int64) uint64 {
+		if zero && lba >= bad-4 && lba < bad+4 {
+			return 0
+		}
+		return version
+	}
+	check := func(when string) {
+		t.Helper()
+		for lba := int64(bad - 100); lba < bad+100; lba++ {
+			if v := r.version(t, lba); v != want(lba) {
+				t.Fatalf("%s: sector %d has version %d, want %d", when, lba, v, want(lba))
+			}
+		}
+	}
+	if err := r.Flush(context.Background()); !errors.Is(err, syscall.EIO) {
+		t.Errorf("a flush of what the disk refuses: %v", err)
+	}
+	within(t, "writing all but the sector", func() {
+		for r.Status().DirtyBytes+r.Status().ZeroBytes > sectorSize {
+			time.Sleep(time.Millisecond)
+		}
+	})
+	if s := r.Status(); s.State != Degraded {
+		t.Errorf("%v, %q", s.State, s.Error)
+	}
+	check("before")
+	within(t, "filling the cache four times", func() {
+		for i := range int64(4 * 6 * 16) {
+			off := (16 + i%32) << 20
+			r.write(t, off, stamped(off/sectorSize, 2048, uint64(i)))
+		}
+	})
+	check("after")
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+	r = newRig(t, mem, disk, 1)
+	check("after a restart")
+	disk.Script(nil)
+	if err := r.Flush(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if s := r.Status(); s.State != Healthy {
+		t.Errorf("%v, %q", s.State, s.Error)
+	}
+	r.kill()
+	p := make([]byte, 200*sectorSize)
+	disk.ReadAt(p, (bad-100)*sectorSize)
+	for i := range int64(200) {
+		if v, err := stamp(p[i*sectorSize:][:sectorSize], bad-100+i); err != nil || v != want(bad-100+i) {
+			t.Fatalf("sector %d of the disk: version %d, %v", bad-100+i, v, err)
+		}
+	}
+}
+
+// TestStuckIsOverwritten: what is stuck and then overwritten is gone, also where
+// the new data is at the same address and not stuck.
+func TestStuckIsOverwritten(t *testing.T) {
+	mem := pmem.NewFake(ondisk.MinSize)
+	formatSmall(t, mem, 6, false, 70)
+	disk := backing.NewFake(64<<20, 512, 1)
+	defer disk.Close()
+	badBlocks(disk, 10, 1)
+	r := newRig(t, mem, disk, 1)
+	r.write(t, 0, stamped(0, 64, 1))
+	r.write(t, 8<<20, stamped(8<<11, 64, 1))
+	if err := r.Flush(context.Background()); err == nil {
+		t.Error("the disk does not refuse")
+	}
+	disk.Script(nil)
+	r.write(t, 0, stamped(0, 64, 2))
+	if err := r.Flush(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	r.kill()
+	p := make([]byte, 64*sectorSize)
+	disk.ReadAt(p, 0)
+	for i := range int64(64) {
+		if v, err := stamp(p[i*sectorSize:][:sectorSize], i); v != 2 || err != nil {
+			t.Fatalf("sector %d of the disk: version %d, %v", i, v, err)
+		}
+	}
+}
+
+// TestDamageIsLoggedAgain: dirty data that is damaged does not become good by
+// being logged again, nor does it hold the cache.
+func TestDamageIsLoggedAgain(t *testing.T) {
+	mem := pmem.NewFake(ondisk.MinSize)
+	formatSmall(t, mem, 6, true, 70)
+	disk := backing.NewFake(64<<20, 512, 1)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 1)
+	r.write(t, 0, stamped(0, 256, 1))
+	r.write(t, 100*sectorSize, stamped(100, 8, 2)) // what is left of the first piece is not all of it
+	spoil(t, r, 20)
+	within(t, "filling the cache four times", func() {
+		for i := range int64(4 * 6 * 16) {
+			off := (16 + i%32) << 20
+			r.write(t, off, stamped(off/sectorSize, 2048, uint64(i)))
+		}
+	})
+	for _, when := range []string{"after", "after a restart"} {
+		for lba, damaged := range map[int64]bool{0: true, 20: true, 100: false, 107: false, 108: true, 127: true, 128: false, 255: false} {
+			err := r.do(0, &Request{Op: Read, Off: lba * sectorSize, Buf: make([]byte, sectorSize)})
+			if damaged != errors.Is(err, ErrDamaged) {
+				t.Errorf("%s: sector %d: %v", when, lba, err)
+			}
+		}
+		if err := r.kill(); err != nil {
+			t.Fatal(err)
+		}
+		r = newRig(t, mem, disk, 1)
+	}
+	r.write(t, 0, stamped(0, 128, 3))
+	if err := r.Flush(context.Background()); err != nil {
+		t.Error(err)
+	}
+	r.kill()
+}
