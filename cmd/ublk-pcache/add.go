@@ -9,12 +9,16 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"ublk-pcache/engine"
 	"ublk-pcache/ondisk"
 )
 
 const (
 	// maxDepth is the driver's (drivers/block/ublk_drv.c, UBLK_MAX_QUEUE_DEPTH).
 	maxDepth = 4096
+	// maxWriteback is as much as anything but an array of disks can use, and
+	// takes that many MiB of memory.
+	maxWriteback = 256
 	// defaultQueues is what it takes to keep the memory busy; more than CPUs
 	// help nobody.
 	defaultQueues = 4
@@ -56,6 +60,7 @@ BACKING is a block device or a file. Nobody else may use it meanwhile.`,
 	f.IntVarP(&o.Device.ID, "id", "n", -1, "number of the device (default: the first free one)")
 	f.IntVarP(&o.Device.Queues, "queues", "q", min(defaultQueues, runtime.NumCPU()), "number of queues, each a thread")
 	f.IntVarP(&o.Device.Depth, "depth", "d", 128, "requests in flight per queue")
+	f.IntVar(&o.Device.Writeback, "writeback-depth", engine.DefaultWritebackDepth, "writes of up to 1 MiB in flight to the disk when dirty data is written back")
 	f.BoolVar(&crc, "data-crc", false, "keep checksums of the data (new caches; default: on for plain files)")
 	f.IntVar(&gc, "gc-percent", ondisk.DefaultGCPercent, "how full garbage collection lets the cache become, 0 to 90")
 	f.BoolVar(&o.Format, "format", false, "make a new cache even if PMEM is not blank")
@@ -79,6 +84,8 @@ func (o *serveOptions) check(idGiven bool) error {
 		return fmt.Errorf("--queues %d: give 1 to %d, the number of CPUs", d.Queues, runtime.NumCPU())
 	case d.Depth < 1 || d.Depth > maxDepth:
 		return fmt.Errorf("--depth %d: give 1 to %d", d.Depth, maxDepth)
+	case d.Writeback < 1 || d.Writeback > maxWriteback:
+		return fmt.Errorf("--writeback-depth %d: give 1 to %d", d.Writeback, maxWriteback)
 	case o.GCPercent != nil && (*o.GCPercent < 0 || *o.GCPercent > ondisk.MaxGCPercent):
 		return fmt.Errorf("--gc-percent %d: give 0 to %d", *o.GCPercent, ondisk.MaxGCPercent)
 	}

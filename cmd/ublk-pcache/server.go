@@ -96,7 +96,7 @@ func start(o serveOptions) (_ *server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s.cache, err = engine.Open(s.region, disk{s.disk}, engine.Options{Queues: s.dev.Queues, Log: logger{s.log}})
+	s.cache, err = engine.Open(s.region, disk{s.disk}, engine.Options{Queues: s.dev.Queues, WritebackDepth: s.dev.Writeback, Log: logger{s.log}})
 	if err != nil {
 		return nil, fmt.Errorf("cache %s: %w", s.dev.PMEM, err)
 	}

@@ -23,13 +23,14 @@ const stateDir = "/run/ublk-pcache"
 // take over from one that died, and what list shows. The file is made, with
 // O_EXCL, before anything else of a device, and so reserves its number.
 type device struct {
-	ID      int    `json:"id"`
-	Device  string `json:"device"`
-	PMEM    string `json:"pmem"`
-	Backing string `json:"backing"`
-	PID     int    `json:"pid"`
-	Queues  int    `json:"queues"`
-	Depth   int    `json:"depth"`
+	ID        int    `json:"id"`
+	Device    string `json:"device"`
+	PMEM      string `json:"pmem"`
+	Backing   string `json:"backing"`
+	PID       int    `json:"pid"`
+	Queues    int    `json:"queues"`
+	Writeback int    `json:"writeback_depth"`
+	Depth     int    `json:"depth"`
 }
 
 func statePath(id int, ext string) string {

@@ -172,6 +172,7 @@ func TestRefusesBadArguments(t *testing.T) {
 			t.Cleanup(func() { must(t, "blockdev", "--setrw", disk) })
 		}, args: "add -p " + dax + " -b " + disk, says: []string{disk, "read-only|read only", "setrw|writable"}},
 		{name: "gc percent too high", args: "add --gc-percent 91 -p " + dax + " -b " + disk, says: []string{"91", "90"}},
+		{name: "write-back depth", args: "add --writeback-depth 0 -p " + dax + " -b " + disk, says: []string{"--writeback-depth 0", "256"}},
 		{name: "gc percent not a number", args: "add --gc-percent x -p " + dax + " -b " + disk, says: []string{"gc-percent"}},
 		{name: "no queues", args: "add -q 0 -p " + dax + " -b " + disk, says: []string{"queues"}},
 		{name: "no depth", args: "add -d 0 -p " + dax + " -b " + disk, says: []string{"depth"}},
