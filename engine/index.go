@@ -27,7 +27,6 @@ const (
 type shard struct {
 	sync.Mutex
 	slab    slab
-	roots   []uint32 // by stripe / shardCount
 	extents int64
 	sectors [3]int64 // clean, dirty, dirty zeros; loading ones and clean zeros are not counted
 	_       [32]byte // keeps neighbours' locks out of each other's cache line
@@ -41,7 +40,7 @@ func newIndex(size int64) *index {
 	x := &index{}
 	stripes := (size + ondisk.StripeSize - 1) / ondisk.StripeSize
 	for i := range x.shards {
-		x.shards[i].roots = make([]uint32, (stripes+shardCount-1)/shardCount)
+		x.shards[i].slab.roots = make([]uint32, (stripes+shardCount-1)/shardCount)
 	}
 	return x
 }
@@ -49,7 +48,7 @@ func newIndex(size int64) *index {
 // span is a run of sectors inside one stripe, and the shard that owns it.
 type span struct {
 	sh     *shard
-	root   *uint32
+	root   uint32 // of the shard's stripes
 	off, n uint16
 }
 
@@ -57,7 +56,7 @@ type span struct {
 func (x *index) span(lba int64, n int) span {
 	stripe := lba / stripeSectors
 	sh := &x.shards[stripe%shardCount]
-	return span{sh: sh, root: &sh.roots[stripe/shardCount], off: uint16(lba % stripeSectors), n: uint16(n)}
+	return span{sh: sh, root: uint32(stripe / shardCount), off: uint16(lba % stripeSectors), n: uint16(n)}
 }
 
 func (s span) end() uint16 { return s.off + s.n }
@@ -225,7 +224,7 @@ func (x *index) usage() usage {
 		u.clean += sh.sectors[0] << sectorShift
 		u.dirty += sh.sectors[extDirty] << sectorShift
 		u.zero += sh.sectors[2] << sectorShift
-		u.bytes += int64(len(sh.slab.chunks)*slabNodes)*int64(unsafe.Sizeof(node{})) + int64(4*len(sh.roots))
+		u.bytes += sh.slab.bytes() + int64(unsafe.Sizeof(*sh))
 		sh.Unlock()
 	}
 	return u

@@ -1,37 +1,43 @@
 package engine
 
 import (
+	"math/rand/v2"
 	"testing"
 
 	"pgregory.net/rapid"
+
+	"ublk-pcache/ondisk"
 )
 
 // checkTree walks the whole tree of a stripe and fails on a broken invariant.
-func checkTree(t interface{ Fatalf(string, ...any) }, s *slab, root uint32) (extents, nodes int) {
+func checkTree(t interface{ Fatalf(string, ...any) }, s *slab, stripe uint32) (extents, nodes int) {
+	root := s.roots[stripe]
 	last, leafDepth := -1, -1
 	var walk func(id uint32, depth, lo, hi int)
 	walk = func(id uint32, depth, lo, hi int) {
 		nd := s.at(id)
 		nodes++
-		if nd.n == 0 {
+		if nd.n() == 0 {
 			t.Fatalf("empty node")
 		}
-		if !nd.inner {
+		if k := classOf(id); id != root && k != largest || nd.n() > capacity[k] || id == root && k > 0 && nd.n() == 1 {
+			t.Fatalf("node of class %d with %d entries", k, nd.n())
+		}
+		if !nd.inner() {
 			if leafDepth == -1 {
 				leafDepth = depth
 			} else if leafDepth != depth {
 				t.Fatalf("leaves at depths %d and %d", leafDepth, depth)
 			}
 		}
-		for i := range int(nd.n) {
-			e := nd.e[i]
-			if nd.inner {
+		for i, e := range nd.entries() {
+			if nd.inner() {
 				l, h := lo, hi
 				if i > 0 {
 					l = int(e.off)
 				}
-				if i+1 < int(nd.n) {
-					h = int(nd.e[i+1].off)
+				if i+1 < nd.n() {
+					h = int(nd.at(i + 1).off)
 				}
 				if l >= h {
 					t.Fatalf("separators out of order: %d >= %d", l, h)
@@ -55,38 +61,38 @@ func checkTree(t interface{ Fatalf(string, ...any) }, s *slab, root uint32) (ext
 	return extents, nodes
 }
 
-// TestIndexAgainstArray drives one stripe with random sets, cuts, forgets and
-// cleans, mirrored in a plain array with one entry per sector.
+// TestIndexAgainstArray drives three stripes of one shard with random sets,
+// cuts, forgets and cleans, mirrored in plain arrays with one entry per sector.
 func TestIndexAgainstArray(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		x := newIndex(3 * stripeSectors << sectorShift)
-		base := int64(stripeSectors) * rapid.Int64Range(0, 2).Draw(t, "stripe")
+		const stripes = 3
+		x := newIndex(stripes * shardCount * ondisk.StripeSize)
+		at := func(stripe int) int64 { return int64(stripe) * shardCount * stripeSectors }
 		type sector struct {
 			seg   uint32
 			pos   uint16
 			flags uint16
 			set   bool
 		}
-		var model [stripeSectors]sector
+		var models [stripes][stripeSectors]sector
 		grain := rapid.SampledFrom([]int{1, 1, 8, 64}).Draw(t, "grain")
 		maxLen := rapid.SampledFrom([]int{1, 4, 64, 2048}).Draw(t, "maxLen")
-		draw := func(name string) span {
-			off := rapid.IntRange(0, (stripeSectors-1)/grain).Draw(t, name) * grain
-			n := min(rapid.IntRange(1, maxLen).Draw(t, name+"Len")*grain, stripeSectors-off)
-			return x.span(base+int64(off), n)
-		}
 		var next uint32
 		// Every second sector makes a tree of three levels.
 		if rapid.Bool().Draw(t, "deep") {
 			for i := 0; i < stripeSectors; i += 2 {
-				s := x.span(base+int64(i), 1)
+				s := x.span(at(0)+int64(i), 1)
 				s.setLocked(extent{seg: 1, pos: s.off})
-				model[i] = sector{1, s.off, 0, true}
+				models[0][i] = sector{1, s.off, 0, true}
 			}
 			next = 8
 		}
 		for range rapid.IntRange(1, 600).Draw(t, "ops") {
-			s := draw("at")
+			stripe := rapid.IntRange(0, stripes-1).Draw(t, "stripe")
+			model := &models[stripe]
+			off := rapid.IntRange(0, (stripeSectors-1)/grain).Draw(t, "at") * grain
+			n := min(rapid.IntRange(1, maxLen).Draw(t, "len")*grain, stripeSectors-off)
+			s := x.span(at(stripe)+int64(off), n)
 			switch rapid.IntRange(0, 9).Draw(t, "op") {
 			default:
 				e := extent{seg: next / 4, pos: s.off, flags: rapid.SampledFrom([]uint16{0, extDirty, extZero, extZero | extDirty}).Draw(t, "state")}
@@ -122,46 +128,151 @@ func TestIndexAgainstArray(t *testing.T) {
 				}
 			}
 		}
-		s := x.span(base, stripeSectors)
-		extents, nodes := checkTree(t, &s.sh.slab, *s.root)
-		if extents != int(s.sh.extents) || nodes != s.sh.slab.used {
-			t.Fatalf("tree holds %d extents in %d nodes, counted %d in %d", extents, nodes, s.sh.extents, s.sh.slab.used)
-		}
-		var got [stripeSectors]sector
+		sh := x.span(0, 1).sh
 		var count [3]int64
-		var prev extent
-		for _, e := range s.partsLocked(nil, func(extent) bool { return true }) {
-			if prev.n > 0 && prev.abuts(e) {
-				t.Fatalf("%+v and %+v are not joined", prev, e)
+		extents, nodes := 0, 0
+		for stripe := range stripes {
+			model := &models[stripe]
+			s := x.span(at(stripe), stripeSectors)
+			e, n := checkTree(t, &sh.slab, s.root)
+			extents, nodes = extents+e, nodes+n
+			var got [stripeSectors]sector
+			var prev extent
+			for _, e := range s.partsLocked(nil, func(extent) bool { return true }) {
+				if prev.n > 0 && prev.abuts(e) {
+					t.Fatalf("%+v and %+v are not joined", prev, e)
+				}
+				prev = e
+				switch e.flags {
+				case extZero:
+				case extZero | extDirty:
+					count[2] += int64(e.n)
+				default:
+					count[e.flags] += int64(e.n)
+				}
+				for i := range e.n {
+					got[e.off+i] = sector{e.seg, e.pos + i, e.flags, true}
+				}
 			}
-			prev = e
-			switch e.flags {
-			case extZero:
-			case extZero | extDirty:
-				count[2] += int64(e.n)
-			default:
-				count[e.flags] += int64(e.n)
+			for i := range got {
+				if got[i] != model[i] {
+					t.Fatalf("sector %d: %+v, want %+v", i, got[i], model[i])
+				}
 			}
-			for i := range e.n {
-				got[e.off+i] = sector{e.seg, e.pos + i, e.flags, true}
+			for i := 0; i < stripeSectors; i += 61 {
+				c := s.seekLocked(uint16(i))
+				for c.ok() && int(c.at().off) <= i && int(c.at().end()) <= i {
+					t.Fatalf("seek(%d) stopped at %+v", i, *c.at())
+				}
+				if c.ok() != false && model[i].set && !(int(c.at().off) <= i && i < int(c.at().end())) {
+					t.Fatalf("seek(%d) found %+v", i, *c.at())
+				}
 			}
 		}
-		for i := range got {
-			if got[i] != model[i] {
-				t.Fatalf("sector %d: %+v, want %+v", i, got[i], model[i])
-			}
+		if extents != int(sh.extents) || nodes != sh.slab.used {
+			t.Fatalf("the trees hold %d extents in %d nodes, counted %d in %d", extents, nodes, sh.extents, sh.slab.used)
 		}
-		if count != s.sh.sectors {
-			t.Fatalf("counted %v sectors, kept %v", count, s.sh.sectors)
-		}
-		for i := 0; i < stripeSectors; i += 61 {
-			c := s.seekLocked(uint16(i))
-			for c.ok() && int(c.at().off) <= i && int(c.at().end()) <= i {
-				t.Fatalf("seek(%d) stopped at %+v", i, *c.at())
-			}
-			if c.ok() != false && model[i].set && !(int(c.at().off) <= i && i < int(c.at().end())) {
-				t.Fatalf("seek(%d) found %+v", i, *c.at())
-			}
+		if count != sh.sectors {
+			t.Fatalf("counted %v sectors, kept %v", count, sh.sectors)
 		}
 	})
+}
+
+// TestIndexBytes computes what an extent costs, everything included, in the
+// ways of filling and emptying an index that cost most. Memory that is free
+// again is kept, so it is divided by as many extents as there ever were.
+func TestIndexBytes(t *testing.T) {
+	const seed = 1
+	dice := rand.New(rand.NewPCG(seed, 0))
+	var most int64
+	set := func(x *index, lba int64, n int) {
+		s := x.span(lba, n)
+		s.setLocked(extent{seg: dice.Uint32N(1 << 20), pos: uint16(dice.IntN(30000)) &^ 1})
+	}
+	random := func(perStripe int) *index {
+		stripes := int64(1<<19/perStripe + 1)
+		x := newIndex(stripes * ondisk.StripeSize)
+		for range stripes * int64(perStripe) {
+			set(x, dice.Int64N(stripes*stripeSectors/8)*8, 8)
+		}
+		return x
+	}
+	for _, c := range []struct {
+		name string
+		fill func() *index
+	}{
+		{"1 extent in each stripe", func() *index {
+			x := newIndex(1 << 20 * ondisk.StripeSize)
+			for i := range int64(1 << 20) {
+				set(x, i*stripeSectors, 8)
+			}
+			return x
+		}},
+		{"3 in each stripe", func() *index {
+			x := newIndex(1 << 18 * ondisk.StripeSize)
+			for i := range int64(3 << 18) {
+				set(x, i/3*stripeSectors+i%3*16, 8)
+			}
+			return x
+		}},
+		{"43 in each stripe: a root and two leaves", func() *index {
+			x := newIndex(1 << 14 * ondisk.StripeSize)
+			for _, i := range dice.Perm(43 << 14) {
+				set(x, int64(i)/43*stripeSectors+int64(i)%43*16, 8)
+			}
+			return x
+		}},
+		{"random 4 KiB, 5 to a stripe", func() *index { return random(5) }},
+		{"random 4 KiB, 40 to a stripe", func() *index { return random(40) }},
+		{"random 4 KiB, 400 to a stripe", func() *index { return random(400) }},
+		{"every second sector, in order", func() *index {
+			x := newIndex(1 << 8 * ondisk.StripeSize)
+			for i := range int64(1 << 20) {
+				set(x, i*2, 1)
+			}
+			return x
+		}},
+		{"random 4 KiB, half of them removed again", func() *index {
+			x := random(400)
+			most = x.usage().extents
+			for i := range x.shards {
+				sh := &x.shards[i]
+				for j := range sh.slab.roots {
+					s := span{sh: sh, root: uint32(j), n: stripeSectors}
+					for _, e := range s.partsLocked(nil, func(extent) bool { return dice.IntN(2) == 0 }) {
+						s.sub(e).cutLocked()
+					}
+				}
+			}
+			return x
+		}},
+		{"neighbours just too full to be joined", func() *index {
+			x := newIndex(1 << 8 * ondisk.StripeSize)
+			for i := range int64(1 << 20) {
+				set(x, i*2, 1)
+			}
+			most = x.usage().extents
+			for i := range x.shards {
+				sh := &x.shards[i]
+				for j := range sh.slab.roots {
+					s := span{sh: sh, root: uint32(j), n: stripeSectors}
+					for k, e := range s.partsLocked(nil, func(extent) bool { return true }) {
+						if k%41 >= mergeBelow/2+1 {
+							s.sub(e).cutLocked()
+						}
+					}
+				}
+			}
+			return x
+		}},
+	} {
+		most = 0
+		u := c.fill().usage()
+		most = max(most, u.extents)
+		each := float64(u.bytes) / float64(most)
+		t.Logf("%5.1f bytes an extent: %s (%d extents)", each, c.name, most)
+		if each > 32 {
+			t.Errorf("%s: %.1f bytes an extent", c.name, each)
+		}
+	}
 }

@@ -289,7 +289,7 @@ func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags, take bool) (k 
 	}
 	if q.c.crc {
 		k.CRC = ondisk.Checksum(p[:n])
-		q.c.segments.all[seg].sums.add(sum{uint16(segOff >> sectorShift), uint16(n >> sectorShift), k.CRC})
+		q.c.segments.all[seg].sums.Load().add(sum{uint16(segOff >> sectorShift), uint16(n >> sectorShift), k.CRC})
 	}
 	return k, true, nil
 }

@@ -24,7 +24,7 @@ type segment struct {
 	refs atomic.Int32
 	pins atomic.Int32
 	gen  atomic.Uint64
-	sums *sums // of the data, if the cache keeps checksums and it ever had any
+	sums atomic.Pointer[sums] // of the data, if the cache keeps checksums and it ever had any
 }
 
 // logReserve returns how many free segments data may not take, so that the
@@ -69,6 +69,16 @@ func (s *segments) free() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.mu.freeList)
+}
+
+// sumBytes returns the memory that the checksums of the data take.
+func (s *segments) sumBytes() (n int64) {
+	for i := range s.all {
+		if t := s.all[i].sums.Load(); t != nil {
+			n += t.bytes()
+		}
+	}
+	return n
 }
 
 // take removes a segment from the free ones unless that would leave fewer

@@ -74,7 +74,7 @@ func (c *Cache) Status() Status {
 		CleanBytes:      u.clean,
 		ZeroBytes:       u.zero,
 		Extents:         u.extents,
-		IndexBytes:      u.bytes,
+		IndexBytes:      u.bytes + c.segments.sumBytes(),
 		WrittenBack:     c.writeback.written.Load(),
 		RoundBytes:      c.writeback.inRound.Load(),
 		Waiting:         int(c.space.waiting.Load()),

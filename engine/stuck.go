@@ -58,7 +58,7 @@ func (c *Cache) setAside(p *part) {
 // alone: what has one checksum, if that is wrong; else the half of it.
 func (c *Cache) pieceOf(p *part, rest extent) uint16 {
 	if errors.Is(p.err, ErrDamaged) {
-		if s, ok := c.segments.all[rest.seg].sums.find(rest.pos); ok {
+		if s, ok := c.segments.all[rest.seg].sums.Load().find(rest.pos); ok {
 			return min(rest.n, s.end()-rest.pos)
 		}
 		return rest.n
@@ -105,7 +105,8 @@ func (c *Cache) takeDue(parts []part) []part {
 
 // where is a place in a stripe.
 type where struct {
-	root *uint32
+	sh   *shard
+	root uint32
 	place
 }
 
@@ -118,7 +119,7 @@ func (w *writeback) known() map[where][]extent {
 	}
 	m := map[where][]extent{}
 	add := func(p *part) {
-		at := where{p.s.root, p.s.place(p.e.seg, p.e.pos)}
+		at := where{p.s.sh, p.s.root, p.s.place(p.e.seg, p.e.pos)}
 		m[at] = append(m[at], p.e)
 	}
 	for i := range w.stuck {
@@ -218,7 +219,7 @@ func (c *Cache) keysOf(keys []ondisk.Key, p *part) []ondisk.Key {
 	for rest := p.e; rest.n > 0; {
 		e := rest
 		if c.crc && !p.zero() {
-			if s, ok := c.segments.all[e.seg].sums.find(e.pos); ok && s.end() < e.pos+e.n {
+			if s, ok := c.segments.all[e.seg].sums.Load().find(e.pos); ok && s.end() < e.pos+e.n {
 				e.n = s.end() - e.pos
 			}
 		}

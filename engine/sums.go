@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"sync/atomic"
+	"unsafe"
 
 	"ublk-pcache/ondisk"
 )
@@ -77,13 +78,26 @@ func (t *sums) find(pos uint16) (sum, bool) {
 	return s, pos < s.end()
 }
 
+// bytes returns the memory that the checksums take. Any goroutine.
+func (t *sums) bytes() int64 {
+	n := int64(unsafe.Sizeof(*t))
+	for i := range t.chunks {
+		if t.chunks[i].Load() != nil {
+			n += int64(unsafe.Sizeof([sumChunk]sum{}))
+		}
+	}
+	return n
+}
+
 // sumsOf returns the checksums of a segment that has data or is to take some.
 func (c *Cache) sumsOf(seg uint32) *sums {
 	s := &c.segments.all[seg]
-	if s.sums == nil {
-		s.sums = new(sums)
+	t := s.sums.Load()
+	if t == nil {
+		t = new(sums)
+		s.sums.Store(t)
 	}
-	return s.sums
+	return t
 }
 
 // readExtent reads the data of an extent, which the caller has pinned, and
@@ -96,7 +110,7 @@ func (c *Cache) readExtent(p []byte, e extent, scratch *[]byte) error {
 		return err
 	}
 	for pos, end := e.pos, e.pos+e.n; pos < end; {
-		s, ok := c.segments.all[e.seg].sums.find(pos)
+		s, ok := c.segments.all[e.seg].sums.Load().find(pos)
 		if !ok {
 			return fmt.Errorf("%w: no checksum of segment %d, sector %d", ErrDamaged, e.seg, pos)
 		}

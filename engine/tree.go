@@ -1,5 +1,7 @@
 package engine
 
+import "unsafe"
+
 // The extents of one stripe form a B+tree whose nodes live in a slab and name
 // each other by number, so that the garbage collector has nothing to follow:
 // with pointers, marking an index of four million extents costs tens of
@@ -51,70 +53,132 @@ func (e extent) to(off uint16) extent {
 	return e
 }
 
+// A node takes one of seven sizes: a stripe of which little is cached should
+// not cost a full one. All nodes but the root have the largest size; the root,
+// which may be a leaf, has one that it fills well, and moves as it grows. So
+// that the places it moves out of are no waste, nodes of the smaller sizes lie
+// close together: the last takes the place of one that goes, and since it is a
+// root, one number tells who has to know.
+//
+// What an extent costs is then, in bytes: 24 where it is alone in its stripe,
+// 36 / 2 to 108 / 5 in small roots, and in larger trees 12 at best, about 17
+// after random insertions, and 30 at worst, when two neighbours of any level
+// are just too full to be joined. To that come 4 for each stripe of the device.
+
+const classes = 7
+
+// capacity is how many extents a node of a class holds. With its header the
+// largest has 504 bytes, eight cache lines, of which a search touches three.
+var capacity = [classes]int{1, 2, 4, 8, 16, 27, 41}
+
 const (
-	// nodeExtents fills a node to 512 bytes: eight cache lines, of which a
-	// binary search touches three.
-	nodeExtents = 42
+	largest = classes - 1
 	// mergeBelow: two neighbours are joined when together they fill no more
 	// than this, which leaves room to grow before the next split.
-	mergeBelow = nodeExtents * 3 / 4
-	// slabNodes is how many nodes are allocated at a time: 32 KiB.
-	slabNodes = 64
-	// maxHeight: a stripe holds at most 8192 extents and a node that is not
-	// the last of its level at least mergeBelow/2 on average; 21^4 is plenty.
+	mergeBelow = 35
+	// slabNodes is how many nodes are allocated at a time: 8 KiB of the
+	// largest. With a slab for each shard more would be a waste of megabytes.
+	slabNodes = 16
+	// maxHeight: a stripe holds at most 8192 extents, and a node that is not
+	// the root at least mergeBelow/2 on average; 17^4 is plenty.
 	maxHeight = 6
 )
 
-type node struct {
-	n     uint16
-	inner bool
-	link  uint32 // next free node while the node is free
-	e     [nodeExtents]extent
-}
+// node is a run of extents in a slab. The first is its header: off counts the
+// entries, flags is not 0 in an inner node, and seg is the stripe of a smaller
+// node, and the next free one for one of the largest.
+type node []extent
 
-// slab hands out nodes by number; 0 is no node.
+func (nd node) n() int            { return int(nd[0].off) }
+func (nd node) inner() bool       { return nd[0].flags != 0 }
+func (nd node) entries() []extent { return nd[1 : 1+nd[0].off] }
+func (nd node) at(i int) *extent  { return &nd[1+i] }
+
+// slab hands out nodes by number; 0 is no node. The number holds the class.
 type slab struct {
-	chunks [][]node
-	free   uint32
-	used   int
-}
-
-func (s *slab) at(id uint32) *node {
-	id--
-	return &s.chunks[id/slabNodes][id%slabNodes]
-}
-
-func (s *slab) alloc(inner bool) uint32 {
-	if s.free == 0 {
-		chunk := make([]node, slabNodes)
-		base := uint32(len(s.chunks) * slabNodes)
-		for i := range chunk {
-			chunk[i].link = base + uint32(i) + 2
-		}
-		chunk[slabNodes-1].link = 0
-		s.chunks = append(s.chunks, chunk)
-		s.free = base + 1
+	roots []uint32 // by stripe of the shard
+	class [classes]struct {
+		chunks [][]extent
+		n      uint32 // nodes in use, or free and of the largest
 	}
-	id := s.free
-	nd := s.at(id)
-	s.free = nd.link
-	nd.n, nd.inner, nd.link = 0, inner, 0
+	free uint32 // of the largest
+	used int    // nodes
+}
+
+const classShift = 29
+
+func classOf(id uint32) int { return int(id >> classShift) }
+
+func (s *slab) at(id uint32) node {
+	k := classOf(id)
+	i := int(id&(1<<classShift-1)) - 1
+	size := capacity[k] + 1
+	at := i % slabNodes * size
+	return s.class[k].chunks[i/slabNodes][at : at+size]
+}
+
+// alloc returns an empty node of class k, for the root of a stripe unless it is
+// one of the largest.
+func (s *slab) alloc(k int, inner bool, stripe uint32) uint32 {
+	c := &s.class[k]
 	s.used++
+	id := s.free
+	if k == largest && id != 0 {
+		s.free = s.at(id)[0].seg
+	} else {
+		if int(c.n) == len(c.chunks)*slabNodes {
+			c.chunks = append(c.chunks, make([]extent, slabNodes*(capacity[k]+1)))
+		}
+		c.n++
+		id = uint32(k)<<classShift | c.n
+	}
+	nd := s.at(id)
+	nd[0] = extent{seg: stripe}
+	if inner {
+		nd[0].flags = 1
+	}
 	return id
 }
 
 func (s *slab) release(id uint32) {
-	s.at(id).link = s.free
-	s.free = id
 	s.used--
+	k := classOf(id)
+	if k == largest {
+		s.at(id)[0].seg = s.free
+		s.free = id
+		return
+	}
+	c := &s.class[k]
+	if last := uint32(k)<<classShift | c.n; last != id {
+		nd := s.at(last)
+		copy(s.at(id), nd)
+		s.roots[nd[0].seg] = id
+	}
+	c.n--
+	// One chunk is kept for the next.
+	if n := len(c.chunks); int(c.n) <= (n-2)*slabNodes {
+		c.chunks[n-1] = nil
+		c.chunks = c.chunks[:n-1]
+	}
+}
+
+// bytes returns the memory that the slab takes.
+func (s *slab) bytes() int64 {
+	n := int64(4 * len(s.roots))
+	for k := range s.class {
+		n += int64(cap(s.class[k].chunks)) * int64(unsafe.Sizeof([]extent{}))
+		n += int64(len(s.class[k].chunks)*slabNodes*(capacity[k]+1)) * int64(unsafe.Sizeof(extent{}))
+	}
+	return n
 }
 
 // search returns the number of entries whose off is at most off.
-func (nd *node) search(off uint16) int {
-	lo, hi := 0, int(nd.n)
+func (nd node) search(off uint16) int {
+	e := nd.entries()
+	lo, hi := 0, len(e)
 	for lo < hi {
 		m := int(uint(lo+hi) >> 1)
-		if nd.e[m].off <= off {
+		if e[m].off <= off {
 			lo = m + 1
 		} else {
 			hi = m
@@ -123,23 +187,32 @@ func (nd *node) search(off uint16) int {
 	return lo
 }
 
-func (nd *node) insert(i int, e extent) {
-	copy(nd.e[i+1:nd.n+1], nd.e[i:nd.n])
-	nd.e[i] = e
-	nd.n++
+func (nd node) insert(i int, e extent) {
+	nd[0].off++
+	es := nd.entries()
+	copy(es[i+1:], es[i:])
+	es[i] = e
 }
 
-func (nd *node) remove(i int) {
-	copy(nd.e[i:], nd.e[i+1:nd.n])
-	nd.n--
+func (nd node) remove(i int) {
+	es := nd.entries()
+	copy(es[i:], es[i+1:])
+	nd[0].off--
+}
+
+// append adds entries behind the last.
+func (nd node) append(e []extent) {
+	n := nd[0].off
+	nd[0].off += uint16(len(e))
+	copy(nd.entries()[n:], e)
 }
 
 // cursor is a place in a tree: the way from the root down to one extent. Any
 // change of the tree other than of the extent it is at invalidates it.
 type cursor struct {
 	slab  *slab
-	root  *uint32
-	depth int // nodes on the way; 0 for an empty tree
+	root  uint32 // stripe
+	depth int    // nodes on the way; 0 for an empty tree
 	path  [maxHeight]struct {
 		id uint32
 		i  int
@@ -147,20 +220,20 @@ type cursor struct {
 }
 
 // descend places the cursor where an extent that begins at off belongs.
-func descend(s *slab, root *uint32, off uint16) cursor {
+func descend(s *slab, root uint32, off uint16) cursor {
 	c := cursor{slab: s, root: root}
-	for id := *root; id != 0; {
+	for id := s.roots[root]; id != 0; {
 		nd := s.at(id)
 		i := nd.search(off)
 		c.path[c.depth].id, c.path[c.depth].i = id, i
-		if !nd.inner {
+		if !nd.inner() {
 			c.depth++
 			return c
 		}
 		i = max(i-1, 0)
 		c.path[c.depth].i = i
 		c.depth++
-		id = nd.e[i].seg
+		id = nd.at(i).seg
 	}
 	return c
 }
@@ -168,7 +241,7 @@ func descend(s *slab, root *uint32, off uint16) cursor {
 // seek places the cursor at the first extent that ends after off. The extent
 // that covers off may be the last of the leaf before the one that off belongs
 // to: separators bound where extents begin, not where they end.
-func seek(s *slab, root *uint32, off uint16) cursor {
+func seek(s *slab, root uint32, off uint16) cursor {
 	c := descend(s, root, off)
 	if c.depth == 0 {
 		return c
@@ -188,12 +261,12 @@ func (c *cursor) ok() bool {
 		return false
 	}
 	p := &c.path[c.depth-1]
-	return p.i < int(c.slab.at(p.id).n)
+	return p.i < c.slab.at(p.id).n()
 }
 
 func (c *cursor) at() *extent {
 	p := &c.path[c.depth-1]
-	return &c.slab.at(p.id).e[p.i]
+	return c.slab.at(p.id).at(p.i)
 }
 
 // next moves to the following extent, if there is one.
@@ -209,14 +282,14 @@ func (c *cursor) nextLeaf() {
 	for d := leaf - 1; d >= 0; d-- {
 		p := &c.path[d]
 		nd := c.slab.at(p.id)
-		if p.i+1 == int(nd.n) {
+		if p.i+1 == nd.n() {
 			continue
 		}
 		p.i++
-		id := nd.e[p.i].seg
+		id := nd.at(p.i).seg
 		for d++; d <= leaf; d++ {
 			c.path[d].id, c.path[d].i = id, 0
-			id = c.slab.at(id).e[0].seg
+			id = c.slab.at(id).at(0).seg
 		}
 		return
 	}
@@ -232,8 +305,8 @@ func (c *cursor) prev() bool {
 		}
 		p.i--
 		for ; d < leaf; d++ {
-			id := c.slab.at(c.path[d].id).e[c.path[d].i].seg
-			c.path[d+1].id, c.path[d+1].i = id, int(c.slab.at(id).n)-1
+			id := c.slab.at(c.path[d].id).at(c.path[d].i).seg
+			c.path[d+1].id, c.path[d+1].i = id, c.slab.at(id).n()-1
 		}
 		return true
 	}
@@ -241,50 +314,67 @@ func (c *cursor) prev() bool {
 }
 
 // insert adds an extent that overlaps none.
-func insert(s *slab, root *uint32, e extent) {
+func insert(s *slab, root uint32, e extent) {
 	c := descend(s, root, e.off)
 	if c.depth == 0 {
-		*root = s.alloc(false)
-		s.at(*root).insert(0, e)
+		id := s.alloc(0, false, root)
+		s.roots[root] = id
+		s.at(id).insert(0, e)
 		return
 	}
 	c.insertAt(c.depth-1, c.path[c.depth-1].i, e)
 }
 
-// insertAt puts e at place i of the node at depth d. A full node gives its
-// upper half to a new right neighbour; when the new entry goes behind the
-// last one the neighbour gets that alone, so that a sequential writer leaves
-// full nodes behind.
+// insertAt puts e at place i of the node at depth d. A root that is full gets
+// a larger size. A node of the largest gives its upper half to a new right
+// neighbour; when the new entry goes behind the last one the neighbour gets
+// that alone, so that a sequential writer leaves full nodes behind.
 func (c *cursor) insertAt(d, i int, e extent) {
 	id := c.path[d].id
 	nd := c.slab.at(id)
-	if nd.n < nodeExtents {
+	k := classOf(id)
+	if nd.n() == capacity[k] && k < largest {
+		nd = c.resizeRoot(k + 1)
+	}
+	if nd.n() < capacity[classOf(c.path[d].id)] {
 		nd.insert(i, e)
 		return
 	}
-	rid := c.slab.alloc(nd.inner)
+	rid := c.slab.alloc(largest, nd.inner(), c.root)
 	right := c.slab.at(rid)
-	at := nodeExtents / 2
-	if i == nodeExtents {
-		at = nodeExtents
+	at := nd.n() / 2
+	if i == nd.n() {
+		at = i
 	}
-	right.n = uint16(copy(right.e[:], nd.e[at:]))
-	nd.n = uint16(at)
-	if i > at || at == nodeExtents {
+	right.append(nd.entries()[at:])
+	nd[0].off = uint16(at)
+	if i > at || right.n() == 0 {
 		right.insert(i-at, e)
 	} else {
 		nd.insert(i, e)
 	}
-	sep := extent{off: right.e[0].off, seg: rid}
+	sep := extent{off: right.at(0).off, seg: rid}
 	if d > 0 {
 		c.insertAt(d-1, c.path[d-1].i+1, sep)
 		return
 	}
-	top := c.slab.alloc(true)
+	top := c.slab.alloc(1, true, c.root)
 	nt := c.slab.at(top)
-	nt.insert(0, extent{off: nd.e[0].off, seg: id})
+	nt.insert(0, extent{off: nd.at(0).off, seg: id})
 	nt.insert(1, sep)
-	*c.root = top
+	c.slab.roots[c.root] = top
+}
+
+// resizeRoot moves the root to a node of class k.
+func (c *cursor) resizeRoot(k int) node {
+	old := c.path[0].id
+	nd := c.slab.at(old)
+	id := c.slab.alloc(k, nd.inner(), c.root)
+	to := c.slab.at(id)
+	to.append(nd.entries())
+	c.slab.roots[c.root], c.path[0].id = id, id
+	c.slab.release(old)
+	return to
 }
 
 // remove takes the cursor's extent out.
@@ -295,39 +385,43 @@ func (c *cursor) removeAt(d int) {
 	nd := c.slab.at(id)
 	nd.remove(i)
 	if d == 0 {
-		switch {
-		case nd.n == 0:
-			*c.root = 0
+		switch k := classOf(id); {
+		case nd.n() == 0:
+			c.slab.roots[c.root] = 0
 			c.slab.release(id)
-		case nd.inner && nd.n == 1:
-			*c.root = nd.e[0].seg
+		case nd.inner() && nd.n() == 1:
+			c.slab.roots[c.root] = nd.at(0).seg
 			c.slab.release(id)
+		case k > 0 && nd.n() == 1:
+			c.resizeRoot(0)
+		case k > 0 && nd.n() < capacity[k-1]:
+			c.resizeRoot(k - 1)
 		}
 		return
 	}
 	up := &c.path[d-1]
 	parent := c.slab.at(up.id)
-	if nd.n == 0 {
+	if nd.n() == 0 {
 		c.slab.release(id)
 		c.removeAt(d - 1)
 		return
 	}
 	// Join with the left neighbour, else with the right one.
 	for _, l := range [2]int{up.i - 1, up.i} {
-		if l < 0 || l+1 >= int(parent.n) {
+		if l < 0 || l+1 >= parent.n() {
 			continue
 		}
-		left, rid := c.slab.at(parent.e[l].seg), parent.e[l+1].seg
+		left, rid := c.slab.at(parent.at(l).seg), parent.at(l+1).seg
 		right := c.slab.at(rid)
-		if left.n+right.n > mergeBelow {
+		if left.n()+right.n() > mergeBelow {
 			continue
 		}
 		// The first child's own separator may be too high by now (nothing
 		// looks at it); the parent's for the whole node is not.
-		if right.inner {
-			right.e[0].off = parent.e[l+1].off
+		if right.inner() {
+			right.at(0).off = parent.at(l + 1).off
 		}
-		left.n += uint16(copy(left.e[left.n:], right.e[:right.n]))
+		left.append(right.entries())
 		c.slab.release(rid)
 		up.i = l + 1
 		c.removeAt(d - 1)

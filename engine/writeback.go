@@ -426,7 +426,7 @@ func (c *Cache) collectKey(k *ondisk.Key, known map[where][]extent) (bytes int) 
 	w := &c.writeback
 	s, p := c.keySpan(k)
 	parts := c.dirtyParts(s, p)
-	for _, e := range known[where{s.root, p}] {
+	for _, e := range known[where{s.sh, s.root, p}] {
 		parts = without(parts, e)
 	}
 	for _, e := range parts {
