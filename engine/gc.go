@@ -18,17 +18,20 @@ import (
 // that are harmless in any combination, and nothing is reused before all of
 // them are durable:
 //
-//  1. forget what the index still has of the keys;
-//  2. store the key_tail behind them;
-//  3. raise the generation of segments without references or pins;
-//  4. make both durable;
-//  5. only now hand out the segments.
+//  1. raise the generation of the segments that lost their last reference in
+//     an earlier step, if they are without pins;
+//  2. forget what the index still has of the keys;
+//  3. store the key_tail behind them;
+//  4. make all of it durable;
+//  5. only now hand out the segments of 1, and drop the keys' references.
 //
-// If 2 is lost, replay sees keys again that are before dirty_tail, hence
-// clean, and either still backed by their data or dead by 3. If 3 is lost, no
-// key in the log names the segment, and replay raises its generation before
-// its first use. A key is only counted, here as in replay, if its
-// generation is the segment's current one, so no reference is dropped twice.
+// If 3 is lost, replay sees keys again that are before dirty_tail, hence
+// clean, and still backed by their data. All of them, which is why 1 waits for
+// the next step: a key that is dead in replay supersedes nothing, and an older
+// key of another segment would come back in its place. If 1 is lost, no key in
+// the log names the segment, and replay raises its generation before its first
+// use. A key is only counted, here as in replay, if its generation is the
+// segment's current one, so no reference is dropped twice.
 
 const (
 	// gcKsets is how many ksets a step takes: at most 1024 keys, or some
@@ -139,6 +142,10 @@ func (c *Cache) gcStep() (more bool, err error) {
 	if needed && from == to {
 		c.pressWriteback()
 	}
+	dead, err := c.raiseDying()
+	if err != nil {
+		return false, err
+	}
 	more = needed && from != to
 	var freed, dropped []uint32
 	if more {
@@ -166,13 +173,6 @@ func (c *Cache) gcStep() (more bool, err error) {
 			return false, err
 		}
 	}
-	for _, seg := range dropped {
-		c.drop(seg)
-	}
-	dead, err := c.raiseDying()
-	if err != nil {
-		return false, err
-	}
 	if !more && len(dead) == 0 {
 		return false, nil
 	}
@@ -181,6 +181,9 @@ func (c *Cache) gcStep() (more bool, err error) {
 	}
 	for _, seg := range append(freed, dead...) {
 		c.segments.addFree(seg)
+	}
+	for _, seg := range dropped {
+		c.drop(seg)
 	}
 	return more, nil
 }
