@@ -268,14 +268,8 @@ func (c *Cache) storeTail(t ondisk.Tail, at ondisk.Replica, pos ondisk.Position)
 	return nil
 }
 
-// moveDirtyTail says, durably, that the disk holds everything before pos. That
-// leans on what lies behind pos: a key before it may not have been written
-// because a later one superseded it, and where a fence is not enough the later
-// one may not be durable yet. So it is made so first.
+// moveDirtyTail says, durably, that the disk holds everything before pos.
 func (c *Cache) moveDirtyTail(pos ondisk.Position, ksets uint64) error {
-	if err := c.persist(); err != nil {
-		return fmt.Errorf("sync the log for dirty_tail: %w", err)
-	}
 	c.tails.mu.Lock()
 	at := c.tails.mu.dirtyAt.Next()
 	c.tails.mu.Unlock()

@@ -328,6 +328,13 @@ func (c *Cache) round(collect bool) error {
 			return fmt.Errorf("read the log for write-back: %w", err)
 		}
 	}
+	// The disk must not be ahead of the log: a key that a power cut takes would
+	// leave its data there, under an older clean copy. And dirty_tail will lean
+	// on what lies behind it: a key before it may not be written because a later
+	// one superseded it.
+	if err := c.persist(); err != nil {
+		return fmt.Errorf("sync the log for write-back: %w", err)
+	}
 	slices.SortFunc(w.parts, func(a, b part) int { return cmp.Compare(a.off, b.off) })
 	if err := c.writeParts(); err != nil {
 		w.putBack(w.parts)
