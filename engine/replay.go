@@ -54,11 +54,15 @@ func (c *Cache) replay() error {
 	if err := r.sortSegments(); err != nil {
 		return err
 	}
+	// A kset cut short has the number that the next one here gets: what is left
+	// of it could complete that one, or that one it.
+	rest := int64(ondisk.KsetHeaderSize)
 	if torn {
 		// What follows would continue the new log's numbers.
-		if err := c.mem.Zero(l.Offset(end.Pos.Seg, end.Pos.Off), int64(ondisk.SegmentData-end.Pos.Off)); err != nil {
-			return fmt.Errorf("clear the torn end of the log: %w", err)
-		}
+		rest = int64(ondisk.SegmentData - end.Pos.Off)
+	}
+	if err := c.mem.Zero(l.Offset(end.Pos.Seg, end.Pos.Off), rest); err != nil {
+		return fmt.Errorf("clear the end of the log: %w", err)
 	}
 	if err := c.persist(); err != nil {
 		return err
