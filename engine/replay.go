@@ -36,7 +36,12 @@ func (c *Cache) replay() error {
 		next = ondisk.NextSeq(l.SyncMark)
 	}
 	if end.Damage != nil {
-		if torn = end.Seq != 0 && c.unsynced(next) && end.Damage.DirtyTail == nil; !torn {
+		lost := next
+		if end.Seq == 0 {
+			// No kset in front tells the number of the one that is lost.
+			lost = end.Damage.AheadSeq
+		}
+		if torn = c.unsynced(lost) && end.Damage.DirtyTail == nil; !torn {
 			return end.Damage
 		}
 	}
@@ -57,8 +62,9 @@ func (c *Cache) replay() error {
 	// A kset cut short has the number that the next one here gets: what is left
 	// of it could complete that one, or that one it.
 	rest := int64(ondisk.KsetHeaderSize)
-	if torn {
-		// What follows would continue the new log's numbers.
+	if torn || end.Seq == 0 && !c.mem.Durable() {
+		// What follows would continue the new log's numbers. Behind an empty log
+		// nobody has looked.
 		rest = int64(ondisk.SegmentData - end.Pos.Off)
 	}
 	if err := c.mem.Zero(l.Offset(end.Pos.Seg, end.Pos.Off), rest); err != nil {
@@ -67,7 +73,10 @@ func (c *Cache) replay() error {
 	if err := c.persist(); err != nil {
 		return err
 	}
-	return c.markSynced(ondisk.PrevSeq(next))
+	if err := c.markSynced(ondisk.PrevSeq(next)); err != nil || l.SyncMark != 0 {
+		return err
+	}
+	return c.persist() // a first mark, without which the next power cut is damage
 }
 
 // unsynced reports whether the kset numbered seq was never part of a sync, on

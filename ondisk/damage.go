@@ -44,6 +44,9 @@ func (w *walker) diagnose(cause error) *Damage {
 	if ahead != nil {
 		w.start(*ahead)
 		w.run(func(_ Position, k *Kset) error {
+			if d.Ksets == 0 {
+				d.AheadSeq = k.Seq
+			}
 			d.Ksets++
 			d.Keys += len(k.Keys)
 			return nil

@@ -25,9 +25,10 @@ type Damage struct {
 	At    Position // of the kset that cannot be used
 	Cause error    // why it cannot
 
-	Ahead *Position // the first good kset behind it, if one was found
-	Ksets int       // how many of them follow there, in sequence
-	Keys  int       // how many keys they hold
+	Ahead    *Position // the first good kset behind it, if one was found
+	AheadSeq uint64    // its log sequence number, 0 for none
+	Ksets    int       // how many of them follow there, in sequence
+	Keys     int       // how many keys they hold
 
 	DirtyTail *Position // set if the log ends before it, or passes it by
 }
