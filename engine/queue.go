@@ -196,10 +196,13 @@ func (q *Queue) commit() {
 			q.abandon()
 		}
 	}
-	switch was := q.stalled.Swap(err == errLogFull); {
-	case err == errLogFull && !was:
+	// Fills that found the log full were given up, and nobody comes back for
+	// a queue that waits with nothing.
+	stalled := err == errLogFull && len(q.keys) > 0
+	switch was := q.stalled.Swap(stalled); {
+	case stalled && !was:
 		q.since = time.Now()
-	case err != errLogFull && was:
+	case !stalled && was:
 		c.space.waited(time.Since(q.since))
 	}
 	if err == nil && len(q.keys) > 0 {
