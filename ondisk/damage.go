@@ -22,7 +22,11 @@ import (
 // distance of a whole number of keys, that holds either zeros or a valid kset
 // decides: zeros are the end mark of a torn kset; a kset there is the
 // successor of a damaged one. No key of a log looks like an end mark, since
-// its first 24 bytes hold its length.
+// its first 24 bytes hold its length. But an old kset may still be valid where
+// a torn one has not arrived. So a successor must also fit what is left of the
+// header, its length or its number: one of them is right even if a word of it
+// is damaged, and no old kset fits either, since nothing stands at the end of
+// a torn one but the end mark.
 //
 // Neither finds a damaged last kset of the log. If it is an acknowledged one
 // nothing on the media says that it was; dirty_tail behind it does.
@@ -97,9 +101,10 @@ func (w *walker) unnumberedAhead(cause error) *Position {
 	if errors.Is(cause, errKsetStale) {
 		return nil
 	}
-	head := make([]byte, KsetHeaderSize)
-	if err := readFull(w.r, head, w.l.Offset(w.pos.Seg, w.pos.Off)); err == nil {
-		if isZero(head) {
+	var head [KsetHeaderSize]byte
+	err := readFull(w.r, head[:], w.l.Offset(w.pos.Seg, w.pos.Off))
+	if err == nil {
+		if isZero(head[:]) {
 			return nil
 		}
 		next := le.Uint32(head[4:])
@@ -114,14 +119,34 @@ func (w *walker) unnumberedAhead(cause error) *Position {
 		if at.Off > SegmentData-KsetHeaderSize {
 			return nil
 		}
-		if w.read(at) == nil && w.follows() {
+		if w.read(at) == nil && (err != nil || w.fits(head[:], n)) && w.follows() {
 			return &at
 		}
-		if err := readFull(w.r, head, w.l.Offset(at.Seg, at.Off)); err == nil && isZero(head) {
+		if w.endsAt(at) {
 			return nil
 		}
 	}
 	return nil
+}
+
+// fits reports whether the kset just read, n keys behind the bad one, agrees
+// with what is left of the bad one's header: with its length, or its number.
+func (w *walker) fits(head []byte, n int) bool {
+	if w.seq != 0 && w.kset.Seq != 0 {
+		return true // follows knows better
+	}
+	seq := le.Uint64(head[16:]) >> seqShift
+	return le.Uint32(head[4:]) == uint32(n) || seq == 0 && w.kset.Seq == 0 || seq != 0 && w.kset.Seq == NextSeq(seq)
+}
+
+// endsAt reports whether an end mark stands at a place, or a LAST in place of
+// one, which leads to nothing yet.
+func (w *walker) endsAt(at Position) bool {
+	var head [KsetHeaderSize]byte
+	if err := readFull(w.r, head[:], w.l.Offset(at.Seg, at.Off)); err != nil {
+		return false
+	}
+	return isZero(head[:]) || w.read(at) == nil && w.kset.Last && !w.leadsOn()
 }
 
 // numberedAhead looks at every place in the rest of the segment.
