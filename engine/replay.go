@@ -156,10 +156,7 @@ func (r *replayer) key(k *ondisk.Key) error {
 
 // intact reports whether the data of a key is what its checksum says.
 func (r *replayer) intact(k *ondisk.Key) bool {
-	if r.buf == nil {
-		r.buf = make([]byte, ondisk.StripeSize)
-	}
-	buf := r.buf[:k.Len]
+	buf := grow(&r.buf, int(k.Len))
 	_, err := r.c.mem.ReadAt(buf, r.c.layout.Offset(k.Seg, k.SegOff))
 	return err == nil && ondisk.Checksum(buf) == k.CRC
 }

@@ -151,7 +151,7 @@ func (w *walker) endsAt(at Position) bool {
 
 // numberedAhead looks at every place in the rest of the segment.
 func (w *walker) numberedAhead(expected uint64) *Position {
-	chunk := make([]byte, 1<<20)
+	chunk := make([]byte, min(64<<10, SegmentData-w.pos.Off))
 	magic := le.AppendUint64(nil, ksetMagic)
 	for base := w.pos.Off; base < SegmentData; base += uint32(len(chunk)) {
 		p := chunk[:min(uint32(len(chunk)), SegmentData-base)]
