@@ -97,8 +97,8 @@ func TestFakeBounds(t *testing.T) {
 
 func TestFakePoison(t *testing.T) {
 	f := NewFake(MinSize)
-	f.Poison(5000, 100)
 	f.Poison(4900, 8)
+	f.Poison(5000, 100)
 	f = f.Clone()
 	p := make([]byte, 64)
 	for _, c := range []struct{ off, bad int64 }{
