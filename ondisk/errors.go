@@ -20,13 +20,14 @@ var (
 // What is damaged beyond the help of its second copy. The remedy is the same
 // for all: run check to see how much it is, and restore or format.
 var (
-	ErrInfo           = errors.New("cache_info is not valid")
-	ErrLost           = errors.New("both copies are lost; ublk-pcache check shows what else is")
-	ErrChain          = errors.New("the chain of segments is broken")
-	ErrGeneration     = errors.New("the generation of a segment is lost, its cached data cannot be told from older data")
-	ErrPosition       = errors.New("not a place in the log")
-	ErrIdentity       = errors.New("the identity record is damaged in both copies, so the backing device cannot be verified")
-	ErrIdentityFields = errors.New("identity record has an impossible backing size")
+	ErrInfo            = errors.New("cache_info is not valid")
+	ErrLost            = errors.New("both copies are lost; ublk-pcache check shows what else is")
+	ErrChain           = errors.New("the chain of segments is broken")
+	ErrGeneration      = errors.New("the generation of a segment is lost, its cached data cannot be told from older data")
+	ErrGenerationValue = errors.New("the generation of a segment is higher than any cache gets")
+	ErrPosition        = errors.New("not a place in the log")
+	ErrIdentity        = errors.New("the identity record is damaged in both copies, so the backing device cannot be verified")
+	ErrIdentityFields  = errors.New("identity record has an impossible backing size")
 )
 
 // What is wrong with a place in the log where a kset was expected. A log that

@@ -118,12 +118,15 @@ func Format(m Medium, o FormatOptions) error {
 // bothCopies are the two copies of a new record, the older one first.
 var bothCopies = [2]Replica{{Slot: 0, Seq: 0}, {Slot: 1, Seq: 1}}
 
-// firstGeneration returns a generation that no key on the device has reached.
+// firstGeneration returns a generation that no key on the device has reached,
+// except those of segments that no cache can have.
 func firstGeneration(r io.ReaderAt, segments uint32) (gen uint64) {
 	for phys := range segments {
 		var buf [GenerationSize]byte
 		if readCopies(r, segmentOff(phys)+genOff, GenerationSize, buf[:]).Valid() {
-			gen = max(gen, decodeGeneration(buf[:])+1)
+			if old := decodeGeneration(buf[:]); old < maxGeneration {
+				gen = max(gen, old+1)
+			}
 		}
 	}
 	return gen

@@ -190,7 +190,8 @@ func (l *Layout) readChain(r io.ReaderAt) error {
 
 // readGenerations loads the generation of each segment. Every segment has
 // one from the format on (the kernel writes 0 explicitly), so a missing one
-// is damage, and taking it for 0 would bring dead keys back to life.
+// is damage, and taking it for 0 would bring dead keys back to life. So would
+// counting on from the last number there is, hence maxGeneration.
 func (l *Layout) readGenerations(r io.ReaderAt) error {
 	l.Gens = make([]uint64, len(l.Chain))
 	l.GenAt = make([]Replica, len(l.Chain))
@@ -207,6 +208,9 @@ func (l *Layout) readGenerations(r io.ReaderAt) error {
 		}
 		l.note(c, recordGeneration, uint32(id))
 		l.Gens[id], l.GenAt[id] = decodeGeneration(buf[:]), c.Newest
+		if l.Gens[id] > maxGeneration {
+			return fmt.Errorf("%w: segment %d is said to be at %d", ErrGenerationValue, id, l.Gens[id])
+		}
 	}
 	if damaged > 0 {
 		return fmt.Errorf("%w: segment %d (%d in all): %w", ErrGeneration, first, damaged, lost(recordGeneration, state))

@@ -221,6 +221,12 @@ func decodeSegmentInfo(p []byte) SegmentInfo {
 	return SegmentInfo{HasNext: flags&1 != 0, Type: uint8(flags >> 1 & 0xF), Next: le.Uint32(p[12:])}
 }
 
+// maxGeneration is the highest generation that a segment may be found with. One
+// goes up each time that 16 MiB are used again, so a cache of a single segment
+// takes thousands of years to get there at any speed; a forged one must not be
+// made to wrap.
+const maxGeneration = 1<<63 - 1
+
 func encodeGeneration(dst []byte, phys uint32, at Replica, gen uint64) (off int64) {
 	dst = dst[:GenerationSize]
 	le.PutUint64(dst[8:], gen)
