@@ -137,10 +137,12 @@ func (w *walker) read(at Position) error {
 	if err != nil {
 		return err
 	}
+	// Behind all but a LAST there is room for one, even behind a kset of no
+	// keys, which nobody writes: the next writer counts on it.
+	if le.Uint64(head[16:])&ksetLast == 0 && at.Off+size > SegmentData-KsetHeaderSize {
+		return errKsetRoom
+	}
 	if size > KsetHeaderSize {
-		if at.Off+size > SegmentData-KsetHeaderSize {
-			return errKsetRoom
-		}
 		if err := readFull(w.r, w.buf[KsetHeaderSize:size], off+KsetHeaderSize); err != nil {
 			return fmt.Errorf("kset %w: %w", ErrUnreadable, err)
 		}
