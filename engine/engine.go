@@ -181,8 +181,10 @@ func (c *Cache) Close() error {
 	c.gc.kick()
 	c.syncer.kick()
 	c.running.Wait()
-	if err := c.mem.Sync(); err != nil {
-		return fmt.Errorf("sync the cache: %w", err)
+	// With the mark behind the last kset: what is damaged after an orderly end
+	// was not taken by a power cut.
+	if err := c.syncLog(); err != nil {
+		return err
 	}
 	return c.failure()
 }

@@ -39,8 +39,8 @@ func (s *syncer) add(r *Request) {
 }
 
 // markSynced says that the log is durable up to the kset numbered seq, where
-// that goes without saying on a region that is Durable. Open and then syncLoop
-// are its only callers.
+// that goes without saying on a region that is Durable. Open, then syncLoop and
+// at last Close call it, one after the other.
 func (c *Cache) markSynced(seq uint64) error {
 	if c.mem.Durable() {
 		return nil
@@ -55,6 +55,19 @@ func (c *Cache) markSynced(seq uint64) error {
 	return nil
 }
 
+// syncLog makes everything durable that is in the log, and says so.
+func (c *Cache) syncLog() error {
+	seq := c.journal.last()
+	err := c.mem.Sync()
+	if err == nil {
+		err = c.markSynced(seq)
+	}
+	if err != nil {
+		return fmt.Errorf("sync the cache: %w", err)
+	}
+	return nil
+}
+
 func (c *Cache) syncLoop() {
 	for {
 		select {
@@ -66,13 +79,8 @@ func (c *Cache) syncLoop() {
 		list := c.syncer.mu.list
 		c.syncer.mu.list = nil
 		c.syncer.mu.Unlock()
-		seq := c.journal.last()
-		err := c.mem.Sync()
-		if err == nil {
-			err = c.markSynced(seq)
-		}
+		err := c.syncLog()
 		if err != nil {
-			err = fmt.Errorf("sync the cache: %w", err)
 			c.fail(err)
 		}
 		if failed := c.failure(); failed != nil {
