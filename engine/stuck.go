@@ -148,9 +148,10 @@ func without(parts []extent, known extent) (rest []extent) {
 	return rest
 }
 
-// relogStuck logs what is stuck again, if dirty_tail can pass anything by that.
-// When there is no room for it in the log, nothing is lost by the attempt.
-func (c *Cache) relogStuck() error {
+// relogStuck logs what is stuck again, if dirty_tail can pass anything by that,
+// and reports whether it has. When there is no room for it in the log, nothing
+// is lost by the attempt.
+func (c *Cache) relogStuck() (passed bool, err error) {
 	w := &c.writeback
 	w.retryNow()
 	parts := c.takeDue(nil)
@@ -163,18 +164,18 @@ func (c *Cache) relogStuck() error {
 	}
 	// As many ksets again, or fewer, would only let the log grow.
 	if w.at.ksets-oldest <= uint64(len(keys)+ondisk.MaxKeys-1)/ondisk.MaxKeys {
-		return nil
+		return false, nil
 	}
 	at, err := c.relog(keys)
 	if err == errLogFull || err == errOvertaken {
-		return nil
+		return false, nil
 	} else if err != nil {
-		return err
+		return false, err
 	}
 	for i := range w.stuck {
 		w.stuck[i].key = at
 	}
-	return c.advance()
+	return true, c.advance()
 }
 
 // errOvertaken: a part was overwritten before it was logged again.

@@ -249,10 +249,14 @@ func (c *Cache) writebackLoop() {
 			w.retryNow()
 		}
 		if w.pressed.Swap(false) && len(w.stuck) > 0 {
-			if err := c.relogStuck(); err != nil {
+			passed, err := c.relogStuck()
+			if err != nil {
 				c.fail(err)
 			}
-			c.gc.kick()
+			// Who pressed for nothing is not told to press again.
+			if passed {
+				c.gc.kick()
+			}
 		}
 		idleAt, dirty := since.Add(idleAfter), w.at.ksets < written
 		collect := dirty && (w.at.ksets < w.want.Load() || !now.Before(idleAt))
