@@ -64,7 +64,7 @@ func (c *Cache) pieceOf(p *part, rest extent) uint16 {
 		return rest.n
 	}
 	blocks := max(1, uint16(c.disk.BlockSize()>>sectorShift))
-	return min(rest.n, (p.e.n/blocks+1)/2*blocks)
+	return min(rest.n, max(1, (p.e.n/blocks+1)/2)*blocks)
 }
 
 // nextRetry returns when the first of what is stuck is due.
