@@ -45,7 +45,8 @@ const (
 )
 
 const (
-	paramTypeBasic = 1 << 0
+	paramTypeBasic   = 1 << 0
+	paramTypeDiscard = 1 << 1
 
 	attrVolatileCache = 1 << 2
 	attrFUA           = 1 << 3
@@ -91,8 +92,9 @@ type devInfo struct {
 	_             [2]uint64
 }
 
-// params is the head of struct ublk_params and its first member, struct
-// ublk_param_basic. The driver takes as much of the struct as len says.
+// params is the head of struct ublk_params and its first two members, struct
+// ublk_param_basic and struct ublk_param_discard. The driver takes as much of
+// the struct as len says.
 type params struct {
 	len              uint32
 	types            uint32
@@ -105,6 +107,14 @@ type params struct {
 	chunkSectors     uint32
 	devSectors       uint64
 	virtBoundaryMask uint64
+
+	discardAlignment      uint32
+	discardGranularity    uint32
+	maxDiscardSectors     uint32
+	maxWriteZeroesSectors uint32
+	maxDiscardSegments    uint16
+	_                     uint16
+	_                     uint32 // of the next member, which is the driver's to fill in
 }
 
 // ioDesc is struct ublksrv_io_desc: what a fetched tag asks for.
@@ -126,7 +136,7 @@ type ioCmd struct {
 const (
 	ctrlCmdSize = 32
 	devInfoSize = 64
-	paramsSize  = 40
+	paramsSize  = 64
 	ioDescSize  = 24
 	ioCmdSize   = 16
 )
@@ -139,6 +149,10 @@ var (
 	_ [unsafe.Sizeof(devInfo{}) - devInfoSize]byte
 	_ [paramsSize - unsafe.Sizeof(params{})]byte
 	_ [unsafe.Sizeof(params{}) - paramsSize]byte
+	_ [40 - unsafe.Offsetof(params{}.discardAlignment)]byte
+	_ [unsafe.Offsetof(params{}.discardAlignment) - 40]byte
+	_ [56 - unsafe.Offsetof(params{}.maxDiscardSegments)]byte
+	_ [unsafe.Offsetof(params{}.maxDiscardSegments) - 56]byte
 	_ [ioDescSize - unsafe.Sizeof(ioDesc{})]byte
 	_ [unsafe.Sizeof(ioDesc{}) - ioDescSize]byte
 	_ [ioCmdSize - unsafe.Sizeof(ioCmd{})]byte

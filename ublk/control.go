@@ -152,7 +152,7 @@ func (c *control) params(id uint32) (params, error) {
 
 func (c *control) setParams(id uint32, p params) error {
 	p.len = paramsSize
-	p.types = paramTypeBasic
+	p.types = paramTypeBasic | paramTypeDiscard
 	*(*params)(unsafe.Pointer(unsafe.SliceData(c.arg))) = p
 	return deviceError("set the parameters of", id, c.command(cmdSetParams, id, 0, paramsSize))
 }

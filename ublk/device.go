@@ -28,6 +28,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"math/bits"
 	"os"
 	"path/filepath"
@@ -53,7 +54,9 @@ type Config struct {
 	Depth         int   // requests in flight per queue, 1 to 4096
 	Size          int64 // bytes, a multiple of BlockSize
 	BlockSize     int   // logical block size in bytes: 512, 1024, 2048 or 4096
-	ChunkSize     int   // bytes; no request crosses a multiple of it
+	ChunkSize     int   // bytes; no Read and no Write crosses a multiple of it
+	MaxDiscard    int   // bytes in one Discard, 0 to offer none
+	MaxZeroes     int   // bytes in one WriteZeroes, 0 to offer none
 	VolatileCache bool  // requests may complete before they are durable; Flush and FUA make them so
 }
 
@@ -71,6 +74,11 @@ func (c *Config) check() error {
 		c.Size <= 0 || c.Size%int64(c.BlockSize) != 0 || c.ChunkSize%c.BlockSize != 0 {
 		return fmt.Errorf("%w: %d bytes in blocks of %d and chunks of %d", ErrGeometry, c.Size, c.BlockSize, c.ChunkSize)
 	}
+	for _, limit := range []int{c.MaxDiscard, c.MaxZeroes} {
+		if limit < 0 || limit > math.MaxUint32 || limit%c.BlockSize != 0 {
+			return fmt.Errorf("%w: requests of up to %d bytes without data, in blocks of %d", ErrGeometry, limit, c.BlockSize)
+		}
+	}
 	return nil
 }
 
@@ -83,6 +91,11 @@ func (c *Config) params() params {
 		maxSectors:      MaxIO >> sectorShift,
 		chunkSectors:    uint32(c.ChunkSize >> sectorShift),
 		devSectors:      uint64(c.Size >> sectorShift),
+
+		discardGranularity:    uint32(c.BlockSize),
+		maxDiscardSectors:     uint32(c.MaxDiscard >> sectorShift),
+		maxWriteZeroesSectors: uint32(c.MaxZeroes >> sectorShift),
+		maxDiscardSegments:    1, // the driver takes no other number
 	}
 	if c.VolatileCache {
 		p.attrs |= attrVolatileCache | attrFUA

@@ -3,15 +3,18 @@
 package ublk
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -69,17 +72,19 @@ func TestStart(t *testing.T) {
 	cfg.VolatileCache = true
 	r := start(t, cfg)
 	for name, want := range map[string]string{
-		"size":                      strconv.Itoa(ramSize / 512),
-		"queue/logical_block_size":  "512",
-		"queue/physical_block_size": "4096",
-		"queue/minimum_io_size":     "4096",
-		"queue/optimal_io_size":     "4096",
-		"queue/max_hw_sectors_kb":   "1024",
-		"queue/chunk_sectors":       "8192",
-		"queue/write_cache":         "write back",
-		"queue/fua":                 "1",
-		"queue/rotational":          "0",
-		"ro":                        "0",
+		"size":                         strconv.Itoa(ramSize / 512),
+		"queue/logical_block_size":     "512",
+		"queue/physical_block_size":    "4096",
+		"queue/minimum_io_size":        "4096",
+		"queue/optimal_io_size":        "4096",
+		"queue/max_hw_sectors_kb":      "1024",
+		"queue/chunk_sectors":          "8192",
+		"queue/write_cache":            "write back",
+		"queue/fua":                    "1",
+		"queue/rotational":             "0",
+		"queue/discard_max_bytes":      "0",
+		"queue/write_zeroes_max_bytes": "0",
+		"ro":                           "0",
 	} {
 		got, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(r.Path()), name))
 		if err != nil || strings.TrimSpace(string(got)) != want {
@@ -131,6 +136,129 @@ func TestFlushAndFUA(t *testing.T) {
 	}
 	if _, err := unix.Pwritev2(fd, [][]byte{buf}, 0, unix.RWF_DSYNC); err != nil || fuas.Load() == 0 {
 		t.Errorf("after a write with RWF_DSYNC: %d FUA writes, %v", fuas.Load(), err)
+	}
+	unix.Close(fd)
+	finish(t, r.Device)
+}
+
+// TestDiscardAndWriteZeroes asks for both in all the ways that programs have,
+// off the 4 KiB grid, larger than one request may be. Every byte of a range must
+// be asked for once, by the right operation, and no byte beside it.
+func TestDiscardAndWriteZeroes(t *testing.T) {
+	const off, size = 3 * 512, 24<<20 + 512
+	cfg := twoQueues
+	cfg.MaxDiscard, cfg.MaxZeroes = 16<<20, 8<<20
+	var seen struct {
+		sync.Mutex
+		requests []Request
+	}
+	r := &ram{mem: aligned(t, ramSize)}
+	var err error
+	r.Device, err = Add(cfg, func(q *Queue) Handler {
+		return spy{r.handler(q), func(req *Request) {
+			if req.Op != Read {
+				seen.Lock()
+				seen.requests = append(seen.requests, *req)
+				seen.Unlock()
+			}
+		}}
+	}, func(err error) { panic(err) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]int{
+		"discard_max_bytes": cfg.MaxDiscard, "write_zeroes_max_bytes": cfg.MaxZeroes,
+		"discard_granularity": 1 << physicalShift, // never less than a physical block
+	} {
+		got, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(r.Path()), "queue", name))
+		if err != nil || strings.TrimSpace(string(got)) != strconv.Itoa(want) {
+			t.Errorf("%s is %q (%v), should be %d", name, got, err, want)
+		}
+	}
+	fd := open(t, r.Path())
+	for _, c := range []struct {
+		name  string
+		op    Op
+		limit int
+		left  byte
+		call  func() error
+	}{
+		{"BLKDISCARD", Discard, cfg.MaxDiscard, discarded, func() error {
+			return ioctlRange(fd, unix.BLKDISCARD, off, size)
+		}},
+		{"BLKZEROOUT", WriteZeroes, cfg.MaxZeroes, 0, func() error {
+			return ioctlRange(fd, unix.BLKZEROOUT, off, size)
+		}},
+		{"punching a hole", WriteZeroes, cfg.MaxZeroes, 0, func() error {
+			return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, size)
+		}},
+		{"zeroing a range", WriteZeroes, cfg.MaxZeroes, 0, func() error {
+			return unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE|unix.FALLOC_FL_KEEP_SIZE, off, size)
+		}},
+	} {
+		mem := r.mem[:lateFrom]
+		want := bytes.Repeat([]byte{1}, len(mem))
+		copy(mem, want)
+		copy(want[off:], bytes.Repeat([]byte{c.left}, size))
+		seen.requests = nil
+		if err := c.call(); err != nil {
+			t.Errorf("%s: %v", c.name, err)
+		}
+		slices.SortFunc(seen.requests, func(a, b Request) int { return int(a.Offset - b.Offset) })
+		end := int64(off)
+		for _, req := range seen.requests {
+			if req.Op != c.op || req.Offset != end || req.Len <= 0 || req.Len > c.limit || req.Buf != nil {
+				t.Errorf("%s: operation %d of %d bytes at %d, should be one of %d at %d", c.name, req.Op, req.Len, req.Offset, c.op, end)
+			}
+			end = req.Offset + int64(req.Len)
+		}
+		if end != off+size {
+			t.Errorf("%s ends at %d, should at %d", c.name, end, off+size)
+		}
+		if !bytes.Equal(mem, want) {
+			t.Errorf("%s: not exactly its range has changed", c.name)
+		}
+		t.Logf("%s: %d requests, the largest of %d KiB", c.name, len(seen.requests), largest(seen.requests)>>10)
+	}
+	if err := ioctlRange(fd, unix.BLKDISCARD, failFrom, 4096); err != unix.ENOSPC {
+		t.Errorf("a discard that fails: %v", err)
+	}
+	unix.Close(fd)
+	finish(t, r.Device)
+}
+
+func ioctlRange(fd int, request uint, off, n int64) error {
+	span := [2]int64{off, n}
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), uintptr(request), uintptr(unsafe.Pointer(&span)))
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+func largest(requests []Request) (n int) {
+	for _, r := range requests {
+		n = max(n, r.Len)
+	}
+	return n
+}
+
+// TestNothingOffered: without limits there are no discards, and zeros come as
+// writes.
+func TestNothingOffered(t *testing.T) {
+	r := start(t, twoQueues)
+	fd := open(t, r.Path())
+	for i := range r.mem[:8192] {
+		r.mem[i] = 1
+	}
+	if err := ioctlRange(fd, unix.BLKDISCARD, 0, 4096); err != unix.EOPNOTSUPP {
+		t.Errorf("discard: %v", err)
+	}
+	if err := ioctlRange(fd, unix.BLKZEROOUT, 4096, 4096); err != nil {
+		t.Errorf("write zeroes: %v", err)
+	}
+	if r.mem[4095] != 1 || r.mem[4096] != 0 || r.mem[8191] != 0 {
+		t.Error("what was to be zeroed was not, or more was")
 	}
 	unix.Close(fd)
 	finish(t, r.Device)
@@ -381,6 +509,8 @@ func TestAddRefuses(t *testing.T) {
 		"block size 256": func(c *Config) { c.BlockSize = 256 },
 		"no queues":      func(c *Config) { c.Queues = 0 },
 		"too deep":       func(c *Config) { c.Depth = maxQueueDepth + 1 },
+		"odd discards":   func(c *Config) { c.MaxDiscard = 513 },
+		"huge zeroes":    func(c *Config) { c.MaxZeroes = 1 << 33 },
 	} {
 		cfg := twoQueues
 		change(&cfg)

@@ -28,7 +28,7 @@ const (
 type Request struct {
 	Tag    uint16
 	Op     Op
-	FUA    bool   // Write only: durable before it completes
+	FUA    bool   // Write and WriteZeroes: durable before it completes
 	Offset int64  // bytes; 0 for Flush
 	Len    int    // bytes; 0 for Flush
 	Buf    []byte // Read and Write: Len bytes, page-aligned, mapped; otherwise nil

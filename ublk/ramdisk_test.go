@@ -10,6 +10,7 @@
 package ublk
 
 import (
+	"bytes"
 	"errors"
 	"sync"
 	"syscall"
@@ -25,6 +26,8 @@ const (
 	// to the second are finished by another goroutine, those to the third fail.
 	lateFrom = 32 << 20
 	failFrom = 64 << 20
+
+	discarded = 0xdd // what a discard leaves behind, to be told from zeros
 )
 
 // ramdisk is the handler of one queue.
@@ -65,6 +68,10 @@ func (r *ramdisk) carryOut(req *Request) Completion {
 		copy(req.Buf, at)
 	case Write:
 		copy(at, req.Buf)
+	case Discard:
+		copy(at, bytes.Repeat([]byte{discarded}, len(at)))
+	case WriteZeroes:
+		clear(at)
 	case Flush:
 	default:
 		return Completion{req.Tag, syscall.EOPNOTSUPP}
