@@ -16,13 +16,21 @@ type Load struct {
 	Depth     int    // requests in flight, each from a goroutine of its own
 	BlockSize int64  // bytes; sizes and offsets are multiples of it
 	Seed      uint64 // the same seed gives each goroutine the same requests
+
+	// Zero, if there is one, makes a range read as zeros; one request in 16 does then. kind is random: there are
+	// several ways.
+	Zero func(off, n int64, kind int) error
 }
 
-// maxRequest is the largest request; sizes are spread so that each power of two up to it is as likely as another.
-const maxRequest = 1 << 20
+// The largest requests; sizes are spread so that each power of two up to them is as likely as another. One without data
+// may be much larger than one with. At this size, zeroing and writing keep each other's balance.
+const (
+	maxRequest = 1 << 20
+	maxZero    = 16 << 20
+)
 
 // Run makes requests until they have written the given number of bytes or stop is closed, whichever is first; it returns
-// the bytes written and all errors. Three requests of four write; half of all go to a sixteenth of the device, so that
+// the bytes written and all errors. Three requests of four write, zeroing aside; half of all go to a sixteenth of the device, so that
 // overwriting, reading what was just written and reading what was long evicted all happen.
 func (l Load) Run(d *Device, bytes int64, stop <-chan struct{}) (int64, error) {
 	var written atomic.Int64
@@ -51,17 +59,27 @@ func (l Load) one(d *Device, rnd *rand.Rand, bytes int64, written *atomic.Int64,
 			return nil
 		default:
 		}
-		size := int64(math.Exp2(9 + 11*rnd.Float64()))
-		size = max(size/l.BlockSize, 1) * l.BlockSize
-		area := d.Size()
+		zero := l.Zero != nil && rnd.IntN(16) == 0
+		most, area := int64(maxRequest), d.Size()
+		if zero {
+			most = maxZero
+		}
+		size := int64(sectorSize * math.Pow(float64(most/sectorSize), rnd.Float64()))
 		if rnd.IntN(2) == 0 {
 			area /= 16
 		}
+		size = max(min(size, area)/l.BlockSize, 1) * l.BlockSize
 		off := rnd.Int64N((area-size)/l.BlockSize+1) * l.BlockSize
-		if rnd.IntN(4) == 0 {
+		switch {
+		case zero:
+			kind := rnd.Int()
+			err = d.Zero(off, size, func(off, n int64) error { return l.Zero(off, n, kind) })
+		case rnd.IntN(4) == 0:
 			err = d.Read(buf[:size], off)
-		} else if err = d.Write(buf[:size], off); err == nil {
-			written.Add(size)
+		default:
+			if err = d.Write(buf[:size], off); err == nil {
+				written.Add(size)
+			}
 		}
 		if err != nil {
 			return err

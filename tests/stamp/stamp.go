@@ -37,6 +37,9 @@ func fill(buf []byte, sector int64, generation uint32) {
 	}
 }
 
+// zeroed marks a generation that is not of a write, but of a zeroing.
+const zeroed = 1 << 31
+
 // A Device is what a block device (or any ReadWriterAt) must hold: for each sector the generation that was last
 // acknowledged, 0 for never written and therefore zero.
 //
@@ -116,23 +119,45 @@ func (d *Device) release(s span) {
 // be there from now on. After an error the range's contents are unknown and the device of no further use.
 func (d *Device) Write(buf []byte, off int64) error {
 	s := span{off / sectorSize, (off + int64(len(buf))) / sectorSize}
-	d.mu.Lock()
-	d.claimLocked(s)
-	d.mu.last++
-	generation := d.mu.last
-	d.mu.Unlock()
+	generation := d.begin(s)
 	defer d.release(s)
 
 	fill(buf, s.from, generation)
 	if _, err := d.io.WriteAt(buf, d.base+off); err != nil {
 		return fmt.Errorf("write %d bytes at %d: %w", len(buf), d.base+off, err)
 	}
+	d.acknowledge(s, generation)
+	return nil
+}
+
+// Zero is a Write of zeros, for as long as it takes the caller's zero to make a range read as such: n bytes, off bytes
+// from the beginning of what the Device is on.
+func (d *Device) Zero(off, n int64, zero func(off, n int64) error) error {
+	s := span{off / sectorSize, (off + n) / sectorSize}
+	generation := d.begin(s) | zeroed
+	defer d.release(s)
+	if err := zero(d.base+off, n); err != nil {
+		return fmt.Errorf("zero %d bytes at %d: %w", n, d.base+off, err)
+	}
+	d.acknowledge(s, generation)
+	return nil
+}
+
+// begin claims a span and returns the generation that it is to get.
+func (d *Device) begin(s span) uint32 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.claimLocked(s)
+	d.mu.last++
+	return d.mu.last
+}
+
+func (d *Device) acknowledge(s span, generation uint32) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for i := s.from; i < s.to; i++ {
 		d.mu.generations[i] = generation
 	}
-	return nil
 }
 
 // Read reads into buf and compares every sector with what was acknowledged last.
@@ -173,7 +198,7 @@ func describe(wrong []string) error {
 func compare(buf []byte, sector int64, generation uint32) string {
 	word := func(i int) uint64 { return binary.LittleEndian.Uint64(buf[i*8:]) }
 	var step, m uint64
-	if generation != 0 {
+	if generation != 0 && generation&zeroed == 0 {
 		step, m = 1, mark(sector, generation)
 	}
 	for i := 0; i < sectorSize/8; i++ {
@@ -187,7 +212,11 @@ func compare(buf []byte, sector int64, generation uint32) string {
 // explain looks at the word that differs and at the last one: they agree unless the sector was put together.
 func explain(word func(int) uint64, sector int64, generation uint32, first int) string {
 	const end = sectorSize/8 - 1
-	at := fmt.Sprintf("sector %d, generation %d: ", sector, generation)
+	must := "stamped"
+	if generation&zeroed != 0 {
+		must, generation = "zeroed", generation&^zeroed
+	}
+	at := fmt.Sprintf("sector %d, %s in generation %d: ", sector, must, generation)
 	name := func(i int) string {
 		if word(i) == 0 {
 			return "zeros"

@@ -24,6 +24,13 @@ func (m *memory) WriteAt(p []byte, off int64) (int, error) {
 	return copy(m.data[off:], p), nil
 }
 
+func (m *memory) zero(off, n int64, _ int) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	clear(m.data[off : off+n])
+	return nil
+}
+
 func TestUnmarkInvertsMark(t *testing.T) {
 	for _, sector := range []int64{0, 1, 12345, 1<<40 - 1} {
 		for _, generation := range []uint32{1, 2, 1<<24 - 1} {
@@ -37,7 +44,7 @@ func TestUnmarkInvertsMark(t *testing.T) {
 func TestLoadOnAnHonestDeviceVerifies(t *testing.T) {
 	m := &memory{data: make([]byte, 32<<20)}
 	d := New(m, 4096, 16<<20)
-	written, err := Load{Depth: 8, BlockSize: 512, Seed: 1}.Run(d, 64<<20, nil)
+	written, err := Load{Depth: 8, BlockSize: 512, Seed: 1, Zero: m.zero}.Run(d, 64<<20, nil)
 	if err != nil || written < 64<<20 {
 		t.Fatalf("wrote %d bytes: %v", written, err)
 	}
@@ -77,5 +84,26 @@ func TestEveryKindOfDamageIsNamed(t *testing.T) {
 				t.Fatalf("got %v", err)
 			}
 		})
+	}
+}
+
+// What was there before a zeroing is stale, and a zeroing that took place is no loss.
+func TestDamageAfterZeroingIsNamed(t *testing.T) {
+	m := &memory{data: make([]byte, 1<<20)}
+	d := New(m, 0, 1<<20)
+	if err := d.Write(make([]byte, 64*sectorSize), 0); err != nil {
+		t.Fatal(err)
+	}
+	before := append([]byte(nil), m.data...)
+	if err := d.Zero(sectorSize, 8*sectorSize, func(off, n int64) error { return m.zero(off, n, 0) }); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Verify(make([]byte, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	copy(m.data[2*sectorSize:], before[2*sectorSize:][:sectorSize])
+	err := d.Verify(make([]byte, 1<<20))
+	if err == nil || !strings.Contains(err.Error(), "1 wrong sectors: sector 2, zeroed in generation 2: stale") {
+		t.Fatalf("got %v", err)
 	}
 }
