@@ -32,6 +32,8 @@ func (h *handler) Submit(r *ublk.Request) {
 		e.Op = engine.Write
 	case ublk.Flush:
 		e.Op = engine.Flush
+	case ublk.Discard, ublk.WriteZeroes:
+		e.Op, e.Len = engine.Zero, r.Len
 	default:
 		h.refused = append(h.refused, ublk.Completion{Tag: r.Tag, Err: syscall.EOPNOTSUPP})
 		return

@@ -165,9 +165,16 @@ func (s *server) serve(recover bool) (err error) {
 		s.ublk, err = ublk.Recover(s.dev.ID, handler, fatal)
 		return err
 	}
+	// A discard becomes zeros on the disk, too. If they had to be transferred,
+	// the one that mkfs begins with would be as much work as filling the disk.
+	discard := 0
+	if s.disk.ZeroesCheaply() {
+		discard = engine.MaxZero
+	}
 	s.ublk, err = ublk.Add(ublk.Config{
 		ID: s.dev.ID, Queues: s.dev.Queues, Depth: s.dev.Depth,
 		Size: s.disk.Size(), BlockSize: s.disk.BlockSize(), ChunkSize: ondisk.StripeSize,
+		MaxDiscard: discard, MaxZeroes: engine.MaxZero,
 		VolatileCache: !s.region.Durable(),
 	}, handler, fatal)
 	return err
