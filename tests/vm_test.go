@@ -55,8 +55,9 @@ func TestGuest(t *testing.T) {
 	}{
 		{"trixie-backports", everything},
 		{"bookworm-backports", []suite{
-			{"tests/guest", "^(TestFileSystems|TestFourTimesTheCache|TestServerKilled)$"},
+			{"tests/guest", "^(TestFileSystems|TestFourTimesTheCache|TestServerKilled|TestZeroing|TestTrimFreesFile)$"},
 			{"ublk", "."},
+			{"backing", "."},
 		}},
 	} {
 		if *kernelFlag != "" && *kernelFlag != on.kernel {
