@@ -11,20 +11,9 @@ import (
 // # The commit protocol
 //
 // A write is three things: bytes in a data segment, a key in the log, an
-// extent in the index. The obvious way is to do them in this order, each with
-// a fence, and to let every queue do so on its own. It fails in four places:
-//
-//   - Two queues that write the same sectors may enter the index in one order
-//     and the log in the other. Until a restart everybody reads the one, and
-//     after it the other: a read has gone back in time.
-//   - A reader may see an extent whose key is not durable yet, act on it, and
-//     lose it in a crash.
-//   - Two ksets that are in flight at once may reach the media in either
-//     order. If the first is lost, replay ends there, and the second, which
-//     was acknowledged, is lost with it.
-//   - The zeros behind the last kset, which say that the log ends there, may
-//     be lost while the kset survives. Then replay runs on into whatever an
-//     earlier life of the segment left behind.
+// extent in the index. docs/design.md tells what comes of doing them one after
+// the other, each queue for itself: reads that go back in time, a hole in the
+// log, a log without an end.
 //
 // So a turn of a queue stores its data without any lock, and then commits its
 // keys, as one kset, under the lock of the journal:
