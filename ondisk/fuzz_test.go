@@ -58,6 +58,8 @@ func FuzzRecords(f *testing.F) {
 	buf := make([]byte, IdentitySize)
 	EncodeIdentity(buf, Replica{}, &Identity{BackingSize: 4096, Serial: "S"})
 	f.Add(bytes.Clone(buf))
+	EncodeFingerprint(buf, Replica{}, &Fingerprint{State: FingerprintKnown, Size: 4096})
+	f.Add(bytes.Clone(buf))
 	EncodeInfo(buf, Replica{}, Info{Segments: 31, Flags: NewInfoFlags(true, 70)})
 	f.Add(bytes.Clone(buf))
 	f.Fuzz(func(t *testing.T, p []byte) {
@@ -79,6 +81,9 @@ func FuzzRecords(f *testing.F) {
 		}
 		decodeSegmentInfo(sealed(SegmentInfoSize))
 		decodeGeneration(sealed(GenerationSize))
+		if f := decodeFingerprint(sealed(FingerprintSize)); f.State.String() == "" {
+			t.Fatalf("%+v", f)
+		}
 		if id := decodeIdentity(sealed(IdentitySize)); len(id.Serial) > serialSize {
 			t.Fatalf("%+v", id)
 		}
@@ -118,6 +123,7 @@ func FuzzImage(f *testing.F) {
 		{w.l.Offset(0, 0), int64(KsetSize(2))}, {w.l.Offset(0, KsetSize(2)), KsetHeaderSize},
 		{w.l.Offset(3, 0), int64(KsetSize(4))}, {w.l.Offset(3, KsetSize(4)), int64(KsetSize(1))},
 		{w.l.Offset(0, 1<<20), int64(KsetSize(2))},
+		{fingerprintOff, FingerprintSize}, {fingerprintOff + identityDistance, FingerprintSize},
 	}
 	const (
 		set    = iota // store the value

@@ -23,6 +23,9 @@ type Layout struct {
 	SyncMark       uint64 // number of the last kset known to be durable, 0 for none
 	SyncMarkCopies Copies
 
+	Fingerprint       Fingerprint // of the backing device
+	FingerprintCopies Copies
+
 	// Indexed by cache_seg_id, which is a segment's rank in the chain.
 	Chain []uint32  // its physical index
 	Gens  []uint64  // its generation
@@ -82,6 +85,7 @@ func ReadLayout(r io.ReaderAt, size int64) (*Layout, error) {
 	if check(l.readSuperblock(r, size)) {
 		check(l.readIdentity(r))
 		l.readSyncMark(r)
+		l.readFingerprint(r)
 		if check(l.readInfo(r)) && check(l.readChain(r)) {
 			check(l.readGenerations(r))
 		}
@@ -146,6 +150,15 @@ func (l *Layout) readSyncMark(r io.ReaderAt) {
 	l.SyncMarkCopies = readCopies(r, syncMarkOff, identityDistance, buf[:])
 	if l.SyncMarkCopies.Valid() {
 		l.SyncMark = decodeSyncMark(buf[:])
+	}
+}
+
+// readFingerprint takes a lost one for unknown, as if there had never been one.
+func (l *Layout) readFingerprint(r io.ReaderAt) {
+	var buf [FingerprintSize]byte
+	l.FingerprintCopies = readCopies(r, fingerprintOff, identityDistance, buf[:])
+	if l.FingerprintCopies.Valid() {
+		l.Fingerprint = decodeFingerprint(buf[:])
 	}
 }
 
