@@ -40,6 +40,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -129,6 +130,8 @@ type failure struct{ err error }
 // region must be formatted. The error is ErrOptions, wraps an error of
 // ondisk, or is one of this package's.
 func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
+	runtime.LockOSThread() // a fence is for the stores of its own thread
+	defer runtime.UnlockOSThread()
 	layout, err := ondisk.ReadLayout(mem, mem.Size())
 	if err != nil {
 		return nil, err
