@@ -91,7 +91,7 @@ type Logger interface {
 
 // Options are the settings of an open cache.
 type Options struct {
-	Queues         int    // number of queues, at least 1
+	Queues         int    // number of queues, 1 to MaxQueues
 	WritebackDepth int    // writes of up to 1 MiB under way to the disk at once, 0 for DefaultWritebackDepth
 	Log            Logger // required
 }
@@ -136,8 +136,7 @@ func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Each queue fills a segment of its own, and the log one more.
-	if most := len(layout.Chain) - 1 - logReserve(o.Queues); o.Queues < 1 || o.Queues > most {
+	if most := MaxQueues(len(layout.Chain)); o.Queues < 1 || o.Queues > most {
 		return nil, fmt.Errorf("%w: %d queues for a cache of %d segments, which can have 1 to %d", ErrOptions, o.Queues, len(layout.Chain), most)
 	}
 	c := &Cache{

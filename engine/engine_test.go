@@ -809,6 +809,14 @@ func TestTooManyQueues(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if most != MaxQueues(31) || most == 0 {
+		t.Errorf("%d queues can be opened, MaxQueues says %d", most, MaxQueues(31))
+	}
+	for n, want := range []int{0, 0, 0, 0, 1, 2} {
+		if got := MaxQueues(n); got != want {
+			t.Errorf("MaxQueues(%d) = %d, want %d", n, got, want)
+		}
+	}
 	r := newRig(t, mem, disk, most)
 	for q := range most {
 		within(t, "a first write", func() {

@@ -34,6 +34,17 @@ type segment struct {
 // one more for the rest of the current log segment.
 func logReserve(queues int) int { return 1 + (queues+7)/8 }
 
+// MaxQueues returns how many queues a cache of so many segments can have: each
+// fills a segment of its own, and the log one more. 0 is a cache that is too
+// small for any.
+func MaxQueues(segments int) int {
+	n := max(0, segments-1)
+	for n > 0 && n+1+logReserve(n) > segments {
+		n--
+	}
+	return n
+}
+
 type segments struct {
 	all     []segment
 	reserve int

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"encoding/json"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -12,7 +13,10 @@ import (
 	"testing"
 
 	"github.com/spf13/cobra"
+	"go.uber.org/zap"
 
+	"ublk-pcache/backing"
+	"ublk-pcache/engine"
 	"ublk-pcache/ondisk"
 	"ublk-pcache/pmem"
 )
@@ -213,4 +217,57 @@ func TestFormatCommand(t *testing.T) {
 	fails(t, err, path, "no cache", "not blank", "--force")
 	_, err = execute(newCheckCmd(), path)
 	fails(t, err, path, "problems found: 1")
+}
+
+// newServer opens a region and a backing device, both new files, as start does.
+func newServer(t *testing.T) *server {
+	t.Helper()
+	dir := t.TempDir()
+	back := filepath.Join(dir, "backing")
+	if err := os.WriteFile(back, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(back, 4<<20); err != nil {
+		t.Fatal(err)
+	}
+	s := &server{dev: device{PMEM: filepath.Join(dir, "cache"), Backing: back, Queues: 1}, log: zap.NewNop()}
+	var err error
+	if s.disk, err = backing.Open(back); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.disk.Close() })
+	if s.region, err = pmem.Open(s.dev.PMEM+",size=512M", pmem.ReadWrite); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.region.Close() })
+	return s
+}
+
+// TestPrepareRefuses: what a new cache cannot be is refused before it is made.
+func TestPrepareRefuses(t *testing.T) {
+	s := newServer(t)
+	refused := func(o serveOptions, words ...string) {
+		t.Helper()
+		_, err := s.prepare(&o)
+		fails(t, err, words...)
+		if blank, err := ondisk.Blank(s.region, s.region.Size()); !blank {
+			t.Errorf("a refused cache was formatted (%v)", err)
+		}
+	}
+	most := engine.MaxQueues(int(ondisk.SegmentsIn(s.region.Size())))
+	s.dev.Queues = most + 1
+	refused(serveOptions{}, s.dev.PMEM, fmt.Sprintf("--queues %d", most+1), fmt.Sprintf("1 to %d", most))
+	refused(serveOptions{Format: true, Force: true}, s.dev.PMEM, "--queues")
+	s.dev.Queues = most
+	if _, err := s.prepare(&serveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c, err := engine.Open(s.region, disk{s.disk}, engine.Options{Queues: s.dev.Queues, Log: logger{s.log}})
+	if err != nil {
+		t.Fatalf("as many queues as prepare allows: %v", err)
+	}
+	c.Close()
+	other := s.region.Durable() // a plain file has checksums
+	_, err = s.prepare(&serveOptions{DataCRC: &other})
+	fails(t, err, s.dev.PMEM, fmt.Sprintf("--data-crc=%t, not %t", !other, other))
 }

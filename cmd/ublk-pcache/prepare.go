@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"ublk-pcache/engine"
 	"ublk-pcache/ondisk"
 	"ublk-pcache/pmem"
 )
@@ -48,6 +49,10 @@ func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
 
 // format makes a new cache, if that is harmless or was asked for.
 func (s *server) format(o *serveOptions) error {
+	segments := int(ondisk.SegmentsIn(s.region.Size()))
+	if most := engine.MaxQueues(segments); s.dev.Queues > most {
+		return fmt.Errorf("--queues %d: a cache on %s, of %d segments, can have 1 to %d", s.dev.Queues, s.dev.PMEM, segments, most)
+	}
 	if err := mayFormat(s.region, o.Format, o.Force); err != nil {
 		return err
 	}
