@@ -62,7 +62,7 @@ BACKING is a block device or a file. Nobody else may use it meanwhile.`,
 	f.IntVarP(&o.Device.Depth, "depth", "d", 128, "requests in flight per queue")
 	f.IntVar(&o.Device.Writeback, "writeback-depth", engine.DefaultWritebackDepth, "writes of up to 1 MiB in flight to the disk when dirty data is written back")
 	f.BoolVar(&crc, "data-crc", false, "keep checksums of the data (new caches; default: on for plain files)")
-	f.IntVar(&gc, "gc-percent", ondisk.DefaultGCPercent, "how full garbage collection lets the cache become, 0 to 90")
+	f.IntVar(&gc, "gc-percent", ondisk.DefaultGCPercent, "how full garbage collection lets the cache become, 0 to 90 (old caches: as it is, unless given)")
 	f.BoolVar(&o.Format, "format", false, "make a new cache even if PMEM is not blank")
 	f.BoolVar(&o.Force, "force", false, "with --format: even if PMEM holds dirty data; without: even if BACKING has another serial")
 	f.BoolVar(&foreground, "foreground", false, "stay, and log to the terminal")

@@ -104,11 +104,6 @@ func start(o serveOptions) (_ *server, err error) {
 	if err := bind(); err != nil {
 		return nil, err
 	}
-	if o.GCPercent != nil {
-		if err := s.cache.SetGCPercent(*o.GCPercent); err != nil {
-			return nil, err
-		}
-	}
 	if err := s.serve(o.Recover); err != nil {
 		return nil, err
 	}
@@ -118,6 +113,11 @@ func start(o serveOptions) (_ *server, err error) {
 			s.ublk.Delete()
 		}
 	}()
+	if o.GCPercent != nil {
+		if err := s.cache.SetGCPercent(*o.GCPercent); err != nil {
+			return nil, err
+		}
+	}
 	s.dev.ID, s.dev.Device, s.dev.PID = s.ublk.ID(), s.ublk.Path(), os.Getpid()
 	if err := s.dev.save(); err != nil {
 		return nil, err
