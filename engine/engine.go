@@ -94,6 +94,7 @@ type Options struct {
 	Queues         int    // number of queues, 1 to MaxQueues
 	WritebackDepth int    // writes of up to 1 MiB under way to the disk at once, 0 for DefaultWritebackDepth
 	Log            Logger // required
+	Changed        Choice // for a disk that was written without the cache
 }
 
 // Cache is an open cache.
@@ -111,9 +112,10 @@ type Cache struct {
 	tails    tails
 	queues   []*Queue
 
-	writeback writeback
-	gc        collector
-	syncer    syncer
+	writeback   writeback
+	fingerprint fingerprint
+	gc          collector
+	syncer      syncer
 
 	fills  fillTable
 	failed atomic.Pointer[failure]
@@ -156,18 +158,25 @@ func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
 	c.gc.init(layout.Info.Flags.GCPercent())
 	c.writeback.init(c, o.WritebackDepth)
 	c.syncer.init()
-	if err := c.replay(); err != nil {
+	if err := c.replay(o.Changed); err != nil {
 		return nil, err
 	}
 	c.writeback.at = mark{c.tails.mu.dirty, c.tails.mu.cleaned}
 	c.writeback.passed.Store(c.tails.mu.cleaned)
+	if c.fingerprint.outdated {
+		return c.startOver(o)
+	}
 	for i := range o.Queues {
 		c.queues = append(c.queues, newQueue(c, i))
 	}
+	c.start()
+	return c, nil
+}
+
+func (c *Cache) start() {
 	c.running.Go(c.gcLoop)
 	c.running.Go(c.writebackLoop)
 	c.running.Go(c.syncLoop)
-	return c, nil
 }
 
 // Queue returns queue i. All of its methods but the ones that say otherwise
@@ -272,8 +281,15 @@ func (c *Cache) storeTail(t ondisk.Tail, at ondisk.Replica, pos ondisk.Position)
 	return nil
 }
 
-// moveDirtyTail says, durably, that the disk holds everything before pos.
+// moveDirtyTail says, durably, that the disk holds everything before pos. The
+// fingerprint of the disk as it is now is durable before that.
 func (c *Cache) moveDirtyTail(pos ondisk.Position, ksets uint64) error {
+	if err := c.moveFingerprint(pos); err != nil {
+		return err
+	}
+	if err := c.persist(); err != nil {
+		return fmt.Errorf("write the fingerprint for dirty_tail: %w", err)
+	}
 	c.tails.mu.Lock()
 	at := c.tails.mu.dirtyAt.Next()
 	c.tails.mu.Unlock()

@@ -9,6 +9,8 @@ var (
 	ErrKeyGeneration = errors.New("a key names a generation of its segment that does not exist yet")
 	ErrKeyInLog      = errors.New("a key names data inside the log")
 	ErrKeyOverlap    = errors.New("a key names a part of another's data and more")
+	ErrChanged       = errors.New("the backing device was written without its cache")
+	ErrUnchanged     = errors.New("the backing device is not known to have been written without its cache")
 )
 
 // Errors of requests.

@@ -3,6 +3,7 @@ package engine
 import (
 	"bytes"
 	"context"
+	"errors"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -26,6 +27,8 @@ type pageCache struct {
 	synced map[int64][]byte // content at the last sync of the pages written since
 	onSync func()           // called before each Sync
 }
+
+var errPowerOff = errors.New("the power is off")
 
 func newPageCache() *pageCache {
 	return &pageCache{Region: pmem.Heap(ondisk.MinSize), synced: map[int64][]byte{}}
@@ -62,12 +65,17 @@ func (m *pageCache) Zero(off, n int64) error {
 	return m.Region.Zero(off, n)
 }
 
+// Sync fails once the power is off, so that nobody goes on to write to a disk
+// whose crash is taken a moment later.
 func (m *pageCache) Sync() error {
 	if m.onSync != nil {
 		m.onSync()
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.off {
+		return errPowerOff
+	}
 	clear(m.synced)
 	return nil
 }

@@ -18,11 +18,12 @@ import (
 // covered: whoever uses it verifies it.
 //
 // A log that is damaged rather than ended is refused, and so is a key that
-// cannot be true; nothing is written then. Otherwise the segments found free
-// get a new generation, since a crash may have come between the key_tail that
-// freed them and the one it was to have, and everything found, which may never
-// have left the page cache, is made durable.
-func (c *Cache) replay() error {
+// cannot be true, and dirty data for a disk that was changed, unless choice
+// says what becomes of it; nothing is written then. Otherwise the segments
+// found free get a new generation, since a crash may have come between the
+// key_tail that freed them and the one it was to have, and everything found,
+// which may never have left the page cache, is made durable.
+func (c *Cache) replay(choice Choice) error {
 	l := c.layout
 	r := replayer{c: c, dirty: l.KeyTail == l.DirtyTail, fill: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain)), sums: map[uint32]*pieces{}}
 	r.log[l.KeyTail.Seg] = true
@@ -56,6 +57,9 @@ func (c *Cache) replay() error {
 	for seg, p := range r.sums {
 		c.sumsOf(seg).fill(p)
 	}
+	if err := c.compareDisk(choice, r.foreign); err != nil {
+		return err
+	}
 	if err := r.sortSegments(); err != nil {
 		return err
 	}
@@ -69,6 +73,9 @@ func (c *Cache) replay() error {
 	}
 	if err := c.mem.Zero(l.Offset(end.Pos.Seg, end.Pos.Off), rest); err != nil {
 		return fmt.Errorf("clear the end of the log: %w", err)
+	}
+	if err := c.firstFingerprint(); err != nil {
+		return err
 	}
 	if err := c.persist(); err != nil {
 		return err
@@ -100,6 +107,7 @@ type replayer struct {
 	log     []bool
 	sums    map[uint32]*pieces
 	buf     []byte
+	foreign bool // ksets without a number lie behind dirty_tail
 }
 
 func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
@@ -113,6 +121,7 @@ func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 			}
 		}
 	}
+	r.foreign = r.foreign || r.dirty && k.Seq == 0
 	r.ksets++
 	if k.Last {
 		r.log[k.Next] = true

@@ -92,8 +92,12 @@ func openRig(mem Memory, disk *backing.Fake, queues int) (*rig, error) {
 	if err != nil {
 		return nil, err
 	}
+	return startRig(c), nil
+}
+
+func startRig(c *Cache) *rig {
 	r := &rig{Cache: c}
-	for i := range queues {
+	for i := range c.queues {
 		l := &loop{
 			q: c.Queue(i), in: make(chan *pending, 64), wake: make(chan struct{}, 1),
 			quit: make(chan struct{}), ended: make(chan struct{}),
@@ -107,7 +111,7 @@ func openRig(mem Memory, disk *backing.Fake, queues int) (*rig, error) {
 		r.loops = append(r.loops, l)
 		go l.run()
 	}
-	return r, nil
+	return r
 }
 
 func (l *loop) run() {

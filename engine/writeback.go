@@ -332,6 +332,11 @@ func (c *Cache) round(collect bool) error {
 			return fmt.Errorf("read the log for write-back: %w", err)
 		}
 	}
+	if err := c.voidFingerprint(w.parts); err != nil {
+		w.putBack(w.parts[:retried])
+		c.fail(err)
+		return err
+	}
 	// The disk must not be ahead of the log: a key that a power cut takes would
 	// leave its data there, under an older clean copy. And dirty_tail will lean
 	// on what lies behind it: a key before it may not be written because a later
@@ -391,6 +396,7 @@ func (c *Cache) writeParts() error {
 		c.errs.rounds.Add(1)
 		return fmt.Errorf("flush the backing device: %w", err)
 	}
+	c.takeFingerprint()
 	return nil
 }
 

@@ -1,0 +1,265 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"ublk-pcache/ondisk"
+)
+
+// Nothing tells a cache that its disk was mounted, partitioned or restored
+// without it. Its clean data is out of date then and its dirty data belongs to
+// something that may be gone, and serving both with what is on the disk now
+// makes a mixture that never existed.
+//
+// Whoever uses a disk leaves traces where it keeps its superblock or its table:
+// ext4 at 1 KiB, XFS at 0, btrfs at 64 KiB, the same at the head of a first
+// partition at 1 MiB; LVM, md and LUKS at either end, GPT at both. Mounting for
+// writing is enough to change them. So a checksum of these areas is kept on the
+// media, and compared when the cache is opened. Writes that touch none of them
+// go unseen.
+//
+// Write-back changes the areas, too, and so may the kernel if it had the cache
+// in between. The obvious way, to take the checksum when the cache is closed,
+// knows nothing after a crash, just when somebody looks at the disk by hand. To
+// take it after each round raises a false alarm if the crash comes between the
+// round and its checksum. So:
+//
+//  1. Before a round writes to an area: the fingerprint is unknown, durably.
+//  2. The round writes and flushes the disk.
+//  3. The areas are read again if they are unknown.
+//  4. The fingerprint is stored, for dirty_tail as it is and as it will be.
+//  5. It is made durable, and only then dirty_tail moves.
+//
+// A crash before 5 finds the fingerprint of the round before, an unknown one, or
+// this one; a crash after it finds this one, which holds wherever dirty_tail is
+// found. A round that touches no area skips 1 and 3. A
+// flush that failed leaves the fingerprint unknown until one succeeds.
+//
+// The kernel cannot be seen to have written to the disk unless it moved
+// dirty_tail or left a kset, one without a number, behind it. With either,
+// nothing can be told: the areas may be its work, and count as they are now.
+//
+// Invariant: while the fingerprint on the media is known, and dirty_tail is at
+// either of its two places, this program has not written to the areas since.
+
+const (
+	// sampleBytes is the size of an area: enough for btrfs at 64 KiB from the
+	// head and for md 0.90, up to 128 KiB from the end.
+	sampleBytes = 128 << 10
+	// firstPartition is where partitioning tools put it unless told otherwise.
+	firstPartition = 1 << 20
+)
+
+// Choice is what to do with a cache whose disk was written without it.
+type Choice string
+
+const (
+	// Refuse does not open it if there is dirty data, and gives up the clean.
+	Refuse Choice = ""
+	// Overwrite writes the dirty data over what is on the disk now, and gives
+	// up the clean. It does so whether or not the disk is found to be changed,
+	// since not every change can be.
+	Overwrite Choice = "overwrite"
+	// Discard gives up all of it, if the disk is found to be changed.
+	Discard Choice = "discard"
+)
+
+// fingerprint belongs to Open, and then to the thread of write-back.
+type fingerprint struct {
+	now      ondisk.Fingerprint // what is on the media, or will be with the next dirty_tail
+	at       ondisk.Replica
+	outdated bool   // the disk was written without the cache
+	buf      []byte // for all areas
+}
+
+// area is a part of the disk, in bytes.
+type area struct{ off, n int64 }
+
+// sampledAreas returns the areas of a disk, in order and disjoint. Their bounds
+// are multiples of its blocks, as its size is.
+func sampledAreas(size int64) []area {
+	places := []int64{0, firstPartition, max(0, size-sampleBytes)}
+	slices.Sort(places)
+	var areas []area
+	end := int64(0)
+	for _, off := range places {
+		from, to := max(off, end), min(off+sampleBytes, size)
+		if from < to {
+			areas = append(areas, area{from, to - from})
+			end = to
+		}
+	}
+	return areas
+}
+
+// sample reads the areas that the disk had when it had this size.
+func (c *Cache) sample(size int64) (sum uint32, err error) {
+	f := &c.fingerprint
+	if f.buf == nil {
+		f.buf = c.disk.Buffer(3 * sampleBytes)
+	}
+	areas := sampledAreas(size)
+	read := make(chan error, len(areas))
+	n := int64(0)
+	for _, a := range areas {
+		c.disk.Read(f.buf[n:n+a.n], a.off, func(err error) { read <- err })
+		n += a.n
+	}
+	for range areas {
+		err = errors.Join(err, <-read)
+	}
+	return ondisk.Checksum(f.buf[:n]), err
+}
+
+// compareDisk finds out whether the disk was written without the cache, and
+// refuses it if that asks for a decision. Nothing has been written yet.
+func (c *Cache) compareDisk(choice Choice, foreign bool) error {
+	f, size := &c.fingerprint, c.disk.Size()
+	f.now, f.at = c.layout.Fingerprint, c.layout.FingerprintCopies.Newest
+	f.outdated = f.now.State == ondisk.FingerprintChanged
+	switch {
+	case f.now.State != ondisk.FingerprintKnown:
+	case foreign || !slices.Contains(f.now.DirtyTail[:], c.layout.DirtyTail),
+		f.now.Size < 1 || f.now.Size > size || f.now.Size%int64(c.disk.BlockSize()) != 0:
+		f.now.State = ondisk.FingerprintUnknown
+	default:
+		sum, err := c.sample(f.now.Size)
+		if err != nil {
+			c.log.Error("cannot tell whether the backing device was written without the cache", err)
+		} else if sum != f.now.Sum {
+			f.outdated = true
+		}
+		if err != nil || f.now.Size != size {
+			f.now.State = ondisk.FingerprintUnknown
+		}
+	}
+	dirty := c.index.usage().dirty
+	switch {
+	case !f.outdated && choice == Discard:
+		return ErrUnchanged
+	case f.outdated && choice == Refuse && dirty > 0:
+		return fmt.Errorf("%w, which holds %d bytes of dirty data", ErrChanged, dirty)
+	}
+	f.outdated = f.outdated || choice == Overwrite
+	return nil
+}
+
+// firstFingerprint is stored when the cache is opened. What a server that died
+// wrote last the disk may have in a volatile cache only. The caller persists.
+func (c *Cache) firstFingerprint() error {
+	if c.fingerprint.outdated {
+		return c.storeFingerprint(ondisk.Fingerprint{State: ondisk.FingerprintChanged})
+	}
+	if err := c.flushDisk(); err != nil {
+		c.log.Error("cannot take the fingerprint of the backing device", err)
+		return c.storeFingerprint(ondisk.Fingerprint{})
+	}
+	c.takeFingerprint()
+	if c.fingerprint.now.State != ondisk.FingerprintKnown {
+		return c.storeFingerprint(ondisk.Fingerprint{})
+	}
+	tail, _ := c.tails.dirtyTail()
+	return c.moveFingerprint(tail)
+}
+
+// voidFingerprint is called before parts are written to the disk. The caller
+// persists.
+func (c *Cache) voidFingerprint(parts []part) error {
+	if c.fingerprint.now.State != ondisk.FingerprintKnown {
+		return nil
+	}
+	areas := sampledAreas(c.disk.Size())
+	for i := range parts {
+		off, n := parts[i].off, int64(parts[i].len())
+		if !slices.ContainsFunc(areas, func(a area) bool { return off < a.off+a.n && a.off < off+n }) {
+			continue
+		}
+		return c.storeFingerprint(ondisk.Fingerprint{})
+	}
+	return nil
+}
+
+// takeFingerprint makes an unknown fingerprint known, when everything written
+// to the disk has been flushed. It is stored with the next dirty_tail and not
+// before: the copy of the unknown one must last until then.
+func (c *Cache) takeFingerprint() {
+	f := &c.fingerprint
+	if f.now.State != ondisk.FingerprintUnknown {
+		return
+	}
+	sum, err := c.sample(c.disk.Size())
+	if err != nil {
+		c.log.Error("cannot take the fingerprint of the backing device", err)
+		return
+	}
+	f.now = ondisk.Fingerprint{State: ondisk.FingerprintKnown, Sum: sum, Size: c.disk.Size()}
+}
+
+// moveFingerprint stores a known fingerprint for a dirty_tail that is about to
+// move. The caller persists.
+func (c *Cache) moveFingerprint(to ondisk.Position) error {
+	rec := c.fingerprint.now
+	if rec.State != ondisk.FingerprintKnown {
+		return nil
+	}
+	from, _ := c.tails.dirtyTail()
+	rec.DirtyTail = [2]ondisk.Position{from, to}
+	return c.storeFingerprint(rec)
+}
+
+// storeFingerprint does not persist. Whoever calls it does so before it is called
+// again, since the copy that it leaves alone is the last durable one.
+func (c *Cache) storeFingerprint(rec ondisk.Fingerprint) error {
+	f := &c.fingerprint
+	at := f.at.Next()
+	var buf [ondisk.FingerprintSize]byte
+	off := ondisk.EncodeFingerprint(buf[:], at, &rec)
+	if _, err := c.mem.WriteAt(buf[:], off); err != nil {
+		return fmt.Errorf("write the fingerprint of the backing device: %w", err)
+	}
+	f.now, f.at = rec, at
+	return nil
+}
+
+// startOver empties a cache that is outdated, and opens it again. Until the log
+// is empty the media says that the disk was changed, so that after a crash at
+// any point the next Open goes on here, or asks again what to do with the dirty
+// data that is left.
+func (c *Cache) startOver(o Options) (*Cache, error) {
+	if c.index.usage().dirty > 0 && o.Changed == Overwrite {
+		c.start()
+		err := errors.Join(c.Flush(context.Background()), c.Close())
+		if left := c.index.usage().dirty; err == nil && left > 0 {
+			err = fmt.Errorf("%w: %d bytes are left", ErrStopped, left)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("write the dirty data over what is on the backing device: %w", err)
+		}
+	}
+	u := c.index.usage()
+	c.log.Error(fmt.Sprintf("the cache starts empty, since its backing device was written without it: given up are %d bytes of clean and %d of dirty data", u.clean, u.dirty), nil)
+
+	// dirty_tail first: it must never lie before key_tail.
+	head, written := c.journal.head()
+	_, cleaned := c.tails.dirtyTail()
+	if err := c.moveDirtyTail(head, written-cleaned); err != nil {
+		return nil, err
+	}
+	if err := c.moveKeyTail(head); err != nil {
+		return nil, err
+	}
+	if err := c.persist(); err != nil {
+		return nil, err
+	}
+	if err := c.storeFingerprint(ondisk.Fingerprint{}); err != nil {
+		return nil, err
+	}
+	if err := c.persist(); err != nil {
+		return nil, err
+	}
+	o.Changed = Refuse
+	return Open(c.mem, c.disk, o)
+}
