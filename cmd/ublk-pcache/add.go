@@ -38,7 +38,14 @@ file ("cache.img,size=1G" makes it). A cache that is there is opened, whichever
 of this program and the kernel's dm-pcache wrote it; a blank PMEM is formatted;
 anything else needs --format.
 
-BACKING is a block device or a file. Nobody else may use it meanwhile.`,
+BACKING is a block device or a file. Nobody else may use it meanwhile. If it was
+written without its cache, which is noticed when it was mounted or partitioned,
+clean data in the cache is given up; if there is dirty data, --changed must say
+what becomes of that:
+
+  overwrite  written over what is on BACKING now, before the device appears.
+             This can be given also where the change was not noticed.
+  discard    given up. Only where the change was noticed.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if cmd.Flags().Changed("data-crc") {
@@ -63,6 +70,7 @@ BACKING is a block device or a file. Nobody else may use it meanwhile.`,
 	f.IntVar(&o.Device.Writeback, "writeback-depth", engine.DefaultWritebackDepth, "writes of up to 1 MiB in flight to the disk when dirty data is written back")
 	f.BoolVar(&crc, "data-crc", false, "keep checksums of the data (new caches; default: on for plain files)")
 	f.IntVar(&gc, "gc-percent", ondisk.DefaultGCPercent, "how full garbage collection lets the cache become, 0 to 90 (old caches: as it is, unless given)")
+	f.StringVar((*string)(&o.Changed), "changed", "", "what becomes of dirty data if BACKING was written without its cache: overwrite, discard")
 	f.BoolVar(&o.Format, "format", false, "make a new cache even if PMEM is not blank")
 	f.BoolVar(&o.Force, "force", false, "with --format: even if PMEM holds dirty data; without: even if BACKING has another serial")
 	f.BoolVar(&foreground, "foreground", false, "stay, and log to the terminal")
@@ -86,6 +94,8 @@ func (o *serveOptions) check(idGiven bool) error {
 		return fmt.Errorf("--depth %d: give 1 to %d", d.Depth, maxDepth)
 	case d.Writeback < 1 || d.Writeback > maxWriteback:
 		return fmt.Errorf("--writeback-depth %d: give 1 to %d", d.Writeback, maxWriteback)
+	case o.Changed != engine.Refuse && o.Changed != engine.Overwrite && o.Changed != engine.Discard:
+		return fmt.Errorf("--changed=%s: give overwrite or discard", o.Changed)
 	case o.GCPercent != nil && (*o.GCPercent < 0 || *o.GCPercent > ondisk.MaxGCPercent):
 		return fmt.Errorf("--gc-percent %d: give 0 to %d", *o.GCPercent, ondisk.MaxGCPercent)
 	}

@@ -56,13 +56,14 @@ type dumper interface {
 // both copies are lost is null.
 type (
 	dumpHead struct {
-		Segments  uint32        `json:"segments"`
-		Identity  *dumpIdentity `json:"identity"`
-		Info      *dumpInfo     `json:"cache_info"`
-		KeyTail   *dumpPosition `json:"key_tail"`
-		DirtyTail *dumpPosition `json:"dirty_tail"`
-		Chain     []dumpSegment `json:"chain"`
-		Damaged   []string      `json:"damaged_copies"`
+		Segments    uint32           `json:"segments"`
+		Identity    *dumpIdentity    `json:"identity"`
+		Fingerprint *dumpFingerprint `json:"fingerprint"`
+		Info        *dumpInfo        `json:"cache_info"`
+		KeyTail     *dumpPosition    `json:"key_tail"`
+		DirtyTail   *dumpPosition    `json:"dirty_tail"`
+		Chain       []dumpSegment    `json:"chain"`
+		Damaged     []string         `json:"damaged_copies"`
 	}
 	// dumpCopy is where the newest copy of a record stands.
 	dumpCopy struct {
@@ -74,6 +75,13 @@ type (
 		UUID        string `json:"uuid"`
 		BackingSize int64  `json:"backing_size"`
 		Serial      string `json:"serial"`
+	}
+	dumpFingerprint struct {
+		dumpCopy
+		State     string   `json:"state"` // unknown, known, changed
+		Sum       uint32   `json:"sum"`   // this and what follows: of a known one
+		Size      int64    `json:"backing_size"`
+		DirtyTail []string `json:"dirty_tail"` // the two places it holds for
 	}
 	dumpInfo struct {
 		dumpCopy
@@ -187,6 +195,11 @@ func newDumpHead(l *ondisk.Layout) *dumpHead {
 	if id := l.Identity; id != nil {
 		h.Identity = &dumpIdentity{dumpCopy(l.IdentityCopies.Newest), hex.EncodeToString(id.UUID[:]), id.BackingSize, id.Serial}
 	}
+	if l.FingerprintCopies.Valid() {
+		f := l.Fingerprint
+		h.Fingerprint = &dumpFingerprint{dumpCopy(l.FingerprintCopies.Newest), f.State.String(), f.Sum, f.Size,
+			[]string{f.DirtyTail[0].String(), f.DirtyTail[1].String()}}
+	}
 	if l.InfoCopies.Valid() {
 		i := l.Info
 		h.Info = &dumpInfo{dumpCopy(l.InfoCopies.Newest), i.FirstSegment, i.Segments, i.Flags.DataCRC(), i.Flags.GCPercent()}
@@ -215,6 +228,14 @@ func (d textDump) head(h *dumpHead) error {
 		p("identity     %s of a backing device of %d bytes, serial %q %v\n", id.UUID, id.BackingSize, id.Serial, id.dumpCopy)
 	} else {
 		p("identity     none\n")
+	}
+	if f := h.Fingerprint; f == nil {
+		p("fingerprint  none\n")
+	} else if f.State != ondisk.FingerprintKnown.String() {
+		p("fingerprint  %s %v\n", f.State, f.dumpCopy)
+	} else {
+		p("fingerprint  %08x of a backing device of %d bytes, with dirty_tail at %s or %s %v\n",
+			f.Sum, f.Size, f.DirtyTail[0], f.DirtyTail[1], f.dumpCopy)
 	}
 	if i := h.Info; i != nil {
 		p("cache_info   %d segments from %d, data crc %s, gc at %d %% %v\n", i.Segments, i.FirstSegment, onOff(i.DataCRC), i.GCPercent, i.dumpCopy)

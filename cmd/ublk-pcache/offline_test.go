@@ -259,6 +259,9 @@ func TestPrepareRefuses(t *testing.T) {
 	refused(serveOptions{}, s.dev.PMEM, fmt.Sprintf("--queues %d", most+1), fmt.Sprintf("1 to %d", most))
 	refused(serveOptions{Format: true, Force: true}, s.dev.PMEM, "--queues")
 	s.dev.Queues = most
+	for _, choice := range []engine.Choice{engine.Overwrite, engine.Discard} {
+		refused(serveOptions{Changed: choice}, s.dev.PMEM, "--changed="+string(choice))
+	}
 	if _, err := s.prepare(&serveOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -270,4 +273,45 @@ func TestPrepareRefuses(t *testing.T) {
 	other := s.region.Durable() // a plain file has checksums
 	_, err = s.prepare(&serveOptions{DataCRC: &other})
 	fails(t, err, s.dev.PMEM, fmt.Sprintf("--data-crc=%t, not %t", !other, other))
+}
+
+// TestDumpFingerprint: dump shows the record from the first opening on.
+func TestDumpFingerprint(t *testing.T) {
+	s := newServer(t)
+	if err := s.format(&serveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"fingerprint  none", "of a backing device of 4194304 bytes, with dirty_tail at 0:0 or 0:0"} {
+		s.region.Close()
+		out, err := execute(newDumpCmd(), s.dev.PMEM)
+		if err != nil || !strings.Contains(out, want) {
+			t.Errorf("dump does not say %q: %.400s %v", want, out, err)
+		}
+		if s.region, err = pmem.Open(s.dev.PMEM, pmem.ReadWrite); err != nil {
+			t.Fatal(err)
+		}
+		c, err := engine.Open(s.region, disk{s.disk}, engine.Options{Queues: 1, Log: logger{s.log}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+	}
+}
+
+// TestOpenErrors: each choice there is, and no other, is named in one line.
+func TestOpenErrors(t *testing.T) {
+	s := &server{dev: device{ID: 3, PMEM: "/dev/dax0.0", Backing: "/dev/sdx"}}
+	changed := fmt.Errorf("%w, which holds 512 bytes of dirty data", engine.ErrChanged)
+	fails(t, s.openError(&serveOptions{}, changed), "/dev/dax0.0", "/dev/sdx", "512 bytes", "--changed=overwrite", "--changed=discard")
+	err := s.openError(&serveOptions{Recover: true}, changed)
+	fails(t, err, "/dev/dax0.0", "/dev/sdx", "device 3", "512 bytes", "recover --changed=overwrite", "waits")
+	if strings.Contains(err.Error(), "discard") {
+		t.Errorf("recover offers to give up what has been promised: %v", err)
+	}
+	fails(t, s.openError(&serveOptions{Changed: engine.Discard}, engine.ErrUnchanged), "/dev/sdx", "--changed=discard", "--format --force")
+
+	_, err = execute(newAddCmd(), "-p", "p", "-b", "b", "-q", "1", "--changed=merge")
+	fails(t, err, "--changed=merge", "overwrite", "discard")
+	_, err = execute(newRecoverCmd(), "3", "--changed=discard")
+	fails(t, err, "--changed=discard", "overwrite", "del --force 3")
 }

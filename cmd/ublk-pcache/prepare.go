@@ -47,11 +47,27 @@ func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
 	return nothing, nil
 }
 
+// openError says what can be done about a cache that the engine does not open.
+func (s *server) openError(o *serveOptions, err error) error {
+	switch {
+	case errors.Is(err, engine.ErrChanged) && o.Recover:
+		return fmt.Errorf("cache %s cannot continue device %d: %s: %w (to write that over what is there now: recover --changed=overwrite; the device waits)", s.dev.PMEM, s.dev.ID, s.dev.Backing, err)
+	case errors.Is(err, engine.ErrChanged):
+		return fmt.Errorf("cache %s: %s: %w (to write that over what is there now: --changed=overwrite; to give it up: --changed=discard)", s.dev.PMEM, s.dev.Backing, err)
+	case errors.Is(err, engine.ErrUnchanged):
+		return fmt.Errorf("cache %s: %s: %w, so nothing is discarded (leave out --changed=discard, or give up what the cache holds with --format --force)", s.dev.PMEM, s.dev.Backing, err)
+	}
+	return fmt.Errorf("cache %s: %w", s.dev.PMEM, err)
+}
+
 // format makes a new cache, if that is harmless or was asked for.
 func (s *server) format(o *serveOptions) error {
 	segments := int(ondisk.SegmentsIn(s.region.Size()))
-	if most := engine.MaxQueues(segments); s.dev.Queues > most {
+	switch most := engine.MaxQueues(segments); {
+	case s.dev.Queues > most:
 		return fmt.Errorf("--queues %d: a cache on %s, of %d segments, can have 1 to %d", s.dev.Queues, s.dev.PMEM, segments, most)
+	case o.Changed != engine.Refuse:
+		return fmt.Errorf("--changed=%s: a new cache on %s holds nothing yet that this could be about (leave it out)", o.Changed, s.dev.PMEM)
 	}
 	if err := mayFormat(s.region, o.Format, o.Force); err != nil {
 		return err

@@ -5,11 +5,13 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"ublk-pcache/engine"
 	"ublk-pcache/ublk"
 )
 
 func newRecoverCmd() *cobra.Command {
 	var foreground bool
+	var changed engine.Choice
 	cmd := &cobra.Command{
 		Use:   "recover ID",
 		Short: "Continue a device whose server has died",
@@ -17,12 +19,18 @@ func newRecoverCmd() *cobra.Command {
 
 The device has been there all the time; its users have been waiting. A new
 server replays the cache and answers them. Nothing that was acknowledged is
-lost, flushed or not.`,
+lost, flushed or not.
+
+If the backing device was written meanwhile, see add --changed. Here the dirty
+data can only be written over what is there now: it has been promised.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			id, err := deviceID(args[0])
 			if err != nil {
 				return err
+			}
+			if changed != engine.Refuse && changed != engine.Overwrite {
+				return fmt.Errorf("--changed=%s: give overwrite (to give up dirty data: ublk-pcache del --force %d, then add --changed=discard)", changed, id)
 			}
 			d, err := readState(id)
 			if err != nil {
@@ -36,9 +44,10 @@ lost, flushed or not.`,
 				return fmt.Errorf("device %d has a server, process %d: there is nothing to recover (to end it: ublk-pcache del %d)", id, d.PID, id)
 			}
 			d.Queues, d.Depth = info.Queues, info.Depth
-			return launch(serveOptions{Device: *d, Recover: true, Foreground: foreground}, foreground)
+			return launch(serveOptions{Device: *d, Recover: true, Foreground: foreground, Changed: changed}, foreground)
 		},
 	}
+	cmd.Flags().StringVar((*string)(&changed), "changed", "", "what becomes of dirty data if the backing device was written meanwhile: overwrite")
 	cmd.Flags().BoolVar(&foreground, "foreground", false, "stay, and log to the terminal")
 	return cmd
 }

@@ -33,6 +33,8 @@ type serveOptions struct {
 	Force      bool   `json:"force"`
 	DataCRC    *bool  `json:"data_crc,omitempty"`   // nil: as it is, or the default for the kind of region
 	GCPercent  *int   `json:"gc_percent,omitempty"` // nil: as it is, or the kernel's default
+
+	Changed engine.Choice `json:"changed,omitempty"`
 }
 
 // server is one running device and everything under it.
@@ -96,9 +98,11 @@ func start(o serveOptions) (_ *server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s.cache, err = engine.Open(s.region, disk{s.disk}, engine.Options{Queues: s.dev.Queues, WritebackDepth: s.dev.Writeback, Log: logger{s.log}})
+	s.cache, err = engine.Open(s.region, disk{s.disk}, engine.Options{
+		Queues: s.dev.Queues, WritebackDepth: s.dev.Writeback, Log: logger{s.log}, Changed: o.Changed,
+	})
 	if err != nil {
-		return nil, fmt.Errorf("cache %s: %w", s.dev.PMEM, err)
+		return nil, s.openError(&o, err)
 	}
 	defer closeOnError(&err, s.cache.Close)
 	if err := bind(); err != nil {
