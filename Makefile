@@ -7,7 +7,7 @@ SHELL := /bin/bash
 # The race detector is linked by gcc; the program itself never is.
 export CGO_ENABLED = 0
 
-.PHONY: build demo test vet unit race arm64 vm
+.PHONY: build demo test vet unit race arm64 vm soak
 
 build:
 	go build -o bin/ublk-pcache ./cmd/ublk-pcache
@@ -41,7 +41,7 @@ unit:
 race:
 	@command -v gcc >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends gcc libc6-dev; }
 	CGO_ENABLED=1 go test -count=1 -race $$(go list ./... | grep -vx ublk-pcache/engine)
-	CGO_ENABLED=1 go test -count=1 -race ./engine -storm.ops=40 -storm.rounds=1
+	CGO_ENABLED=1 go test -count=1 -race ./engine -storm.ops=40 -storm.rounds=1 -crash.states=1000
 
 arm64:
 	GOARCH=arm64 go build ./...
@@ -49,3 +49,7 @@ arm64:
 
 vm:
 	go test -count=1 -tags vm -timeout 40m -v ./tests
+
+# The random tests again, for long.
+soak:
+	go test -count=1 -timeout 2h -v ./engine -run 'TestCrashStates$$' -crash.states=1000000

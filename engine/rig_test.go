@@ -95,6 +95,7 @@ func openRig(mem Memory, disk *backing.Fake, queues int) (*rig, error) {
 	return startRig(c), nil
 }
 
+// startRig gives an open cache its threads.
 func startRig(c *Cache) *rig {
 	r := &rig{Cache: c}
 	for i := range c.queues {
@@ -144,19 +145,23 @@ func (l *loop) run() {
 }
 
 // do carries out one request on a queue.
-func (r *rig) do(queue int, req *Request) error {
+func (r *rig) do(queue int, req *Request) error { return r.begin(queue, req)() }
+
+// begin hands a request to a queue and returns what waits for it.
+func (r *rig) begin(queue int, req *Request) (wait func() error) {
 	p := &pending{Request: req, done: make(chan error, 1)}
 	l := r.loops[queue]
 	select {
 	case l.in <- p:
 	case <-l.ended:
-		return errKilled
 	}
-	select {
-	case err := <-p.done:
-		return err
-	case <-l.ended:
-		return errKilled
+	return func() error {
+		select {
+		case err := <-p.done:
+			return err
+		case <-l.ended:
+			return errKilled
+		}
 	}
 }
 
