@@ -2,6 +2,7 @@ package engine
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -171,6 +172,9 @@ func (c *Cache) relogStuck() (passed bool, err error) {
 		return false, nil
 	} else if err != nil {
 		return false, err
+	}
+	if err := c.persist(); err != nil {
+		return false, fmt.Errorf("sync what was logged again: %w", err)
 	}
 	for i := range w.stuck {
 		w.stuck[i].key = at

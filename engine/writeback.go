@@ -342,7 +342,10 @@ func (c *Cache) round(collect bool) error {
 	// on what lies behind it: a key before it may not be written because a later
 	// one superseded it.
 	if err := c.persist(); err != nil {
-		return fmt.Errorf("sync the log for write-back: %w", err)
+		err = fmt.Errorf("sync the log for write-back: %w", err)
+		c.fail(err)
+		w.putBack(w.parts[:retried])
+		return err
 	}
 	slices.SortFunc(w.parts, func(a, b part) int { return cmp.Compare(a.off, b.off) })
 	if err := c.writeParts(); err != nil {
