@@ -136,7 +136,7 @@ func (w *walker) fits(head []byte, n int) bool {
 		return true // follows knows better
 	}
 	seq := le.Uint64(head[16:]) >> seqShift
-	return le.Uint32(head[4:]) == uint32(n) || seq == 0 && w.kset.Seq == 0 || seq != 0 && w.kset.Seq == NextSeq(seq)
+	return n > 0 && le.Uint32(head[4:]) == uint32(n) || seq == 0 && w.kset.Seq == 0 || seq != 0 && w.kset.Seq == NextSeq(seq)
 }
 
 // endsAt reports whether an end mark stands at a place, or a LAST in place of
