@@ -77,13 +77,13 @@ func (r *rig) mustFlush(t *testing.T) {
 	}
 }
 
-// sector is a sector of one byte, all over.
-func sector(b byte) []byte { return bytes.Repeat([]byte{b}, sectorSize) }
+// filled is a sector of one byte, all over.
+func filled(b byte) []byte { return bytes.Repeat([]byte{b}, sectorSize) }
 
-// holds fails the test unless the device has sector(b) at off.
+// holds fails the test unless the device has filled(b) at off.
 func (r *rig) holds(t *testing.T, off int64, b byte) {
 	t.Helper()
-	if got := r.read(t, off, sectorSize); !bytes.Equal(got, sector(b)) {
+	if got := r.read(t, off, sectorSize); !bytes.Equal(got, filled(b)) {
 		t.Errorf("at %d the device holds %d…, want %d", off, got[0], b)
 	}
 }
@@ -92,7 +92,7 @@ func diskHolds(t *testing.T, disk *backing.Fake, off int64, b byte) {
 	t.Helper()
 	got := make([]byte, sectorSize)
 	disk.ReadAt(got, off)
-	if !bytes.Equal(got, sector(b)) {
+	if !bytes.Equal(got, filled(b)) {
 		t.Errorf("at %d the disk holds %d…, want %d", off, got[0], b)
 	}
 }
@@ -128,16 +128,16 @@ func cached(t *testing.T, dirty bool) (*pmem.Fake, *backing.Fake) {
 	t.Helper()
 	mem, disk := formatted(t, true), backing.NewFake(changedDisk, 512, 1)
 	for off := int64(0); off < changedDisk; off += sectorSize {
-		disk.WriteAt(sector(1), off)
+		disk.WriteAt(filled(1), off)
 	}
 	r := mustOpen(t, mem, disk, Refuse, false)
-	r.write(t, partition, sector(3))
+	r.write(t, partition, filled(3))
 	r.holds(t, elsewhere, 1)
 	r.mustFlush(t)
 	r.holds(t, faraway, 1)
 	if dirty {
-		r.write(t, superblock, sector(2))
-		r.write(t, faraway+512, sector(2))
+		r.write(t, superblock, filled(2))
+		r.write(t, faraway+512, filled(2))
 	}
 	r.holds(t, elsewhere+512, 1)
 	r.mustEnd(t)
@@ -146,11 +146,11 @@ func cached(t *testing.T, dirty bool) (*pmem.Fake, *backing.Fake) {
 
 // written is what a disk looks like that somebody wrote without the cache.
 func written(disk *backing.Fake, at int64) {
-	disk.WriteAt(sector(9), at)
-	disk.WriteAt(sector(9), elsewhere)
-	disk.WriteAt(sector(9), elsewhere+512)
-	disk.WriteAt(sector(9), faraway)
-	disk.WriteAt(sector(9), faraway+512)
+	disk.WriteAt(filled(9), at)
+	disk.WriteAt(filled(9), elsewhere)
+	disk.WriteAt(filled(9), elsewhere+512)
+	disk.WriteAt(filled(9), faraway)
+	disk.WriteAt(filled(9), faraway+512)
 }
 
 // TestChangedDiskCostsCleanData: wherever the change is seen, what is clean in
@@ -166,7 +166,7 @@ func TestChangedDiskCostsCleanData(t *testing.T) {
 			r.holds(t, elsewhere+512, 9)
 			r.holds(t, faraway, 9)
 			r.holds(t, at, 9)
-			r.write(t, elsewhere+1024, sector(byte(i)))
+			r.write(t, elsewhere+1024, filled(byte(i)))
 			if i > 0 {
 				r.mustFlush(t)
 			}
@@ -287,7 +287,7 @@ func TestKernelInBetween(t *testing.T) {
 		for _, left := range []string{"nothing", "a kset", "dirty_tail"} {
 			mem, disk := cached(t, dirty)
 			kernel(t, mem, left)
-			disk.WriteAt(sector(9), superblock)
+			disk.WriteAt(filled(9), superblock)
 			r, empty, err := openChanged(mem, disk, Refuse)
 			switch {
 			case left != "nothing" && (err != nil || empty):
@@ -300,10 +300,10 @@ func TestKernelInBetween(t *testing.T) {
 				// What was found then is the fingerprint, and good as soon as
 				// dirty_tail is behind what the kernel left.
 				r = mustOpen(t, mem, disk, Refuse, false)
-				r.write(t, faraway, sector(7))
+				r.write(t, faraway, filled(7))
 				r.mustFlush(t)
 				r.mustEnd(t)
-				disk.WriteAt(sector(8), superblock)
+				disk.WriteAt(filled(8), superblock)
 				if r, empty, err = openChanged(mem, disk, Refuse); err == nil {
 					r.mustEnd(t)
 				}
@@ -353,9 +353,9 @@ func TestKernelBeforehand(t *testing.T) {
 	kernel(t, mem, "a kset")
 	r := mustOpen(t, mem, disk, Refuse, false)
 	r.mustFlush(t)
-	r.write(t, elsewhere, sector(5))
+	r.write(t, elsewhere, filled(5))
 	r.mustEnd(t)
-	disk.WriteAt(sector(9), superblock)
+	disk.WriteAt(filled(9), superblock)
 	if _, _, err := openChanged(mem, disk, Refuse); !errors.Is(err, ErrChanged) {
 		t.Errorf("a change behind the kernel's ksets: %v", err)
 	}
@@ -371,13 +371,13 @@ func TestGrownDisk(t *testing.T) {
 		small.Close()
 		disk.WriteAt(all, 0)
 		if changed {
-			disk.WriteAt(sector(9), backupTable)
+			disk.WriteAt(filled(9), backupTable)
 			if _, _, err := openChanged(mem, disk, Refuse); !errors.Is(err, ErrChanged) {
 				t.Errorf("grown and changed: %v", err)
 			}
 		} else {
 			mustOpen(t, mem, disk, Refuse, false).mustEnd(t)
-			disk.WriteAt(sector(9), 2*changedDisk-512)
+			disk.WriteAt(filled(9), 2*changedDisk-512)
 			if _, _, err := openChanged(mem, disk, Refuse); !errors.Is(err, ErrChanged) {
 				t.Errorf("changed at the new end: %v", err)
 			}
@@ -399,18 +399,18 @@ func TestUnreadableArea(t *testing.T) {
 		}
 		return f
 	})
-	disk.WriteAt(sector(9), superblock)
+	disk.WriteAt(filled(9), superblock)
 	r := mustOpen(t, mem, disk, Refuse, false)
 	if l, err := ondisk.ReadLayout(mem, mem.Size()); err != nil || l.Fingerprint.State != ondisk.FingerprintUnknown {
 		t.Errorf("fingerprint %+v of a disk that cannot be read, %v", l.Fingerprint, err)
 	}
-	r.write(t, elsewhere, sector(5))
+	r.write(t, elsewhere, filled(5))
 	r.mustFlush(t)
 	bad.Store(false)
-	r.write(t, elsewhere, sector(6))
+	r.write(t, elsewhere, filled(6))
 	r.mustFlush(t)
 	r.mustEnd(t)
-	disk.WriteAt(sector(8), superblock)
+	disk.WriteAt(filled(8), superblock)
 	mustOpen(t, mem, disk, Refuse, true).mustEnd(t)
 }
 
@@ -420,7 +420,7 @@ func TestVolatileDisk(t *testing.T) {
 	for seed := range uint64(10) {
 		mem, disk := formatted(t, false), backing.NewFake(changedDisk, 512, seed)
 		r := mustOpen(t, mem, disk, Refuse, false)
-		r.write(t, superblock, sector(2))
+		r.write(t, superblock, filled(2))
 		// A round that ends between its write and its flush.
 		disk.Script(func(op backing.Op) (f backing.Fault) {
 			if op.Kind == backing.OpFlush {
@@ -435,7 +435,7 @@ func TestVolatileDisk(t *testing.T) {
 		// The fake's failed flush has made some of it stable; write it anew.
 		disk.Script(nil)
 		done := make(chan error)
-		disk.Write(sector(2), superblock, func(err error) { done <- err })
+		disk.Write(filled(2), superblock, func(err error) { done <- err })
 		<-done
 		mustOpen(t, mem, disk, Refuse, false).mustEnd(t)
 		after := disk.Crash()
@@ -573,15 +573,15 @@ func TestFingerprintCrashes(t *testing.T) {
 				r.mustFlush(t) // the dirty data of superblock
 				states, unseen := 0, 0
 				for i := range byte(5) {
-					r.write(t, off, sector(i))
-					r.write(t, faraway+512, sector(i))
+					r.write(t, off, filled(i))
+					r.write(t, faraway+512, filled(i))
 					for _, cut := range m.cutsOf(func() { r.mustFlush(t) }) {
 						states++
 						touched := cut.disk.Crash()
 						mustOpen(t, m.again(cut.mem.Clone()), cut.disk, Refuse, false).mustEnd(t)
 						cut.disk.Close()
 
-						touched.WriteAt(sector(0x80|i), backupTable)
+						touched.WriteAt(filled(0x80|i), backupTable)
 						after, empty, err := openChanged(m.again(cut.mem), touched, Refuse)
 						if err == nil {
 							after.mustEnd(t)
