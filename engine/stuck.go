@@ -95,9 +95,7 @@ func (c *Cache) takeDue(parts []part) []part {
 			return false
 		}
 		for _, e := range c.dirtyParts(s.s, s.s.place(s.e.seg, s.e.pos)) {
-			p := s.sub(e.off, e.n)
-			p.err = nil
-			parts = append(parts, p)
+			parts = append(parts, s.sub(e.off, e.n))
 		}
 		return true
 	})

@@ -218,10 +218,12 @@ func (c *Cache) settle(err error) {
 	w.mu.err = err
 	w.mu.waiters = slices.DeleteFunc(w.mu.waiters, func(f flushWaiter) bool {
 		switch {
+		case err != nil && tried >= f.until:
+			// Though dirty_tail may have passed what is stuck, which is
+			// logged again behind it.
+			f.done <- err
 		case cleaned >= f.until:
 			f.done <- nil
-		case err != nil && tried >= f.until:
-			f.done <- err
 		default:
 			return false
 		}
@@ -323,6 +325,9 @@ func (c *Cache) round(collect bool) error {
 	w := &c.writeback
 	defer w.inRound.Store(0)
 	w.parts = c.takeDue(w.parts[:0])
+	for i := range w.parts {
+		w.parts[i].err = nil
+	}
 	retried := len(w.parts)
 	end := w.at
 	if collect {
