@@ -8,7 +8,7 @@ var (
 	ErrDiskTooSmall  = errors.New("the backing device is smaller than what the cache holds for it")
 	ErrKeyGeneration = errors.New("a key names a generation of its segment that does not exist yet")
 	ErrKeyInLog      = errors.New("a key names data inside the log")
-	ErrKeyOverlap    = errors.New("a key names a part of another's data and more")
+	ErrKeyOverlap    = errors.New("a key names data that is another's")
 	ErrChanged       = errors.New("the backing device was written without its cache")
 	ErrUnchanged     = errors.New("the backing device is not known to have been written without its cache")
 )

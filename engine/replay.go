@@ -25,7 +25,7 @@ import (
 // which may never have left the page cache, is made durable.
 func (c *Cache) replay(choice Choice) error {
 	l := c.layout
-	r := replayer{c: c, dirty: l.KeyTail == l.DirtyTail, fill: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain)), sums: map[uint32]*pieces{}}
+	r := replayer{c: c, dirty: l.KeyTail == l.DirtyTail, fill: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain)), sums: map[uint32][]named{}}
 	r.log[l.KeyTail.Seg] = true
 	end, err := l.WalkLog(c.mem, l.KeyTail, r.kset)
 	torn := err == errTorn
@@ -54,8 +54,10 @@ func (c *Cache) replay(choice Choice) error {
 		r.cleaned = r.ksets
 	}
 	c.tails.mu.cleaned = r.cleaned
-	for seg, p := range r.sums {
-		c.sumsOf(seg).fill(p)
+	for seg, list := range r.sums {
+		if err := c.sumsOf(seg).fill(list); err != nil {
+			return fmt.Errorf("segment %d: %w", seg, err)
+		}
 	}
 	if err := c.compareDisk(choice, r.foreign); err != nil {
 		return err
@@ -105,7 +107,7 @@ type replayer struct {
 	cleaned uint64 // before dirty_tail
 	fill    []uint32
 	log     []bool
-	sums    map[uint32]*pieces
+	sums    map[uint32][]named
 	buf     []byte
 	foreign bool // ksets without a number lie behind dirty_tail
 }
@@ -149,12 +151,10 @@ func (r *replayer) key(k *ondisk.Key) error {
 
 	flags := keyState(k, r.dirty)
 	if c.crc && flags&extZero == 0 {
-		if r.sums[k.Seg] == nil {
-			r.sums[k.Seg] = &pieces{}
-		}
-		if err := r.sums[k.Seg].add(k); err != nil {
-			return err
-		}
+		r.sums[k.Seg] = append(r.sums[k.Seg], named{
+			sum: sum{uint16(k.SegOff >> sectorShift), uint16(k.Len >> sectorShift), k.CRC},
+			at:  k.Off - uint64(k.SegOff),
+		})
 	}
 	s, p := c.keySpan(k)
 	s.sh.Lock()

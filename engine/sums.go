@@ -142,39 +142,30 @@ func grow(buf *[]byte, n int) []byte {
 	return (*buf)[:n]
 }
 
-// pieces collects the checksums that replay finds, in the order of the log. A
-// place is named by one key, or again by keys for parts of it (stuck.go); a
-// bit for each sector tells whether it is the first.
-type pieces struct {
-	list  []sum
-	taken [(segmentSectors + 63) / 64]uint64
+// named is the checksum of a key that replay has found.
+type named struct {
+	sum
+	at uint64 // where the device would be if the segment's data began there, bytes
 }
 
-// add takes the checksum of a key.
-func (p *pieces) add(k *ondisk.Key) error {
-	s := sum{pos: uint16(k.SegOff >> sectorShift), n: uint16(k.Len >> sectorShift), crc: k.CRC}
-	known := 0
-	for i := s.pos; i < s.end(); i++ {
-		known += int(p.taken[i/64] >> (i % 64) & 1)
+// fill enters what replay has found, in any order. A place is named by one key,
+// or again by keys for parts of it and of what the one covers (stuck.go), of
+// which some may be gone from the log: the longest counts. What overlaps
+// otherwise is nobody's writing and refused, whichever comes first, or a cache
+// might open and, with some of its keys logged again, not a second time.
+func (t *sums) fill(list []named) error {
+	slices.SortFunc(list, func(a, b named) int {
+		return cmp.Or(cmp.Compare(a.pos, b.pos), cmp.Compare(b.n, a.n))
+	})
+	var outer named
+	for _, s := range list {
+		switch {
+		case s.pos >= outer.end():
+			t.add(s.sum)
+			outer = s
+		case s.end() > outer.end() || s.at != outer.at:
+			return fmt.Errorf("%w: %d bytes at %d", ErrKeyOverlap, int(s.n)<<sectorShift, int(s.pos)<<sectorShift)
+		}
 	}
-	switch known {
-	case int(s.n):
-		return nil
-	case 0:
-	default:
-		return fmt.Errorf("%w: %d bytes at %d:%d", ErrKeyOverlap, k.Len, k.Seg, k.SegOff)
-	}
-	for i := s.pos; i < s.end(); i++ {
-		p.taken[i/64] |= 1 << (i % 64)
-	}
-	p.list = append(p.list, s)
 	return nil
-}
-
-// fill enters what was collected.
-func (t *sums) fill(p *pieces) {
-	slices.SortFunc(p.list, func(a, b sum) int { return cmp.Compare(a.pos, b.pos) })
-	for _, s := range p.list {
-		t.add(s)
-	}
 }
