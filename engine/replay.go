@@ -67,6 +67,8 @@ func (c *Cache) replay(choice Choice) error {
 	}
 	// A kset cut short has the number that the next one here gets: what is left
 	// of it could complete that one, or that one it.
+	// And one whose number does not continue the log would begin it, once all
+	// in front has been collected and key_tail stands here.
 	rest := int64(ondisk.KsetHeaderSize)
 	if torn || end.Seq == 0 && !c.mem.Durable() {
 		// What follows would continue the new log's numbers. Behind an empty log
