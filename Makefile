@@ -53,3 +53,4 @@ vm:
 # The random tests again, for long.
 soak:
 	go test -count=1 -timeout 2h -v ./engine -run 'TestCrashStates$$' -crash.states=1000000
+	go test -count=1 -timeout 4h -v ./engine -run 'TestHostileImages$$' -hostile.execs=10000000

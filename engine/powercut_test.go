@@ -294,27 +294,30 @@ func TestPowerCutHole(t *testing.T) {
 	r.kill()
 }
 
-// TestDamageBeforeSyncMark: a hole in what was flushed is not the end of the
-// log.
+// TestDamageBeforeSyncMark: a hole in what was flushed, or closed in order, is
+// not the end of the log.
 func TestDamageBeforeSyncMark(t *testing.T) {
-	disk := backing.NewFake(32<<20, 512, 1)
-	defer disk.Close()
-	m := newPageCache()
-	formatSmall(t, m.Region, 8, true, 70)
-	r := newRig(t, m, disk, 1)
-	for i := range uint64(20) {
-		r.write(t, 0, stamped(0, 1, i+1))
-	}
-	r.flush(t)
-	r.flush(t)
-	second := r.layout.Offset(0, ondisk.KsetSize(1))
-	r.kill()
-	if err := m.Region.Zero(second, 24); err != nil {
-		t.Fatal(err)
-	}
-	if r, err := openRig(m, disk, 1); err == nil {
+	for _, flushes := range []int{2, 0} {
+		disk := backing.NewFake(32<<20, 512, 1)
+		m := newPageCache()
+		formatSmall(t, m.Region, 8, true, 70)
+		r := newRig(t, m, disk, 1)
+		for i := range uint64(20) {
+			r.write(t, 0, stamped(0, 1, i+1))
+		}
+		for range flushes {
+			r.flush(t)
+		}
+		second := r.layout.Offset(0, ondisk.KsetSize(1))
 		r.kill()
-		t.Error("a log with a hole in its flushed part was opened")
+		if err := m.Region.Zero(second, 24); err != nil {
+			t.Fatal(err)
+		}
+		if r, err := openRig(m, disk, 1); err == nil {
+			r.kill()
+			t.Errorf("a log with a hole was opened, after %d flushes", flushes)
+		}
+		disk.Close()
 	}
 }
 
