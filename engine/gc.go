@@ -32,6 +32,11 @@ import (
 // the log names the segment, and replay raises its generation before its first
 // use. A key is only counted, here as in replay, if its generation is the
 // segment's current one, so no reference is dropped twice.
+//
+// The kernel does count dead keys when it collects, though not when it replays
+// (cache_gc.c and cache_key.c in drivers/md/dm-pcache, Linux 7.3), and would
+// free the segment's next use a key early. For it, too, no key from key_tail
+// on may ever be dead.
 
 const (
 	// gcKsets is how many ksets a step takes: at most 1024 keys, or some
