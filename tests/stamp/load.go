@@ -16,6 +16,7 @@ type Load struct {
 	Depth     int    // requests in flight, each from a goroutine of its own
 	BlockSize int64  // bytes; sizes and offsets are multiples of it
 	Seed      uint64 // the same seed gives each goroutine the same requests
+	Flush     bool   // flush after one write in 16
 
 	// Zero, if there is one, makes a range read as zeros; one request in 16 does then. kind is random: there are
 	// several ways.
@@ -79,6 +80,9 @@ func (l Load) one(d *Device, rnd *rand.Rand, bytes int64, written *atomic.Int64,
 		default:
 			if err = d.Write(buf[:size], off); err == nil {
 				written.Add(size)
+			}
+			if err == nil && l.Flush && rnd.IntN(16) == 0 {
+				err = d.Flush()
 			}
 		}
 		if err != nil {

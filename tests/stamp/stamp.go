@@ -47,8 +47,9 @@ const zeroed = 1 << 31
 // answer. Overlapping requests still follow each other as closely as they can, which is where caches go wrong.
 // All methods may be called from any goroutine.
 type Device struct {
-	io   ReadWriterAt
-	base int64 // bytes; sector 0 is there
+	io      ReadWriterAt
+	base    int64    // bytes; sector 0 is there
+	journal *Journal // may be nil
 
 	mu struct {
 		sync.Mutex
@@ -59,14 +60,18 @@ type Device struct {
 	}
 }
 
-// ReadWriterAt is io.ReaderAt and io.WriterAt: an *os.File opened with O_DIRECT.
+// ReadWriterAt is an *os.File opened with O_DIRECT.
 type ReadWriterAt interface {
 	ReadAt(p []byte, off int64) (int, error)
 	WriteAt(p []byte, off int64) (int, error)
+	Sync() error
 }
 
-// A span is a range of sectors.
-type span struct{ from, to int64 }
+// A span is a range of sectors and what is being done with it: the generation of a change, 0 for reading.
+type span struct {
+	from, to   int64
+	generation uint32
+}
 
 // New describes size bytes from base on, all of which must be zero.
 func New(io ReadWriterAt, base, size int64) *Device {
@@ -76,7 +81,7 @@ func New(io ReadWriterAt, base, size int64) *Device {
 	return d
 }
 
-// On describes the same contents found on another device, at the same place.
+// On describes the same contents found on another device, at the same place. What is written there goes to no journal.
 func (d *Device) On(io ReadWriterAt) *Device {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -118,51 +123,66 @@ func (d *Device) release(s span) {
 // Write stamps buf with a new generation and writes it off bytes from the base. Nil means it was acknowledged and must
 // be there from now on. After an error the range's contents are unknown and the device of no further use.
 func (d *Device) Write(buf []byte, off int64) error {
-	s := span{off / sectorSize, (off + int64(len(buf))) / sectorSize}
-	generation := d.begin(s)
-	defer d.release(s)
-
-	fill(buf, s.from, generation)
-	if _, err := d.io.WriteAt(buf, d.base+off); err != nil {
-		return fmt.Errorf("write %d bytes at %d: %w", len(buf), d.base+off, err)
-	}
-	d.acknowledge(s, generation)
-	return nil
+	return d.change(off, int64(len(buf)), 0, func(s span) error {
+		fill(buf, s.from, s.generation)
+		_, err := d.io.WriteAt(buf, d.base+off)
+		return err
+	})
 }
 
 // Zero is a Write of zeros, for as long as it takes the caller's zero to make a range read as such: n bytes, off bytes
 // from the beginning of what the Device is on.
 func (d *Device) Zero(off, n int64, zero func(off, n int64) error) error {
-	s := span{off / sectorSize, (off + n) / sectorSize}
-	generation := d.begin(s) | zeroed
-	defer d.release(s)
-	if err := zero(d.base+off, n); err != nil {
-		return fmt.Errorf("zero %d bytes at %d: %w", n, d.base+off, err)
-	}
-	d.acknowledge(s, generation)
-	return nil
+	return d.change(off, n, zeroed, func(span) error { return zero(d.base+off, n) })
 }
 
-// begin claims a span and returns the generation that it is to get.
-func (d *Device) begin(s span) uint32 {
+// change makes a request that changes a range. What the range holds then is the request's generation with the flag.
+func (d *Device) change(off, n int64, flag uint32, request func(s span) error) error {
+	s := span{from: off / sectorSize, to: (off + n) / sectorSize}
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	d.claimLocked(s)
 	d.mu.last++
-	return d.mu.last
-}
+	s.generation = d.mu.last
+	d.mu.busy[len(d.mu.busy)-1] = s
+	d.mu.Unlock()
+	defer d.release(s)
 
-func (d *Device) acknowledge(s span, generation uint32) {
+	if err := d.journal.issue(s, flag); err != nil {
+		return err
+	}
+	if err := request(s); err != nil {
+		return fmt.Errorf("change %d bytes at %d: %w", n, d.base+off, err)
+	}
+	if err := d.journal.acknowledge(s, flag); err != nil {
+		return err
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for i := s.from; i < s.to; i++ {
-		d.mu.generations[i] = generation
+		d.mu.generations[i] = s.generation | flag
 	}
+	return nil
+}
+
+// Flush flushes the device.
+func (d *Device) Flush() error {
+	d.mu.Lock()
+	all := d.mu.last
+	for _, b := range d.mu.busy {
+		if b.generation != 0 {
+			all = min(all, b.generation-1)
+		}
+	}
+	d.mu.Unlock()
+	if err := d.io.Sync(); err != nil {
+		return fmt.Errorf("flush: %w", err)
+	}
+	return d.journal.flush(all)
 }
 
 // Read reads into buf and compares every sector with what was acknowledged last.
 func (d *Device) Read(buf []byte, off int64) error {
-	s := span{off / sectorSize, (off + int64(len(buf))) / sectorSize}
+	s := span{from: off / sectorSize, to: (off + int64(len(buf))) / sectorSize}
 	d.mu.Lock()
 	d.claimLocked(s)
 	want := append([]uint32(nil), d.mu.generations[s.from:s.to]...)

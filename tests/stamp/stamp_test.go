@@ -31,6 +31,8 @@ func (m *memory) zero(off, n int64, _ int) error {
 	return nil
 }
 
+func (m *memory) Sync() error { return nil }
+
 func TestUnmarkInvertsMark(t *testing.T) {
 	for _, sector := range []int64{0, 1, 12345, 1<<40 - 1} {
 		for _, generation := range []uint32{1, 2, 1<<24 - 1} {
