@@ -13,10 +13,11 @@ import (
 // Everything inside a machine comes out of Debian packages that are unpacked and never installed, neither on the host
 // nor in the guest's tree: no maintainer script runs, so nothing about the host matters and nothing on it changes.
 
-// packages is one suite of the Debian archive, looked at through apt with a configuration of its own: its sources,
+// packages is a suite of the Debian archive, looked at through apt with a configuration of its own: its sources,
 // lists, package state and cache lie in one folder. The host's apt contributes its proxy settings and the mirror.
 type packages struct {
-	dir string
+	dir   string
+	suite string // preferred to the others
 }
 
 // mirror returns the address of the Debian archive that this machine's own apt uses. apt lists its sources whatever
@@ -53,20 +54,21 @@ var debianSuites = regexp.MustCompile(`^(bullseye|bookworm|trixie|forky|sid|olds
 
 const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-// openPackages fetches the index of one suite into dir.
-func openPackages(dir, mirror, suite string) (*packages, error) {
+// openPackages fetches the index of a suite, and of others that it builds upon, into dir.
+func openPackages(dir, mirror, suite string, others ...string) (*packages, error) {
 	for _, sub := range []string{"lists/partial", "cache/archives/partial"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
 			return nil, err
 		}
 	}
-	source := fmt.Sprintf("Types: deb\nURIs: %s\nSuites: %s\nComponents: main\nArchitectures: amd64\nSigned-By: %s\n", mirror, suite, keyring)
+	source := fmt.Sprintf("Types: deb\nURIs: %s\nSuites: %s %s\nComponents: main\nArchitectures: amd64\nSigned-By: %s\n",
+		mirror, suite, strings.Join(others, " "), keyring)
 	for name, text := range map[string]string{"debian.sources": source, "status": ""} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
 			return nil, err
 		}
 	}
-	p := &packages{dir: dir}
+	p := &packages{dir: dir, suite: suite}
 	_, err := p.apt("apt-get", "update")
 	return p, err
 }
@@ -84,6 +86,7 @@ func (p *packages) apt(program string, args ...string) (string, error) {
 		"Dir::Cache=" + p.dir + "/cache",
 		"APT::Architecture=amd64",
 		"APT::Architectures=amd64",
+		"APT::Default-Release=" + p.suite,
 		// The user that apt downloads as cannot write below a private folder.
 		"APT::Sandbox::User=root",
 	} {
@@ -130,7 +133,12 @@ func (p *packages) downloadKernel() error {
 	if len(parts) == 0 {
 		return fmt.Errorf("no kernel behind linux-image-amd64 in the index of the suite")
 	}
-	_, err := p.apt("apt-get", append([]string{"download"}, parts...)...)
+	return p.download(parts...)
+}
+
+// download fetches packages and nothing else.
+func (p *packages) download(names ...string) error {
+	_, err := p.apt("apt-get", append([]string{"download"}, names...)...)
 	return err
 }
 

@@ -46,6 +46,12 @@ type kernelImage struct{ dir string }
 func (k kernelImage) kernel() string  { return k.dir + "/vmlinuz" }
 func (k kernelImage) modules() string { return k.dir + "/modules.img" }
 
+// release is the kernel's name for itself, as uname -r says it.
+func (k kernelImage) release() (string, error) {
+	text, err := os.ReadFile(k.dir + "/release")
+	return string(text), err
+}
+
 // initramfs are the modules to load first, in that order.
 func (k kernelImage) initramfs() ([]string, error) { return filepath.Glob(k.dir + "/initramfs/*.ko") }
 
@@ -58,34 +64,45 @@ func CacheDir() (string, error) {
 	return filepath.Join(dir, "ublk-pcache"), err
 }
 
-// images returns the root image and the kernel of a suite, building what the cache does not hold. Several processes may
-// ask at once.
+// images returns the root image and the kernel of a suite, building what the cache does not hold.
 func images(suite string) (root string, k kernelImage, err error) {
+	err = withCache(func(cache string) error {
+		hash := recipeHash(recipeImages, recipeFetch)
+		root = filepath.Join(cache, "root-"+hash)
+		if err := cached(root, buildRoot); err != nil {
+			return fmt.Errorf("build the guest's root image: %w", err)
+		}
+		k.dir = filepath.Join(cache, suite+"-"+hash)
+		if err := cached(k.dir, func(dir string) error { return buildKernel(dir, suite) }); err != nil {
+			return fmt.Errorf("build the image of the %s kernel: %w", suite, err)
+		}
+		return nil
+	})
+	return root + "/root.img", k, err
+}
+
+func recipeHash(recipe ...string) string {
+	return fmt.Sprintf("%x", sha256.Sum256([]byte(strings.Join(recipe, ""))))[:12]
+}
+
+// withCache calls use with the folder of the images. Several processes may ask at once; one after the other gets it.
+func withCache(use func(cache string) error) error {
 	cache, err := CacheDir()
 	if err != nil {
-		return "", k, err
+		return err
 	}
 	if err := os.MkdirAll(cache, 0o755); err != nil {
-		return "", k, err
+		return err
 	}
 	lock, err := os.OpenFile(cache+"/lock", os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o644)
 	if err != nil {
-		return "", k, err
+		return err
 	}
 	defer lock.Close()
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		return "", k, fmt.Errorf("lock %s: %w", lock.Name(), err)
+		return fmt.Errorf("lock %s: %w", lock.Name(), err)
 	}
-	hash := fmt.Sprintf("%x", sha256.Sum256([]byte(recipeImages+recipeFetch)))[:12]
-	root = filepath.Join(cache, "root-"+hash)
-	if err := cached(root, buildRoot); err != nil {
-		return "", k, fmt.Errorf("build the guest's root image: %w", err)
-	}
-	k.dir = filepath.Join(cache, suite+"-"+hash)
-	if err := cached(k.dir, func(dir string) error { return buildKernel(dir, suite) }); err != nil {
-		return "", k, fmt.Errorf("build the image of the %s kernel: %w", suite, err)
-	}
-	return root + "/root.img", k, nil
+	return use(cache)
 }
 
 // cached calls build with a new folder unless dir exists, and renames that folder to dir when build succeeds. What an
@@ -244,6 +261,9 @@ func takeKernel(dir, tree, chosen string) error {
 		return err
 	}
 	version := filepath.Base(all)
+	if err := os.WriteFile(dir+"/release", []byte(version), 0o644); err != nil {
+		return err
+	}
 	if _, err := output("depmod", "-b", tree, version); err != nil {
 		return err
 	}
