@@ -6,6 +6,8 @@ import (
 	"sync"
 	"testing"
 
+	"pgregory.net/rapid"
+
 	"ublk-pcache/backing"
 	"ublk-pcache/ondisk"
 )
@@ -30,7 +32,7 @@ func (l *testLog) Error(msg string, err error) {
 
 // formatSmall makes a cache of the given number of segments, fewer than the
 // region could hold, so that it is soon full.
-func formatSmall(t testing.TB, mem Memory, segments uint32, crc bool, gcPercent int) {
+func formatSmall(t rapid.TB, mem Memory, segments uint32, crc bool, gcPercent int) {
 	t.Helper()
 	if err := ondisk.Format(mem, ondisk.FormatOptions{DataCRC: crc, GCPercent: gcPercent}); err != nil {
 		t.Fatal(err)
@@ -50,7 +52,7 @@ func formatSmall(t testing.TB, mem Memory, segments uint32, crc bool, gcPercent 
 	}
 }
 
-func store(t testing.TB, mem Memory, p []byte, off int64) {
+func store(t rapid.TB, mem Memory, p []byte, off int64) {
 	t.Helper()
 	if _, err := mem.WriteAt(p, off); err != nil {
 		t.Fatal(err)
