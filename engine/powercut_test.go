@@ -321,6 +321,33 @@ func TestDamageBeforeSyncMark(t *testing.T) {
 	}
 }
 
+// TestLeftoversAboveSyncMark: a log that has no numbers left goes on with ones
+// that nothing found behind them can be taken to follow, although the sync mark
+// knows less than was written.
+func TestLeftoversAboveSyncMark(t *testing.T) {
+	disk := backing.NewFake(32<<20, 512, 1)
+	defer disk.Close()
+	m := newMedium(false)
+	formatSmall(t, m, 8, true, 70)
+	r := newRig(t, m, disk, 1)
+	for i := range uint64(20) {
+		r.write(t, 0, stamped(0, 1, i+1))
+	}
+	m.crash(nil, func() {})
+	r.kill()
+	m = m.restarted()
+	// Two ksets from the segment's start; the other eighteen lie behind them.
+	if err := relog(m, relogging{PerKset: 10, Room: ondisk.SegmentData}); err != nil {
+		t.Fatal(err)
+	}
+	r = newRig(t, m, disk, 1)
+	r.write(t, 0, stamped(0, 1, 21))
+	r.kill()
+	if _, _, _, _, err := readLog(m); err != nil {
+		t.Error(err)
+	}
+}
+
 // within fails the test if f takes longer than anything that works could.
 func within(t *testing.T, what string, f func()) {
 	t.Helper()

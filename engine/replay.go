@@ -34,7 +34,7 @@ func (c *Cache) replay(choice Choice) error {
 	}
 	next := end.NextSeq()
 	if end.Seq == 0 && l.SyncMark != 0 {
-		next = ondisk.NextSeq(l.SyncMark)
+		next = ondisk.SeqBeyond(l.SyncMark)
 	}
 	if end.Damage != nil {
 		lost := next

@@ -49,6 +49,21 @@ func SeqAfter(a, b uint64) bool {
 	return d != 0 && d < seqMask/2
 }
 
+// markLag bounds how many ksets the sync mark may miss: ten a second for a
+// dozen years, or a million for an hour.
+const markLag = 1 << 32
+
+// SeqBeyond returns the number for the next kset of a log that has none left
+// to tell, only its sync mark. The segments still hold ksets with numbers that
+// the mark was too low to know of; one a little above the next would look like
+// its successor.
+func SeqBeyond(mark uint64) uint64 {
+	if mark > seqMask-markLag {
+		return mark + markLag - seqMask
+	}
+	return mark + markLag
+}
+
 // PrevSeq returns the number that seq, which is not 0, follows.
 func PrevSeq(seq uint64) uint64 {
 	if seq == 1 {

@@ -41,5 +41,8 @@ func TestSeqOrder(t *testing.T) {
 		if NextSeq(PrevSeq(seq)) != seq || PrevSeq(NextSeq(seq)) != seq {
 			t.Errorf("PrevSeq(%d) = %d", seq, PrevSeq(seq))
 		}
+		if next := SeqBeyond(seq); !SeqAfter(next, seq) || next == 0 || next > seqMask {
+			t.Errorf("SeqBeyond(%d) = %d", seq, next)
+		}
 	}
 }
