@@ -165,7 +165,7 @@ func (d device) dirtyBytes(t *testing.T) (n int64) {
 	return *s.DirtyBytes + *s.ZeroBytes
 }
 
-// written is how many writes and discards the disk has had.
+// written is how much the disk was told to change. A flush is an operation, too, but changes nothing.
 func written(t *testing.T) string {
 	t.Helper()
 	text, err := os.ReadFile("/sys/block/" + filepath.Base(disk) + "/stat")
@@ -173,7 +173,7 @@ func written(t *testing.T) string {
 		t.Fatal(err)
 	}
 	f := strings.Fields(string(text))
-	return fmt.Sprintf("%s writes, %s discards", f[4], f[11])
+	return fmt.Sprintf("%s sectors written, %s discarded", f[6], f[13])
 }
 
 // newKernelCache has the kernel make a cache, and moves the empty log to where its segment is nearly full, as if it had
