@@ -290,7 +290,7 @@ func (l *life) newDisk(content []byte) *backing.Fake {
 }
 
 func (l *life) open(mem Memory, disk Disk) (*Cache, error) {
-	return Open(mem, disk, Options{Queues: l.queues, Log: &testLog{}})
+	return Open(mem, disk, Options{Queues: l.queues, WritebackDepth: 1, Log: &testLog{}})
 }
 
 // reopen opens a cache with its threads and settles what is found.
@@ -786,9 +786,11 @@ func (d windowDisk) Write(buf []byte, off int64, done func(error)) {
 // stillDisk is a disk for a cache that is only opened. It transfers nothing.
 type stillDisk struct{}
 
+var stillBuffer [transferBytes]byte
+
 func (stillDisk) Size() int64         { return windowOff + windowSize }
 func (stillDisk) BlockSize() int      { return sectorSize }
-func (stillDisk) Buffer(n int) []byte { return make([]byte, n) }
+func (stillDisk) Buffer(n int) []byte { return stillBuffer[:n] }
 
 func (stillDisk) Read(_ []byte, _ int64, done func(error))  { done(syscall.EIO) }
 func (stillDisk) Write(_ []byte, _ int64, done func(error)) { done(syscall.EIO) }

@@ -256,6 +256,8 @@ func turnOfServer(t *testing.T, want *stamp.Device, load stamp.Load, round int) 
 		t.Fatalf("in the server: %v", err)
 	}
 	pcache(t, "flush", d.id)
+	// With 0 everything is written back at once, and this is about what is not.
+	pcache(t, "set", d.id, "gc_percent="+gcPercents[0])
 	for {
 		load.Seed++
 		if _, err := load.Run(want, 8<<20, nil); err != nil {
