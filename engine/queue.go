@@ -204,6 +204,8 @@ func (q *Queue) commit() {
 		q.since = time.Now()
 	case !stalled && was:
 		c.space.waited(time.Since(q.since))
+		// Those who were put in line for that alone may need no segment.
+		c.wakeWriters()
 	}
 	if err == nil && len(q.keys) > 0 {
 		q.wake()
