@@ -161,8 +161,6 @@ func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
 	if err := c.replay(o.Changed); err != nil {
 		return nil, err
 	}
-	c.writeback.at = mark{c.tails.mu.dirty, c.tails.mu.cleaned}
-	c.writeback.passed.Store(c.tails.mu.cleaned)
 	if c.fingerprint.outdated {
 		return c.startOver(o)
 	}

@@ -49,6 +49,7 @@ type journal struct {
 		head    ondisk.Position
 		seq     uint64 // of the kset to be written at head
 		written uint64 // ksets in front of the head since key_tail at Open
+		keys    uint64 // their keys
 		buf     [ondisk.MaxKsetSize]byte
 	}
 }
@@ -158,6 +159,7 @@ func (c *Cache) appendLocked(keys []ondisk.Key) error {
 		return fmt.Errorf("write the log: %w", err)
 	}
 	c.mem.Fence()
+	j.mu.keys += uint64(len(keys))
 	j.movedLocked(behind)
 	if end != behind {
 		j.movedLocked(end)

@@ -49,11 +49,13 @@ func (c *Cache) replay(choice Choice) error {
 	if torn {
 		c.log.Error(fmt.Sprintf("a power cut took writes that had not been flushed: the log ends at %v", end.Pos), nil)
 	}
-	c.journal.mu.head, c.journal.mu.seq, c.journal.mu.written = end.Pos, next, r.ksets
+	c.journal.mu.head, c.journal.mu.seq, c.journal.mu.written, c.journal.mu.keys = end.Pos, next, r.ksets, r.keys
 	if !r.dirty {
-		r.cleaned = r.ksets
+		r.clean = mark{ksets: r.ksets, keys: r.keys}
 	}
-	c.tails.mu.cleaned = r.cleaned
+	r.clean.pos = l.DirtyTail
+	c.writeback.at, c.tails.mu.cleaned = r.clean, r.clean.ksets
+	c.writeback.passed.Store(r.clean.ksets)
 	for seg, list := range r.sums {
 		if err := c.sumsOf(seg).fill(list); err != nil {
 			return fmt.Errorf("segment %d: %w", seg, err)
@@ -106,7 +108,8 @@ type replayer struct {
 	c       *Cache
 	dirty   bool   // dirty_tail has been reached
 	ksets   uint64 // so far
-	cleaned uint64 // before dirty_tail
+	keys    uint64 // likewise
+	clean   mark   // before dirty_tail
 	fill    []uint32
 	log     []bool
 	sums    map[uint32][]named
@@ -116,7 +119,7 @@ type replayer struct {
 
 func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 	if !r.dirty && at == r.c.layout.DirtyTail {
-		r.dirty, r.cleaned = true, r.ksets
+		r.dirty, r.clean = true, mark{ksets: r.ksets, keys: r.keys}
 	}
 	if r.c.crc && r.dirty && r.c.unsynced(k.Seq) {
 		for i := range k.Keys {
@@ -127,6 +130,7 @@ func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 	}
 	r.foreign = r.foreign || r.dirty && k.Seq == 0
 	r.ksets++
+	r.keys += uint64(len(k.Keys))
 	if k.Last {
 		r.log[k.Next] = true
 	}

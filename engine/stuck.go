@@ -11,8 +11,9 @@ import (
 
 // Dirty data that the disk refuses, or that is damaged, is put aside and tried
 // again by itself, in smaller and smaller pieces until only what is really
-// wrong is left, and that with growing delays. It stays dirty, and dirty_tail stays in
-// front of its key: the rest is written, but nothing behind is collected.
+// wrong is left, and that with growing delays. It stays dirty, and dirty_tail
+// stays in front of its key: the rest is written, but nothing behind is
+// collected.
 //
 // That would hold the whole cache for the sake of one sector. So when garbage
 // collection has nothing left, what is stuck is logged again at the head: new
@@ -20,8 +21,8 @@ import (
 // copied, and damaged data stays damaged. Then dirty_tail can pass the old
 // keys, and collecting them leaves the segment its references.
 
-// maxStuck bounds the list. A disk that refuses more is not asked for more
-// until it takes something.
+// maxStuck bounds the list. Of a disk that refuses more nothing is put aside any
+// more, so that it costs no memory and is asked for the same again.
 const maxStuck = 4096
 
 // stuck is a part that could not be written.
@@ -154,15 +155,15 @@ func (c *Cache) relogStuck() (passed bool, err error) {
 	w := &c.writeback
 	w.retryNow()
 	parts := c.takeDue(nil)
-	oldest := w.at.ksets
+	oldest := w.at.keys
 	var keys []ondisk.Key
 	for _, p := range parts {
 		w.stuck = append(w.stuck, stuck{p, time.Now().Add(p.wait)})
-		oldest = min(oldest, p.key.ksets)
+		oldest = min(oldest, p.key.keys)
 		keys = c.keysOf(keys, &p)
 	}
-	// As many ksets again, or fewer, would only let the log grow.
-	if w.at.ksets-oldest <= uint64(len(keys)+ondisk.MaxKeys-1)/ondisk.MaxKeys {
+	// As many keys again, or fewer, would only let the log grow.
+	if w.at.keys-oldest <= uint64(len(keys)) {
 		return false, nil
 	}
 	at, err := c.relog(keys)
@@ -200,7 +201,7 @@ func (c *Cache) relog(keys []ondisk.Key) (at mark, err error) {
 			return mark{}, errOvertaken
 		}
 	}
-	at = mark{j.mu.head, j.mu.written}
+	at = mark{j.mu.head, j.mu.written, j.mu.keys}
 	for len(keys) > 0 {
 		n := min(len(keys), ondisk.MaxKeys)
 		if err := c.appendLocked(keys[:n]); err != nil {

@@ -24,10 +24,10 @@ import (
 // then every read is answered by it. The parts of one round are therefore
 // disjoint, and nothing of them can be overtaken by an older write.
 //
-// A round whose flush failed, or none of whose writes succeeded, has moved
-// nothing: the next one begins at the same place and writes everything again,
-// which is the only safe reading of a failed flush. Parts that failed while
-// others were written are put aside (stuck.go), so that the rest goes on.
+// A round whose flush failed has moved nothing: the next one begins at the same
+// place and writes everything again, which is the only safe reading of a failed
+// flush. Parts that could not be written are put aside (stuck.go), so that the
+// rest goes on, up to a number at which the disk is taken for dead.
 //
 // Rounds are made when somebody waits for them (a flush, or garbage
 // collection that needs room), when the cache is half full of what the
@@ -85,11 +85,11 @@ type writeback struct {
 	inRound atomic.Int64  // bytes, of the round under way
 }
 
-// mark is a place in the log, with the number of ksets before it as journal
-// counts them.
+// mark is a place in the log, with the numbers of ksets and of keys before it as
+// journal counts them.
 type mark struct {
-	pos   ondisk.Position
-	ksets uint64
+	pos         ondisk.Position
+	ksets, keys uint64
 }
 
 type flushWaiter struct {
@@ -375,29 +375,28 @@ func (c *Cache) round(collect bool) error {
 }
 
 // writeParts writes the parts of the round and flushes the disk. What could
-// not be written says so itself; the error is for when nothing could.
+// not be written says so itself, unless it is too much.
 func (c *Cache) writeParts() error {
 	w := &c.writeback
 	if len(w.parts) == 0 {
 		return nil
 	}
-	written, refused := c.transferParts()
-	failed, collected := 0, false
+	c.transferParts()
+	failed := 0
+	var first error
 	for i := range w.parts {
-		p := &w.parts[i]
-		collected = collected || p.wait == 0
-		if p.err != nil {
+		if err := w.parts[i].err; err != nil {
 			failed++
-			refused = cmp.Or(refused, p.err)
+			first = cmp.Or(first, err)
 		}
 	}
 	if failed > 0 {
 		c.errs.rounds.Add(1)
 	}
-	if refused != nil && (written == 0 && collected || len(w.stuck)+failed > maxStuck) {
-		return refused
+	if len(w.stuck)+failed > maxStuck {
+		return first
 	}
-	if written == 0 {
+	if failed == len(w.parts) {
 		return nil
 	}
 	if err := c.flushDisk(); err != nil {
@@ -436,7 +435,7 @@ func (c *Cache) collect() (end mark, err error) {
 				bytes += c.collectKey(key, known)
 			}
 		}
-		end = mark{after, end.ksets + 1}
+		end = mark{after, end.ksets + 1, end.keys + uint64(len(k.Keys))}
 		return bytes < roundBytes && len(w.parts)-first < roundParts
 	})
 	return end, err
@@ -481,11 +480,10 @@ func (c *Cache) dirtyParts(s span, p place) []extent {
 	return w.key
 }
 
-// transferParts writes the sorted parts, neighbours joined, and returns how
-// many bytes were written and the first error of the disk, once nothing is
-// under way any more. What was put aside before goes alone, so that only what
-// is really wrong fails again.
-func (c *Cache) transferParts() (written int64, refused error) {
+// transferParts writes the sorted parts, neighbours joined, and returns once
+// nothing is under way any more. What was put aside before goes alone, so that
+// only what is really wrong fails again.
+func (c *Cache) transferParts() {
 	w := &c.writeback
 	take := func() *transfer {
 		t := <-w.free
@@ -494,11 +492,7 @@ func (c *Cache) transferParts() (written int64, refused error) {
 			for i := range t.parts {
 				t.parts[i].err = err
 			}
-			if refused == nil {
-				refused = err
-			}
 		} else {
-			written += int64(t.n)
 			w.inRound.Add(int64(t.n))
 		}
 		t.err, t.n, t.parts = nil, 0, nil
@@ -541,7 +535,6 @@ func (c *Cache) transferParts() (written int64, refused error) {
 	for _, t := range all {
 		w.free <- t
 	}
-	return written, refused
 }
 
 // joins reports whether p can go with what the transfer has.
