@@ -123,7 +123,7 @@ func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 	}
 	if r.c.crc && r.dirty && r.c.unsynced(k.Seq) {
 		for i := range k.Keys {
-			if k := &k.Keys[i]; k.Gen == r.c.layout.Gens[k.Seg] && k.Flags&ondisk.KeyZero == 0 && !r.intact(k) {
+			if k := &k.Keys[i]; k.Gen == r.c.layout.Gens[k.Seg] && k.Flags&(ondisk.KeyZero|ondisk.KeyBad) == 0 && !r.intact(k) {
 				return errTorn
 			}
 		}

@@ -242,6 +242,7 @@ func (c *Cache) keysOf(keys []ondisk.Key, p *part) []ondisk.Key {
 			buf := make([]byte, k.Len)
 			err := c.readExtent(buf, e, &w.whole)
 			if k.CRC = ondisk.Checksum(buf); err != nil {
+				k.Flags = ondisk.KeyBad
 				c.mem.ReadAt(buf, c.layout.Offset(e.seg, k.SegOff))
 				k.CRC = ^ondisk.Checksum(buf)
 			}

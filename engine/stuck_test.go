@@ -168,3 +168,32 @@ func TestDamageIsLoggedAgain(t *testing.T) {
 	}
 	r.kill()
 }
+
+// TestDamageSurvivesKill: data that was damaged when it was logged again is not
+// taken for data that a power cut has torn. What was written behind it is there.
+func TestDamageSurvivesKill(t *testing.T) {
+	m := newPageCache()
+	formatSmall(t, m, 6, true, 70)
+	disk := backing.NewFake(64<<20, 512, 1)
+	defer disk.Close()
+	r := newRig(t, m, disk, 1)
+	r.write(t, 0, stamped(0, 128, 1))
+	spoil(t, r, 20)
+	within(t, "filling the cache four times", func() {
+		for i := range int64(4 * 6 * 16) {
+			off := (16 + i%32) << 20
+			r.write(t, off, stamped(off/sectorSize, 2048, uint64(i)))
+		}
+	})
+	r.write(t, 1<<20, stamped(1<<11, 8, 7))
+	after := m.cut(func(int64) bool { return true })
+	r.kill()
+	r = newRig(t, after, disk, 1)
+	if v := r.version(t, 1<<11); v != 7 {
+		t.Errorf("the last write is gone: version %d", v)
+	}
+	if err := r.do(0, &Request{Op: Read, Buf: make([]byte, sectorSize)}); !errors.Is(err, ErrDamaged) {
+		t.Errorf("the damaged data: %v", err)
+	}
+	r.kill()
+}

@@ -78,6 +78,9 @@ const (
 	// name the same. It is this project's own: the kernel does not look at
 	// the bit (drivers/md/dm-pcache/cache_key.c of 7.3), and finds zeros.
 	KeyZero KeyFlags = 1 << 2
+	// KeyBad marks data that was damaged already when the key was logged. The
+	// kernel does not look at this bit either, and finds the wrong checksum.
+	KeyBad KeyFlags = 1 << 3
 )
 
 // Key says where a piece of the cached device lies in the cache.
