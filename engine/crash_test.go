@@ -118,6 +118,7 @@ type life struct {
 	clients   int
 	gcPercent int
 	encore    int // steps of a client once the log is in its second segment
+	bad       int // sector of the window that the disk refuses to write, -1 for none
 
 	mu struct {
 		sync.Mutex
@@ -138,13 +139,16 @@ func newLife(x *explorer, seed uint64) *life {
 	l.clients = l.queues + dice.IntN(2)
 	l.gcPercent = []int{0, 30, 70, 90}[dice.IntN(4)]
 	l.encore = []int{4, 4, 4, 60}[dice.IntN(4)]
+	if l.bad = -1; dice.IntN(3) == 0 {
+		l.bad = dice.IntN(windowSectors)
+	}
 	l.mu.dice, l.mu.seen = dice, map[uint64]struct{}{}
 	return l
 }
 
 func (l *life) String() string {
-	return fmt.Sprintf("seed %d: durable %v, crc %v, %d segments, %d queues, %d clients, gc_percent %d",
-		l.seed, l.durable, l.crc, l.segments, l.queues, l.clients, l.gcPercent)
+	return fmt.Sprintf("seed %d: durable %v, crc %v, %d segments, %d queues, %d clients, gc_percent %d, bad sector %d",
+		l.seed, l.durable, l.crc, l.segments, l.queues, l.clients, l.gcPercent, l.bad)
 }
 
 // draw returns dice for one goroutine.
@@ -167,6 +171,7 @@ func (l *life) run() {
 	content := make([]byte, windowSize)
 	fillStamp(content, windowOff/sectorSize, h.next)
 	disk := l.newDisk(content)
+	l.spoil(disk)
 	mem := newRecorder(l.format(dice, content), dice.Uint64(), l.durable)
 	live := true // the power was not cut before this run
 	for crossed := false; !crossed && !l.done(); {
@@ -218,6 +223,7 @@ func (l *life) run() {
 			l.cuts.Add(1)
 			disk.Close()
 			disk = l.newDisk(s.disk)
+			l.spoil(disk)
 			h = &history{next: h.next, sectors: s.sectors}
 			choices := s.choices(dice, fewStates)
 			region, sum := s.leave(choices[dice.IntN(len(choices))])
@@ -287,6 +293,21 @@ func (l *life) newDisk(content []byte) *backing.Fake {
 	disk := backing.NewFake(windowSize, sectorSize, l.draw().Uint64())
 	disk.WriteAt(content, 0)
 	return disk
+}
+
+// spoil lets the disk refuse what touches its bad sector. The data of it stays
+// in the cache, which logs it again when it has no room left.
+func (l *life) spoil(disk *backing.Fake) {
+	if l.bad < 0 {
+		return
+	}
+	at := int64(l.bad) * sectorSize
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if (op.Kind == backing.OpWrite || op.Kind == backing.OpZero) && op.Off <= at && at < op.Off+op.Len {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
 }
 
 func (l *life) open(mem Memory, disk Disk) (*Cache, error) {
@@ -487,8 +508,11 @@ func (l *life) client(r *rig, h *history, id, clients int, dice *rand.Rand, step
 		case 1:
 			err = l.read(r, h, queue, first, n)
 		case 2:
-			if err = r.Flush(context.Background()); errors.Is(err, ErrStopped) {
+			switch err = r.Flush(context.Background()); {
+			case errors.Is(err, ErrStopped):
 				err = errKilled
+			case l.bad >= 0 && errors.Is(err, syscall.EIO):
+				err = nil
 			}
 		case 3:
 			// Two writes of the same sectors at once.

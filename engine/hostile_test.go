@@ -836,6 +836,12 @@ type readSector struct {
 
 func read(mem *guarded, f *forgery) *reading {
 	r := &reading{mem: mem, disk: f.sectors, log: map[uint32]bool{}, known: map[int64]*readSector{}}
+	// The race detector does not know that time stands still meanwhile: the
+	// stores that come later lock this first.
+	defer func() {
+		mem.mu.Lock()
+		defer mem.mu.Unlock()
+	}()
 	l, err := ondisk.ReadLayout(mem, mem.Size())
 	if err != nil {
 		r.refuse = err
