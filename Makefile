@@ -49,7 +49,7 @@ arm64:
 	GOARCH=arm64 go vet ./...
 
 vm:
-	go test -count=1 -tags vm -timeout 40m -v ./tests
+	go test -count=1 -tags vm -timeout 70m -v ./tests
 
 # The random tests again, for long.
 soak:

@@ -29,7 +29,7 @@ var (
 )
 
 // limit is for one package on one kernel. A test that hangs takes the machine with it.
-const limit = 15 * time.Minute
+const limit = 25 * time.Minute
 
 // A suite is what runs of one package. Every package is a test binary of its own, and all of a kernel's run in one boot.
 type suite struct {

@@ -66,7 +66,7 @@ func TestZeroing(t *testing.T) {
 				}
 			})
 			f := direct(t, d.path)
-			want := stamp.New(f, 0, 1<<30)
+			want := stamp.New(f, 0, 256<<20)
 			stop, ended := make(chan struct{}), make(chan error)
 			go func() {
 				written, err := stamp.Load{Depth: 8, BlockSize: on.blockSize, Seed: *seed, Zero: zeroer(f)}.Run(want, math.MaxInt64, stop)
