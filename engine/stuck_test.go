@@ -104,6 +104,44 @@ func badSector(t *testing.T, crc, zero bool) {
 	}
 }
 
+// TestFlushDuringRelog: a flush that has begun when dirty_tail passes data that
+// is stuck, because that was logged again, does not take it for written.
+func TestFlushDuringRelog(t *testing.T) {
+	const bad = 3000
+	mem := pmem.NewFake(ondisk.MinSize)
+	formatSmall(t, mem, 6, false, 70)
+	disk := backing.NewFake(64<<20, 512, 1)
+	defer disk.Close()
+	badBlocks(disk, bad, 1)
+	r := newRig(t, mem, disk, 1)
+	r.write(t, bad*sectorSize, stamped(bad, 1, 1))
+	for i := range int64(4) {
+		r.write(t, i<<20, stamped(i<<11, 1, 1))
+	}
+	if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("a flush of what the disk refuses: %v", err)
+	}
+	_, before := r.tails.dirtyTail()
+	w := &r.writeback
+	w.mu.Lock()
+	flushed := make(chan error)
+	go func() { flushed <- r.Flush(t.Context()) }()
+	time.Sleep(10 * time.Millisecond) // for a flush that looks at the log before it has the lock
+	r.pressWriteback()
+	within(t, "logging the sector again", func() {
+		for _, now := r.tails.dirtyTail(); now == before; _, now = r.tails.dirtyTail() {
+			time.Sleep(time.Millisecond)
+		}
+	})
+	w.mu.Unlock()
+	if err := <-flushed; !errors.Is(err, syscall.EIO) {
+		t.Errorf("a flush while it was logged again: %v", err)
+	}
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestStuckIsOverwritten: what is stuck and then overwritten is gone, also where
 // the new data is at the same address and not stuck.
 func TestStuckIsOverwritten(t *testing.T) {

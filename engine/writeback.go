@@ -181,17 +181,20 @@ func (w *writeback) demand(until uint64) {
 // when everything has been tried, that of what could not be written. It stays
 // dirty, and write-back goes on trying.
 func (c *Cache) Flush(ctx context.Context) error {
-	_, written := c.journal.head()
-	w := flushWaiter{until: written, done: make(chan error, 1)}
+	w := flushWaiter{done: make(chan error, 1)}
 	c.writeback.mu.Lock()
-	if _, cleaned := c.tails.dirtyTail(); cleaned >= written {
+	// In this order: what is stuck is logged again before dirty_tail passes its
+	// old keys, so a head that was read first might lie before the new ones.
+	_, cleaned := c.tails.dirtyTail()
+	_, w.until = c.journal.head()
+	if cleaned >= w.until {
 		c.writeback.mu.Unlock()
 		return nil
 	}
 	c.writeback.mu.waiters = append(c.writeback.mu.waiters, w)
 	c.writeback.mu.Unlock()
 	c.writeback.again.Store(true)
-	c.writeback.demand(written)
+	c.writeback.demand(w.until)
 	select {
 	case err := <-w.done:
 		return err
