@@ -17,6 +17,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -33,7 +34,9 @@ func main() {
 			if os.Geteuid() != 0 {
 				return ublk.ErrNotRoot
 			}
-			return nil
+			// What we make is root's alone, whatever umask we were given.
+			syscall.Umask(0o077)
+			return checkStateDir()
 		},
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true

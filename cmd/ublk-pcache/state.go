@@ -16,8 +16,9 @@ import (
 )
 
 // stateDir is on a tmpfs: it is empty after a boot, as the devices are, and
-// writing there never waits for a disk, one of ours least of all.
-const stateDir = "/run/ublk-pcache"
+// writing there never waits for a disk, one of ours least of all. A variable,
+// for tests.
+var stateDir = "/run/ublk-pcache"
 
 // device is the content of a state file: everything that a server needs to
 // take over from one that died, and what list shows. The file is made, with
@@ -31,6 +32,22 @@ type device struct {
 	Queues    int    `json:"queues"`
 	Writeback int    `json:"writeback_depth"`
 	Depth     int    `json:"depth"`
+}
+
+// checkStateDir refuses a folder that others can write to. What is in there
+// names files and devices that we then open, format and remove as root.
+func checkStateDir() error {
+	info, err := os.Lstat(stateDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if uid := info.Sys().(*syscall.Stat_t).Uid; !info.IsDir() || int(uid) != os.Geteuid() || info.Mode()&0o022 != 0 {
+		return fmt.Errorf("%s is not a folder that only root can write to (%v, user %d): move it away, it may say anything about devices", stateDir, info.Mode(), uid)
+	}
+	return nil
 }
 
 func statePath(id int, ext string) string {
