@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,16 +12,29 @@ import (
 	"os"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ublk-pcache/engine"
 )
 
 // A server takes commands on a unix socket in stateDir, where only root comes:
 // one connection, one JSON request, one JSON reply, both on a line.
+//
+// Root can do worse to a server than send it nonsense, so what has to be
+// guarded against is accidents: another program's bytes, a client that stops in
+// the middle of a word, a script that asks for one more flush every second
+// while the disk hangs. None of them may cost the server more than a bounded
+// amount of memory, or keep the next command out for long, and each gets a line
+// that says what was wrong. What is not known is refused and not ignored: a
+// newer client means something by it.
+//
+// A panic is not caught here. Reading a command cannot cause one (FuzzControl),
+// and one further in may have left a lock held; the next server has none.
 
 // command is a request to a server.
 type command struct {
 	Do        string `json:"do"` // status, flush, set, del
-	GCPercent int    `json:"gc_percent,omitempty"`
+	GCPercent *int   `json:"gc_percent,omitempty"`
 	Force     bool   `json:"force,omitempty"`
 }
 
@@ -32,30 +47,29 @@ type reply struct {
 const (
 	// commandSize is more than any command needs, in bytes.
 	commandSize = 4096
-	// commandTime is how long a client may take to send one.
+	// commandTime is how long a client may take to send one, or to take the
+	// answer.
 	commandTime = 5 * time.Second
+	// maxClients are served at a time. Nobody but a flush has a reason to stay
+	// longer than commandTime, and one is enough of these.
+	maxClients = 64
+	// acceptPause is for what cannot be helped but passes: no descriptor left.
+	acceptPause = 100 * time.Millisecond
 )
 
 // ask sends a command to the server of a device and returns its answer.
 func ask(id int, cmd command) (*engine.Status, error) {
-	d, err := readState(id)
-	if err != nil {
-		return nil, err
-	}
 	conn, err := net.Dial("unix", statePath(id, ".sock"))
 	if err != nil {
-		if d.alive() {
-			return nil, fmt.Errorf("the server of device %d (pid %d) does not answer: %w", id, d.PID, err)
-		}
-		return nil, fmt.Errorf("the server of device %d is dead: bring it back with 'ublk-pcache recover %d', or remove the device with 'ublk-pcache del %d'", id, id, id)
+		return nil, silence(id, err)
 	}
 	defer conn.Close()
-	if err := json.NewEncoder(conn).Encode(cmd); err != nil {
-		return nil, fmt.Errorf("send to the server of device %d: %w", id, err)
-	}
+	// A server that refuses does not wait for the command, so an error here is
+	// not the end of it.
+	sent := json.NewEncoder(conn).Encode(cmd)
 	var r reply
 	if err := json.NewDecoder(conn).Decode(&r); err != nil {
-		return nil, fmt.Errorf("the server of device %d died before it answered: %w", id, err)
+		return nil, fmt.Errorf("the server of device %d died before it answered: %w", id, errors.Join(sent, err))
 	}
 	if r.Error != "" {
 		return nil, errors.New(r.Error)
@@ -63,60 +77,155 @@ func ask(id int, cmd command) (*engine.Status, error) {
 	return r.Status, nil
 }
 
-// listen opens the control socket.
+// silence says why a server cannot be reached.
+func silence(id int, err error) error {
+	d, broken := readState(id)
+	switch {
+	case broken != nil:
+		return broken
+	case d.alive():
+		return fmt.Errorf("the server of device %d (pid %d) does not answer: %w", id, d.PID, err)
+	}
+	return fmt.Errorf("the server of device %d is dead: bring it back with 'ublk-pcache recover %d', or remove the device with 'ublk-pcache del %d'", id, id, id)
+}
+
+// listen opens the control socket. It is root's from the beginning: see main
+// for the umask.
 func (s *server) listen() error {
 	path := statePath(s.dev.ID, ".sock")
 	os.Remove(path)
-	l, err := net.Listen("unix", path)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		return fmt.Errorf("open the control socket: %w", err)
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		return err
-	}
 	go func() {
 		for {
-			conn, err := l.Accept()
+			conn, err := l.AcceptUnix()
 			if err != nil {
-				return
+				time.Sleep(acceptPause)
+				continue
 			}
-			go s.converse(conn)
+			s.receive(conn)
 		}
 	}()
 	return nil
 }
 
-func (s *server) converse(conn net.Conn) {
-	defer conn.Close()
-	conn.SetReadDeadline(time.Now().Add(commandTime))
-	var cmd command
-	if err := json.NewDecoder(io.LimitReader(conn, commandSize)).Decode(&cmd); err != nil {
-		json.NewEncoder(conn).Encode(reply{Error: "malformed command"})
+// receive lets a client in that may come, if there is a place for it.
+func (s *server) receive(conn *net.UnixConn) {
+	if err := refuseStranger(conn); err != nil {
+		answer(conn, reply{}, err)
 		return
 	}
-	conn.SetReadDeadline(time.Time{})
-	r, err := s.obey(cmd)
-	if err != nil {
-		r.Error = oneLine(err)
-	}
-	json.NewEncoder(conn).Encode(r)
-	if cmd.Do == "del" && err == nil {
-		close(s.gone)
+	select {
+	case s.clients <- struct{}{}:
+		go func() {
+			converse(conn, s.obey)
+			<-s.clients
+		}()
+	default:
+		answer(conn, reply{}, fmt.Errorf("device %d is busy with %d other commands (wait for one to end)", s.dev.ID, maxClients))
 	}
 }
 
-func (s *server) obey(cmd command) (reply, error) {
+// refuseStranger refuses a client that is not root. The folder and the socket's
+// mode keep them out already, unless somebody has changed those.
+func refuseStranger(conn *net.UnixConn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var peer *unix.Ucred
+	controlled := raw.Control(func(fd uintptr) {
+		peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
+	if err := errors.Join(controlled, err); err != nil {
+		return fmt.Errorf("ask who is calling: %w", err)
+	}
+	if peer.Uid != 0 {
+		return fmt.Errorf("only root may give commands, not user %d", peer.Uid)
+	}
+	return nil
+}
+
+// converse serves one client. The context that obey gets ends when the client
+// goes away, or says more than it has to.
+func converse(conn net.Conn, obey func(context.Context, command) (reply, error)) {
+	conn.SetReadDeadline(time.Now().Add(commandTime))
+	cmd, err := readCommand(conn)
+	if err != nil {
+		answer(conn, reply{}, err)
+		return
+	}
+	conn.SetReadDeadline(time.Time{})
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() {
+		conn.Read(make([]byte, 1))
+		cancel()
+	}()
+	r, err := obey(ctx, cmd)
+	answer(conn, r, err)
+}
+
+// readCommand reads a command and nothing else.
+func readCommand(r io.Reader) (cmd command, err error) {
+	line, err := bufio.NewReaderSize(r, commandSize).ReadSlice('\n')
+	switch {
+	case errors.Is(err, bufio.ErrBufferFull):
+		return cmd, fmt.Errorf("malformed command: more than %d bytes", commandSize)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return cmd, fmt.Errorf("malformed command: no end of line within %v", commandTime)
+	case err != nil:
+		return cmd, fmt.Errorf("malformed command: no end of line: %w", err)
+	}
+	d := json.NewDecoder(bytes.NewReader(line))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&cmd); err != nil {
+		return cmd, fmt.Errorf("malformed command: %w", err)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return cmd, errors.New("malformed command: something follows it on its line")
+	}
+	return cmd, nil
+}
+
+// answer ends a conversation.
+func answer(conn net.Conn, r reply, err error) {
+	if err != nil {
+		r.Error = oneLine(err)
+	}
+	conn.SetWriteDeadline(time.Now().Add(commandTime))
+	json.NewEncoder(conn).Encode(r)
+	conn.Close()
+}
+
+func (s *server) obey(ctx context.Context, cmd command) (reply, error) {
 	switch cmd.Do {
 	case "status":
 		st := s.cache.Status()
 		return reply{Status: &st}, nil
 	case "flush":
-		return reply{}, s.cache.Flush(context.Background())
+		return reply{}, s.cache.Flush(ctx)
 	case "set":
-		return reply{}, s.cache.SetGCPercent(cmd.GCPercent)
+		if cmd.GCPercent == nil {
+			return reply{}, errors.New("nothing to set: there is gc_percent")
+		}
+		return reply{}, s.setGCPercent(*cmd.GCPercent)
 	case "del":
 		return reply{}, s.remove(cmd.Force)
 	default:
-		return reply{}, fmt.Errorf("unknown command %q", cmd.Do)
+		return reply{}, fmt.Errorf("unknown command %.40q: there are status, flush, set, del", cmd.Do)
 	}
+}
+
+// setGCPercent keeps out of the way of a removal, which takes the memory away
+// that this writes to.
+func (s *server) setGCPercent(n int) error {
+	s.removal.Lock()
+	defer s.removal.Unlock()
+	if s.removal.done {
+		return fmt.Errorf("device %d has been removed", s.dev.ID)
+	}
+	return s.cache.SetGCPercent(n)
 }

@@ -46,14 +46,18 @@ type server struct {
 	cache  *engine.Cache
 	ublk   *ublk.Device
 
-	removing sync.Mutex
-	gone     chan struct{} // closed when the device has been removed
+	clients chan struct{} // one for each command that is being served
+	removal struct {
+		sync.Mutex
+		done bool
+	}
+	gone chan struct{} // closed when the device has been removed
 }
 
 // start brings a device up, or leaves nothing behind. Everything that can be
 // refused is refused before the first byte is written.
 func start(o serveOptions) (_ *server, err error) {
-	s := &server{dev: o.Device, gone: make(chan struct{})}
+	s := &server{dev: o.Device, clients: make(chan struct{}, maxClients), gone: make(chan struct{})}
 	if _, err := ublk.Features(); err != nil {
 		return nil, err
 	}
@@ -184,8 +188,8 @@ func (s *server) serve(recover bool) (err error) {
 	return err
 }
 
-// wait returns when the device is gone. A signal asks for that, in vain while
-// the device is in use.
+// wait returns when the device is gone and everybody who asked for something
+// has an answer. A signal asks for the device to go, in vain while it is in use.
 func (s *server) wait() {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
@@ -193,13 +197,14 @@ func (s *server) wait() {
 	for {
 		select {
 		case <-s.gone:
+			for range maxClients {
+				s.clients <- struct{}{}
+			}
 			return
 		case <-signals:
 			if err := s.remove(false); err != nil {
 				s.log.Warn("told to end, but cannot", zap.Error(err))
-				continue
 			}
-			return
 		}
 	}
 }
@@ -208,10 +213,14 @@ func (s *server) wait() {
 const forceAfter = 5 * time.Second
 
 // remove ends the device in the order of dependency: no requests, then no
-// cache, then no device, then no trace.
+// cache, then no device, then no trace. Once there are no requests there is no
+// way back, whatever fails then.
 func (s *server) remove(force bool) error {
-	s.removing.Lock()
-	defer s.removing.Unlock()
+	s.removal.Lock()
+	defer s.removal.Unlock()
+	if s.removal.done {
+		return nil
+	}
 	if force {
 		// Requests that wait for a disk which does not answer would keep the
 		// driver from letting go.
@@ -220,6 +229,8 @@ func (s *server) remove(force bool) error {
 	if err := s.ublk.Stop(force); err != nil {
 		return s.dev.removalError(err)
 	}
+	s.removal.done = true
+	defer close(s.gone)
 	err := errors.Join(s.cache.Close(), s.ublk.Delete(), s.region.Close(), s.disk.Close())
 	s.log.Info("removed", zap.Error(err))
 	s.dev.remove()

@@ -28,7 +28,7 @@ func newSetCmd() *cobra.Command {
 			if err != nil || n < 0 || n > ondisk.MaxGCPercent {
 				return fmt.Errorf("gc_percent=%s: give 0 to %d", value, ondisk.MaxGCPercent)
 			}
-			_, err = ask(id, command{Do: "set", GCPercent: n})
+			_, err = ask(id, command{Do: "set", GCPercent: &n})
 			return err
 		},
 	}
