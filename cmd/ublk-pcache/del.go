@@ -23,6 +23,9 @@ on the backing device, flush first. A device that is open is not removed.`,
 				return err
 			}
 			d, err := readState(id)
+			if errors.Is(err, errDamaged) {
+				d, err = bare(id)
+			}
 			if err != nil {
 				return err
 			}
@@ -35,8 +38,7 @@ on the backing device, flush first. A device that is open is not removed.`,
 			if err := ublk.Remove(id, force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
 				return d.removalError(err)
 			}
-			d.remove()
-			return nil
+			return d.remove()
 		},
 	}
 	cmd.Flags().BoolVar(&force, "force", false, "even if the device is open")

@@ -18,7 +18,7 @@ type listed struct {
 	Device  string `json:"device"`
 	PMEM    string `json:"pmem"`
 	Backing string `json:"backing"`
-	State   string `json:"state"` // starting, live, dead (recover it), gone (del it)
+	State   string `json:"state"` // starting, live, dead (recover it), gone or damaged (del it)
 	PID     int    `json:"pid"`   // 0 without a server
 }
 
@@ -58,6 +58,13 @@ func newListCmd() *cobra.Command {
 
 // look finds out how a device is, from its server and from the driver.
 func look(d *device) (listed, error) {
+	if d.damage != nil {
+		b, err := bare(d.ID)
+		if err != nil {
+			return listed{}, err
+		}
+		return listed{ID: b.ID, Device: b.Device, State: "damaged", PID: b.PID}, nil
+	}
 	l := listed{ID: d.ID, Device: d.Device, PMEM: d.PMEM, Backing: d.Backing, PID: d.PID}
 	alive := d.alive()
 	if !alive {

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -11,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"ublk-pcache/ublk"
 )
@@ -21,8 +24,9 @@ import (
 var stateDir = "/run/ublk-pcache"
 
 // device is the content of a state file: everything that a server needs to
-// take over from one that died, and what list shows. The file is made, with
-// O_EXCL, before anything else of a device, and so reserves its number.
+// take over from one that died, and what list shows. The file is made before
+// anything else of a device, unless it is there, and so reserves its number. It
+// appears whole and is replaced whole, so it is never seen half written.
 type device struct {
 	ID        int    `json:"id"`
 	Device    string `json:"device"`
@@ -32,7 +36,12 @@ type device struct {
 	Queues    int    `json:"queues"`
 	Writeback int    `json:"writeback_depth"`
 	Depth     int    `json:"depth"`
+
+	damage error // nothing but ID is known, and why
 }
+
+// errDamaged: somebody else has written to a state file.
+var errDamaged = errors.New("cannot be used")
 
 // checkStateDir refuses a folder that others can write to. What is in there
 // names files and devices that we then open, format and remove as root.
@@ -49,6 +58,9 @@ func checkStateDir() error {
 	}
 	return nil
 }
+
+// stateSize is more than two paths and some numbers can take, in bytes.
+const stateSize = 64 << 10
 
 func statePath(id int, ext string) string {
 	return filepath.Join(stateDir, strconv.Itoa(id)+ext)
@@ -92,6 +104,9 @@ func (d *device) refuseShared() error {
 		return err
 	}
 	for _, o := range others {
+		if o.damage != nil {
+			return o.damage
+		}
 		for _, p := range [][3]string{{"pmem", d.PMEM, o.PMEM}, {"backing device", d.Backing, o.Backing}} {
 			if sameFile(p[1], p[2]) {
 				return fmt.Errorf("%s %s belongs to device %d (remove that first: ublk-pcache del %d)", p[0], p[1], o.ID, o.ID)
@@ -123,16 +138,23 @@ func (d *device) create() (ok bool, err error) {
 			o.remove()
 		}
 	}
-	f, err := os.OpenFile(statePath(d.ID, ".json"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		return false, nil
-	}
+	f, err := os.OpenFile(stateDir, unix.O_TMPFILE|os.O_WRONLY, 0o600)
 	if err != nil {
 		return false, err
 	}
 	defer f.Close()
 	d.PID = os.Getpid()
-	return true, json.NewEncoder(f).Encode(d)
+	if err := json.NewEncoder(f).Encode(d); err != nil {
+		return false, err
+	}
+	err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), unix.AT_FDCWD, statePath(d.ID, ".json"), unix.AT_SYMLINK_FOLLOW)
+	if errors.Is(err, fs.ErrExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("make %s: %w", statePath(d.ID, ".json"), err)
+	}
+	return true, nil
 }
 
 // save replaces the file of d, whole or not at all.
@@ -149,10 +171,14 @@ func (d *device) save() error {
 }
 
 // remove takes away everything of a device that is gone.
-func (d *device) remove() {
-	for _, ext := range []string{".sock", ".log", ".new", ".json"} {
+func (d *device) remove() error {
+	for _, ext := range []string{".sock", ".log", ".new"} {
 		os.Remove(statePath(d.ID, ext))
 	}
+	if err := os.Remove(statePath(d.ID, ".json")); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // alive reports whether the server of d runs. A number used again by another
@@ -162,21 +188,59 @@ func (d *device) alive() bool {
 	return err == nil && strings.HasPrefix(filepath.Base(exe), "ublk-pcache")
 }
 
+// readState reads the state file of a device. If there is one and it is no
+// good, the error wraps errDamaged.
 func readState(id int) (*device, error) {
-	data, err := os.ReadFile(statePath(id, ".json"))
+	path := statePath(id, ".json")
+	data, err := readRegular(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("no device %d (see 'ublk-pcache list')", id)
 	}
-	if err != nil {
-		return nil, err
-	}
 	d := &device{}
-	if err := json.Unmarshal(data, d); err != nil {
-		return nil, fmt.Errorf("state file %s: %w", statePath(id, ".json"), err)
+	if err == nil {
+		err = json.Unmarshal(data, d)
+	}
+	if err == nil && !d.plausible(id) {
+		err = errors.New("it does not describe this device")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("state file %s %w: %w (remove the device with 'ublk-pcache del %d', dirty data stays in its cache, and add it again)", path, errDamaged, err, id)
 	}
 	return d, nil
 }
 
+// readRegular reads a file that may turn out to be anything.
+func readRegular(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return nil, errors.Join(err, errors.New("it is not a file"))
+	}
+	return io.ReadAll(io.LimitReader(f, stateSize))
+}
+
+// plausible reports whether d may be what a server has written for a device.
+func (d *device) plausible(id int) bool {
+	return d.ID == id && d.PID > 0 && filepath.IsAbs(d.PMEM) && filepath.IsAbs(d.Backing) &&
+		d.Queues > 0 && d.Depth > 0 && d.Depth <= maxDepth && d.Writeback > 0 && d.Writeback <= maxWriteback
+}
+
+// bare is what can be told of a device without its state file.
+func bare(id int) (*device, error) {
+	d := &device{ID: id}
+	info, err := ublk.Lookup(id)
+	if err == nil {
+		d.Device, d.PID = info.Path, info.PID
+	} else if !errors.Is(err, ublk.ErrNoDevice) {
+		return nil, err
+	}
+	return d, nil
+}
+
+// readStates reads all state files, also those that are damaged.
 func readStates() ([]*device, error) {
 	files, err := filepath.Glob(filepath.Join(stateDir, "*.json"))
 	if err != nil {
@@ -185,10 +249,13 @@ func readStates() ([]*device, error) {
 	var all []*device
 	for _, f := range files {
 		id, err := strconv.Atoi(strings.TrimSuffix(filepath.Base(f), ".json"))
-		if err != nil {
+		if err != nil || id < 0 || f != statePath(id, ".json") {
 			continue
 		}
 		d, err := readState(id)
+		if errors.Is(err, errDamaged) {
+			d, err = &device{ID: id, damage: err}, nil
+		}
 		if err != nil {
 			return nil, err
 		}

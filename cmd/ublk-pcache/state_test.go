@@ -1,9 +1,14 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
 	"testing"
 )
 
@@ -15,6 +20,145 @@ func ownStateDir(t *testing.T) {
 	stateDir = filepath.Join(t.TempDir(), "state")
 	if err := os.Mkdir(stateDir, 0o700); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func someDevice(id int) *device {
+	return &device{ID: id, PMEM: "/dev/dax0.0", Backing: "/dev/nvme0n1", PID: 1, Queues: 1, Writeback: 16, Depth: 128}
+}
+
+// TestStateFileAppearsWhole: many want the same number at once; one gets it,
+// and nobody ever sees half a file, neither when it is made nor when it is
+// replaced.
+func TestStateFileAppearsWhole(t *testing.T) {
+	ownStateDir(t)
+	for id := range 50 {
+		var made, tried sync.WaitGroup
+		stop := make(chan struct{})
+		winners := make(chan string, 8)
+		for i := range cap(winners) {
+			tried.Go(func() {
+				d := someDevice(id)
+				d.Backing = fmt.Sprintf("/dev/nvme%dn1", i)
+				ok, err := d.create()
+				if err != nil {
+					t.Error(err)
+				}
+				if ok {
+					winners <- d.Backing
+					if err := d.save(); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		made.Go(func() {
+			for {
+				if _, err := readState(id); errors.Is(err, errDamaged) {
+					t.Errorf("seen while it was made: %v", err)
+					return
+				}
+				select {
+				case <-stop:
+					return
+				default:
+				}
+			}
+		})
+		tried.Wait()
+		close(stop)
+		made.Wait()
+		close(winners)
+		if len(winners) != 1 {
+			t.Fatalf("%d got the number %d", len(winners), id)
+		}
+		d, err := readState(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if won := <-winners; d.Backing != won || d.PID != os.Getpid() {
+			t.Errorf("device %d went to the one with %s, the file says %+v", id, won, d)
+		}
+		if err := d.remove(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if left, err := os.ReadDir(stateDir); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// TestDamagedStateFiles: whatever stands where a state file should is named,
+// with the way out, and is in nobody's way but that of a new device.
+func TestDamagedStateFiles(t *testing.T) {
+	good, err := json.Marshal(someDevice(3))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := func(s string) func(path string) error {
+		return func(path string) error { return os.WriteFile(path, []byte(s), 0o600) }
+	}
+	for name, put := range map[string]func(path string) error{
+		"empty":         text(""),
+		"cut short":     text(string(good[:len(good)/2])),
+		"zeros":         text(string(make([]byte, 4096))),
+		"too long":      text(strings.Repeat(" ", stateSize) + string(good)),
+		"not JSON":      text("device 3\n"),
+		"two":           text(string(good) + string(good)),
+		"null":          text("null"),
+		"array":         text("[]"),
+		"object":        text("{}"),
+		"of another":    text(strings.Replace(string(good), `"id":3`, `"id":4`, 1)),
+		"other types":   text(strings.Replace(string(good), `"pid":1`, `"pid":"1"`, 1)),
+		"no server":     text(strings.Replace(string(good), `"pid":1`, `"pid":-1`, 1)),
+		"relative path": text(strings.Replace(string(good), `/dev/dax0.0`, `dax0.0`, 1)),
+		"no queues":     text(strings.Replace(string(good), `"queues":1`, `"queues":0`, 1)),
+		"too deep":      text(strings.Replace(string(good), `"depth":128`, `"depth":1000000`, 1)),
+		"no write-back": text(strings.Replace(string(good), `"writeback_depth":16`, `"writeback_depth":-16`, 1)),
+		"a folder":      func(path string) error { return os.Mkdir(path, 0o700) },
+		"a pipe":        func(path string) error { return syscall.Mkfifo(path, 0o600) },
+		"a link":        func(path string) error { return os.Symlink("/proc/self/environ", path) },
+		"a broken link": func(path string) error { return os.Symlink("nowhere", path) },
+		"a link to good": func(path string) error {
+			return errors.Join(text(string(good))(path+".x"), os.Symlink(path+".x", path))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ownStateDir(t)
+			if err := someDevice(5).save(); err != nil {
+				t.Fatal(err)
+			}
+			if err := put(statePath(3, ".json")); err != nil {
+				t.Fatal(err)
+			}
+			_, err := readState(3)
+			fails(t, err, statePath(3, ".json"), "ublk-pcache del 3", "add it again")
+			fails(t, silence(3, err), statePath(3, ".json"), "ublk-pcache del 3")
+			all, err := readStates()
+			if err != nil || len(all) != 2 || all[0].ID != 3 || all[0].damage == nil || all[1].ID != 5 || all[1].damage != nil {
+				t.Errorf("of devices 3 and 5 are seen %+v, %v", all, err)
+			}
+			// It may be that of the same cache.
+			fails(t, someDevice(6).refuseShared(), "ublk-pcache del 3")
+			if ok, err := someDevice(3).create(); ok || err != nil {
+				t.Errorf("number 3 is given away: %t, %v", ok, err)
+			}
+			if err := (&device{ID: 3}).remove(); err != nil {
+				t.Error(err)
+			}
+			if _, err := os.Lstat(statePath(3, ".json")); !os.IsNotExist(err) {
+				t.Errorf("it cannot be removed: %v", err)
+			}
+		})
+	}
+	ownStateDir(t)
+	for _, other := range []string{"-1.json", "03.json", "x.json", ".json", "3.log", "3.json.new"} {
+		if err := text("x")(filepath.Join(stateDir, other)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if all, err := readStates(); err != nil || len(all) > 0 {
+		t.Errorf("files that are of no device make %+v, %v", all, err)
 	}
 }
 
