@@ -269,7 +269,7 @@ func (l logger) Info(msg string, err error)  { l.Logger.Info(msg, zap.Error(err)
 func (l logger) Error(msg string, err error) { l.Logger.Error(msg, zap.Error(err)) }
 
 // protect keeps the server working when memory is short, as far as it is not
-// inherited (see launch.go).
+// inherited (see launch.go), and its memory to itself.
 func protect(queues int) error {
 	// Queue threads hold their P while they sleep; the collector, write-back,
 	// the rings of the backing device and the control socket need their own.
@@ -279,6 +279,12 @@ func protect(queues int) error {
 	}
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0); err != nil {
 		return fmt.Errorf("leave the out-of-memory killer's list: %w", err)
+	}
+	// A core would hold what users are writing, and be written while they wait,
+	// perhaps to a file system on the very disk that has just lost its server.
+	// RLIMIT_CORE does not keep it from a program that collects cores.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("leave no core: %w", err)
 	}
 	return nil
 }
