@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/spf13/cobra"
 
@@ -35,6 +36,9 @@ bound to its backing device by the first add.`,
 				if err := refuseFormat(r); err != nil {
 					return err
 				}
+			}
+			if err := exposed(r.Path()); err != nil {
+				return err
 			}
 			if !cmd.Flags().Changed("data-crc") {
 				dataCRC = !r.Durable()
@@ -73,4 +77,18 @@ func refuseFormat(r *pmem.Region) error {
 		return fmt.Errorf("%s holds a cache that is not in order: %w (to give up what it holds: --force)", r.Path(), rep.Problems[0])
 	}
 	return fmt.Errorf("%s holds a cache without dirty data (to give up what it holds: --force)", r.Path())
+}
+
+// exposed returns an error if users without any right to the disk may read or
+// write the cache. A new cache is not made there. One that exists is opened all
+// the same: this is no reason for a machine not to come up.
+func exposed(pmem string) error {
+	info, err := os.Stat(pmem)
+	if err != nil {
+		return err
+	}
+	if mode := info.Mode().Perm(); mode&0o007 != 0 {
+		return fmt.Errorf("%s is open to all users (%v), and a cache holds the data of its disk (chmod o= %s)", pmem, mode, pmem)
+	}
+	return nil
 }

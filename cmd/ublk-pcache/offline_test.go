@@ -315,3 +315,32 @@ func TestOpenErrors(t *testing.T) {
 	_, err = execute(newRecoverCmd(), "3", "--changed=discard")
 	fails(t, err, "--changed=discard", "overwrite", "del --force 3")
 }
+
+// TestFormatKeepsDataFromOthers: no new cache where everybody could read it,
+// whatever is forced, and the file stays as it is.
+func TestFormatKeepsDataFromOthers(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "cache.img")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, pmem.MinSize); err != nil {
+		t.Fatal(err)
+	}
+	for _, mode := range []os.FileMode{0o604, 0o602, 0o666} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		for _, args := range [][]string{{path}, {path, "--force"}} {
+			_, err := execute(newFormatCmd(), args...)
+			fails(t, err, path, mode.String(), "chmod o= "+path)
+		}
+		_, err := execute(newCheckCmd(), path)
+		fails(t, err, "problems found") // it is still blank
+	}
+	if err := os.Chmod(path, 0o660); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := execute(newFormatCmd(), path); err != nil {
+		t.Error(err)
+	}
+}

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 
+	"go.uber.org/zap"
+
 	"ublk-pcache/engine"
 	"ublk-pcache/ondisk"
 	"ublk-pcache/pmem"
@@ -27,6 +29,9 @@ func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
 	}
 	if crc := layout.Info.Flags.DataCRC(); o.DataCRC != nil && *o.DataCRC != crc {
 		return nil, fmt.Errorf("cache %s was formatted with --data-crc=%t, not %t (leave the option out, or make a new cache with --format)", s.dev.PMEM, crc, *o.DataCRC)
+	}
+	if err := exposed(s.region.Path()); err != nil {
+		s.log.Warn("others can get at the cache", zap.Error(err))
 	}
 	id, mine := layout.Identity, s.identity()
 	write := func() error {
@@ -70,6 +75,9 @@ func (s *server) format(o *serveOptions) error {
 		return fmt.Errorf("--changed=%s: a new cache on %s holds nothing yet that this could be about (leave it out)", o.Changed, s.dev.PMEM)
 	}
 	if err := mayFormat(s.region, o.Format, o.Force); err != nil {
+		return err
+	}
+	if err := exposed(s.region.Path()); err != nil {
 		return err
 	}
 	opts := ondisk.FormatOptions{
