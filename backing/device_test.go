@@ -411,3 +411,47 @@ func TestFifo(t *testing.T) {
 		t.Fatalf("%d places, %d operations, %d in, %d out", len(q.ops), q.n, in, out)
 	}
 }
+
+// TestCloseGivesEverythingBack: neither a device that is used and closed nor
+// one that cannot be opened leaves a descriptor or a mapping.
+func TestCloseGivesEverythingBack(t *testing.T) {
+	good, bad := tempFile(t, 1<<20), tempFile(t, 0)
+	held := func() (descriptors, mappings int) {
+		open, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		maps, err := os.ReadFile("/proc/self/maps")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(open), bytes.Count(maps, []byte("\n"))
+	}
+	cycle := func() {
+		d, err := Open(good)
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error)
+		d.Zero(0, 1<<20, func(err error) { done <- err })
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+		if _, err := Open(bad); !errors.Is(err, ErrSize) {
+			t.Errorf("open an empty file: %v", err)
+		}
+	}
+	cycle()
+	const cycles = 50
+	files, maps := held()
+	for range cycles {
+		cycle()
+	}
+	// Mappings of the runtime's come and go.
+	if f, m := held(); f != files || m > maps+cycles/2 {
+		t.Errorf("after %d devices there are %d descriptors and %d mappings, before %d and %d", cycles, f, m, files, maps)
+	}
+}

@@ -99,6 +99,7 @@ func startLane(fd int, path string) (*lane, error) {
 	go func() {
 		runtime.LockOSThread() // the ring's single issuer
 		defer runtime.UnlockOSThread()
+		defer close(l.ended) // when nothing is left, the ring included
 		var err error
 		if l.ring, err = uring.New(uring.Options{Entries: inFlight, SingleIssuer: true}); err != nil {
 			ready <- err
@@ -117,7 +118,6 @@ func startLane(fd int, path string) (*lane, error) {
 		defer uring.FreeBuffer(l.zeros)
 		ready <- nil
 		l.run()
-		close(l.ended)
 	}()
 	return l, <-ready
 }
