@@ -34,11 +34,12 @@ func controlled(tb testing.TB) (obey func(context.Context, command) (reply, erro
 	if err := ondisk.Format(mem, ondisk.FormatOptions{GCPercent: ondisk.DefaultGCPercent}); err != nil {
 		tb.Fatal(err)
 	}
-	cache, err := engine.Open(mem, heapDisk{backing.NewFake(16<<20, 512, 1)}, engine.Options{Queues: 1, Log: logger{zap.NewNop()}})
+	disk := backing.NewFake(16<<20, 512, 1)
+	cache, err := engine.Open(mem, heapDisk{disk}, engine.Options{Queues: 1, Log: logger{zap.NewNop()}})
 	if err != nil {
 		tb.Fatal(err)
 	}
-	tb.Cleanup(func() { cache.Close() })
+	tb.Cleanup(func() { cache.Close(); disk.Close() })
 	s := &server{cache: cache}
 	return func(ctx context.Context, cmd command) (reply, error) {
 		if cmd.Do == "del" {

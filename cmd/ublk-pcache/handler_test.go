@@ -27,7 +27,9 @@ func TestHandler(t *testing.T) {
 	if err := ondisk.Format(mem, ondisk.FormatOptions{GCPercent: ondisk.DefaultGCPercent}); err != nil {
 		t.Fatal(err)
 	}
-	cache, err := engine.Open(mem, heapDisk{backing.NewFake(size, 512, 1)}, engine.Options{Queues: 1, Log: logger{zap.NewNop()}})
+	disk := backing.NewFake(size, 512, 1)
+	defer disk.Close()
+	cache, err := engine.Open(mem, heapDisk{disk}, engine.Options{Queues: 1, Log: logger{zap.NewNop()}})
 	if err != nil {
 		t.Fatal(err)
 	}
