@@ -42,7 +42,7 @@ func TestCheckNames(t *testing.T) {
 		"superblock":       {func(s *sparse) { s.flip(SuperblockOff+16, 1) }, "superblock"},
 		"identity":         {func(s *sparse) { WriteIdentity(s, Replica{}, &Identity{BackingSize: 8 << 20}) }, "outside the backing device of 8388608 bytes"},
 		"two lost records": {func(s *sparse) { s.Zero(keyTailOff, 16); s.Zero(dirtyTailOff, 16) }, "dirty_tail: both copies are lost"},
-		"generation lost":  {func(s *sparse) { s.Zero(segmentOff(9)+genOff, 32) }, "segment 9 (1 in all)"},
+		"generation lost":  {func(s *sparse) { s.Zero(segmentOff(9)+genOff, 32) }, "segment 9: the generation of a segment is lost"},
 		"generation back": {func(s *sparse) {
 			// A key of generation 1 in a segment that fell back to 0.
 			key := Key{Len: 512, Gen: 1, Seg: 5, CRC: Checksum(make([]byte, 512))}

@@ -73,14 +73,16 @@ func endsProperly(cause error) bool {
 
 // ahead looks for the log's continuation behind pos.
 func (w *walker) ahead(cause error) *Position {
-	if found := w.unnumberedAhead(cause); found != nil {
+	found := w.unnumberedAhead(cause)
+	if w.seq == 0 {
 		return found
 	}
-	if w.seq == 0 {
-		return nil
-	}
+	// That one may have passed over others, where more than one is bad.
 	expected := NextSeq(w.seq)
-	if found := w.numberedAhead(expected); found != nil {
+	if next := w.search(func() bool { return w.isAhead(expected) }); next != nil && (found == nil || found.Seg != next.Seg || next.Off < found.Off) {
+		found = next
+	}
+	if found != nil {
 		return found
 	}
 	// Where the bad one may be the LAST of its segment, or the kset before it.
@@ -149,14 +151,15 @@ func (w *walker) endsAt(at Position) bool {
 	return isZero(head[:]) || w.read(at) == nil && w.kset.Last && !w.leadsOn()
 }
 
-// numberedAhead looks at every place in the rest of the segment.
-func (w *walker) numberedAhead(expected uint64) *Position {
+// search looks at every place in the rest of the segment for a kset that will
+// do.
+func (w *walker) search(do func() bool) *Position {
 	chunk := make([]byte, min(64<<10, SegmentData-w.pos.Off))
 	magic := le.AppendUint64(nil, ksetMagic)
 	for base := w.pos.Off; base < SegmentData; base += uint32(len(chunk)) {
 		p := chunk[:min(uint32(len(chunk)), SegmentData-base)]
 		if err := readFull(w.r, p, w.l.Offset(w.pos.Seg, base)); err != nil {
-			w.readAround(p, base)
+			readAround(w.r, p, w.l.Offset(w.pos.Seg, base))
 		}
 		for i := 0; ; {
 			hit := bytes.Index(p[i:], magic)
@@ -165,25 +168,13 @@ func (w *walker) numberedAhead(expected uint64) *Position {
 			}
 			i += hit
 			if at := (Position{Seg: w.pos.Seg, Off: base + uint32(i) - 8}); i%8 == 0 && at.Off > w.pos.Off &&
-				w.read(at) == nil && w.isAhead(expected) {
+				w.read(at) == nil && do() {
 				return &at
 			}
 			i++
 		}
 	}
 	return nil
-}
-
-// readAround fills p with what can be read of it, in the 256 bytes that a
-// media error takes away at a time, and zeros for the rest.
-func (w *walker) readAround(p []byte, base uint32) {
-	const unit = 256
-	for i := 0; i < len(p); i += unit {
-		part := p[i:min(i+unit, len(p))]
-		if err := readFull(w.r, part, w.l.Offset(w.pos.Seg, base+uint32(i))); err != nil {
-			clear(part)
-		}
-	}
 }
 
 // follows reports whether the kset just read can come behind the bad one.

@@ -48,6 +48,9 @@ var (
 	ErrLast    = errors.New("LAST record leads out of the cache")
 )
 
+// ErrOutside is an access outside an overlay, or a store off the 8-byte grid.
+var ErrOutside = errors.New("outside the overlay, or not on its words")
+
 // Why a format is refused.
 var (
 	ErrTooSmall  = errors.New("the device is too small for a cache, which takes at least 512 MiB")

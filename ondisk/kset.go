@@ -205,15 +205,19 @@ func DecodeKset(p []byte, k *Kset) error {
 		return nil
 	}
 	for p = p[KsetHeaderSize:]; len(p) > 0; p = p[KeySize:] {
-		k.Keys = append(k.Keys, Key{
-			Off:    le.Uint64(p[0:]),
-			Len:    le.Uint32(p[8:]),
-			Flags:  KeyFlags(le.Uint32(p[12:])),
-			Seg:    le.Uint32(p[16:]),
-			SegOff: le.Uint32(p[20:]),
-			Gen:    le.Uint64(p[24:]),
-			CRC:    le.Uint32(p[32:]),
-		})
+		k.Keys = append(k.Keys, decodeKey(p))
 	}
 	return nil
+}
+
+func decodeKey(p []byte) Key {
+	return Key{
+		Off:    le.Uint64(p[0:]),
+		Len:    le.Uint32(p[8:]),
+		Flags:  KeyFlags(le.Uint32(p[12:])),
+		Seg:    le.Uint32(p[16:]),
+		SegOff: le.Uint32(p[20:]),
+		Gen:    le.Uint64(p[24:]),
+		CRC:    le.Uint32(p[32:]),
+	}
 }

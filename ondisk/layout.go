@@ -42,13 +42,18 @@ type Note struct {
 	Seg   uint32 // cache_seg_id, for a generation or segment_info
 	Slot  uint8
 	State CopyState
+	Alone bool // the other copy is no better, and the record is taken for none
 }
 
 func (n Note) String() string {
+	what, then := n.What, "the other one is used"
 	if n.What == recordGeneration || n.What == recordSegmentInfo {
-		return fmt.Sprintf("%s of segment %d: copy %d is damaged (%v), the other one is used", n.What, n.Seg, n.Slot, n.State)
+		what = fmt.Sprintf("%s of segment %d", n.What, n.Seg)
 	}
-	return fmt.Sprintf("%s: copy %d is damaged (%v), the other one is used", n.What, n.Slot, n.State)
+	if n.Alone {
+		then = "and so is the other one, so there is none"
+	}
+	return fmt.Sprintf("%s: copy %d is damaged (%v), %s", what, n.Slot, n.State, then)
 }
 
 const (
@@ -56,6 +61,8 @@ const (
 	recordIdentity    = "identity record"
 	recordGeneration  = "generation"
 	recordSegmentInfo = "segment_info"
+	recordSyncMark    = "sync mark"
+	recordFingerprint = "fingerprint"
 )
 
 // Offset returns the device offset in bytes of a place in the data area of a
@@ -77,7 +84,9 @@ func ReadLayout(r io.ReaderAt, size int64) (*Layout, error) {
 	l := &Layout{}
 	var faults Faults
 	check := func(err error) bool {
-		if err != nil {
+		if many, ok := err.(Faults); ok {
+			faults = append(faults, many...)
+		} else if err != nil {
 			faults = append(faults, err)
 		}
 		return err == nil
@@ -151,6 +160,7 @@ func (l *Layout) readSyncMark(r io.ReaderAt) {
 	if l.SyncMarkCopies.Valid() {
 		l.SyncMark = decodeSyncMark(buf[:])
 	}
+	l.noteOurs(r, l.SyncMarkCopies, recordSyncMark, syncMarkOff, syncMarkMagic)
 }
 
 // readFingerprint takes a lost one for unknown, as if there had never been one.
@@ -159,6 +169,23 @@ func (l *Layout) readFingerprint(r io.ReaderAt) {
 	l.FingerprintCopies = readCopies(r, fingerprintOff, identityDistance, buf[:])
 	if l.FingerprintCopies.Valid() {
 		l.Fingerprint = decodeFingerprint(buf[:])
+	}
+	l.noteOurs(r, l.FingerprintCopies, recordFingerprint, fingerprintOff, fingerprintMagic)
+}
+
+// noteOurs is note for a record in the first 4 KiB, where a cache may do
+// without it and somebody else may have left something. A copy is ours if its
+// magic says so, or cannot be read.
+func (l *Layout) noteOurs(r io.ReaderAt, c Copies, what string, off int64, magic uint64) {
+	for slot, state := range c.State {
+		if !state.damaged() {
+			continue
+		}
+		var buf [8]byte
+		err := readFull(r, buf[:], off+int64(slot)*identityDistance+headerSize)
+		if c.Valid() || err != nil || le.Uint64(buf[:]) == magic {
+			l.Notes = append(l.Notes, Note{What: what, Slot: uint8(slot), State: state, Alone: !c.Valid()})
+		}
 	}
 }
 
@@ -182,7 +209,8 @@ func (l *Layout) readChain(r io.ReaderAt) error {
 		var buf [SegmentInfoSize]byte
 		c := readCopies(r, segmentOff(phys), infoDistance, buf[:])
 		if !c.Valid() {
-			return fmt.Errorf("%w after %d of %d: %w", ErrChain, id, l.Info.Segments, lost(recordSegmentInfo, c))
+			broken := fmt.Errorf("%w after %d of %d, at physical segment %d: %w", ErrChain, id, l.Info.Segments, phys, lost(recordSegmentInfo, c))
+			return append(Faults{broken}, l.lostLinks(r, phys)...)
 		}
 		l.note(c, recordSegmentInfo, id)
 		l.Chain = append(l.Chain, phys)
@@ -201,6 +229,26 @@ func (l *Layout) readChain(r io.ReaderAt) error {
 	return nil
 }
 
+// lostLinks names the segments that nothing leads on from, beyond those of the
+// chain and the one at which it broke.
+func (l *Layout) lostLinks(r io.ReaderAt, broken uint32) (faults Faults) {
+	whole := make([]bool, l.Superblock.Segments)
+	whole[broken] = true
+	for _, phys := range l.Chain {
+		whole[phys] = true
+	}
+	for phys := range l.Info.Segments {
+		var buf [SegmentInfoSize]byte
+		if whole[phys] || len(faults) == maxProblems {
+			continue
+		}
+		if c := readCopies(r, segmentOff(phys), infoDistance, buf[:]); !c.Valid() {
+			faults = append(faults, fmt.Errorf("%w at physical segment %d: %w", ErrChain, phys, lost(recordSegmentInfo, c)))
+		}
+	}
+	return faults
+}
+
 // readGenerations loads the generation of each segment. Every segment has
 // one from the format on (the kernel writes 0 explicitly), so a missing one
 // is damage, and taking it for 0 would bring dead keys back to life. So would
@@ -208,25 +256,22 @@ func (l *Layout) readChain(r io.ReaderAt) error {
 func (l *Layout) readGenerations(r io.ReaderAt) error {
 	l.Gens = make([]uint64, len(l.Chain))
 	l.GenAt = make([]Replica, len(l.Chain))
-	damaged, first, state := 0, 0, Copies{}
+	var faults Faults
 	for id, phys := range l.Chain {
 		var buf [GenerationSize]byte
 		c := readCopies(r, segmentOff(phys)+genOff, GenerationSize, buf[:])
 		if !c.Valid() {
-			if damaged == 0 {
-				first, state = id, c
-			}
-			damaged++
+			faults = append(faults, fmt.Errorf("segment %d: %w: %w", id, ErrGeneration, lost(recordGeneration, c)))
 			continue
 		}
 		l.note(c, recordGeneration, uint32(id))
 		l.Gens[id], l.GenAt[id] = decodeGeneration(buf[:]), c.Newest
 		if l.Gens[id] > maxGeneration {
-			return fmt.Errorf("%w: segment %d is said to be at %d", ErrGenerationValue, id, l.Gens[id])
+			faults = append(faults, fmt.Errorf("%w: segment %d is said to be at %d", ErrGenerationValue, id, l.Gens[id]))
 		}
 	}
-	if damaged > 0 {
-		return fmt.Errorf("%w: segment %d (%d in all): %w", ErrGeneration, first, damaged, lost(recordGeneration, state))
+	if faults != nil {
+		return faults
 	}
 	return nil
 }
@@ -257,8 +302,8 @@ func (l *Layout) readTail(r io.ReaderAt, t Tail) error {
 // it had no reason to write.
 func (l *Layout) note(c Copies, what string, seg uint32) {
 	for slot, state := range c.State {
-		if state == CopyBad || state == CopyUnreadable {
-			l.Notes = append(l.Notes, Note{what, seg, uint8(slot), state})
+		if state.damaged() {
+			l.Notes = append(l.Notes, Note{What: what, Seg: seg, Slot: uint8(slot), State: state})
 		}
 	}
 }

@@ -40,12 +40,14 @@ func DecodeSuperblock(p []byte, size int64) (Superblock, error) {
 	switch magic := le.Uint64(p[8:]); {
 	case magic == 0:
 		return s, ErrNotFormatted
-	case le.Uint32(p[4:])&1 != 0 || magic == bigEndianMagic:
+	case magic == bigEndianMagic:
 		return s, ErrBigEndian
 	case magic != Magic:
 		return s, fmt.Errorf("%w (%#x at byte %d)", ErrMagic, magic, SuperblockOff+8)
 	case le.Uint32(p) != Checksum(p[4:]):
 		return s, ErrSuperblock
+	case le.Uint32(p[4:])&1 != 0:
+		return s, ErrBigEndian
 	}
 	s.Segments = le.Uint32(p[16:])
 	if held := SegmentsIn(size); s.Segments == 0 || s.Segments > held {

@@ -63,6 +63,8 @@ func (c Copies) Valid() bool {
 	return c.State[0] == CopyValid || c.State[1] == CopyValid
 }
 
+func (s CopyState) damaged() bool { return s == CopyBad || s == CopyUnreadable }
+
 // readCopies reads both copies of a record of len(dst) bytes, the second one
 // distance bytes behind the first, and leaves the newest valid one in dst. A
 // copy with the checksum right but refused by accept counts as bad.

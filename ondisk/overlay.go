@@ -1,0 +1,221 @@
+package ondisk
+
+import (
+	"fmt"
+	"io"
+	"sync"
+)
+
+// Overlay is a device in memory on top of one that is only read: stores go to
+// the overlay, and what was stored covers what lies below, be that readable or
+// not. A repair is tried there before anything is changed, and a cache can be
+// opened on one as if it had been repaired.
+//
+// It is a [Medium]. All methods may be called from any goroutine.
+type Overlay struct {
+	base io.ReaderAt
+	size int64
+	mu   struct {
+		sync.RWMutex
+		pages map[int64]*overlayPage
+	}
+}
+
+// overlayPageSize is small, since what is mended is small and far apart.
+const overlayPageSize = 4 << 10
+
+// overlayPage covers the words of a page that were stored to, a bit each: eight
+// bytes, which memory keeps or loses as one.
+type overlayPage struct {
+	data [overlayPageSize]byte
+	set  [overlayPageSize / 8 / 64]uint64
+}
+
+func (g *overlayPage) has(word int64) bool { return g.set[word/64]>>(word%64)&1 != 0 }
+
+// NewOverlay returns an overlay on size bytes of base with nothing stored yet.
+func NewOverlay(base io.ReaderAt, size int64) *Overlay {
+	o := &Overlay{base: base, size: size}
+	o.mu.pages = map[int64]*overlayPage{}
+	return o
+}
+
+// Size is in bytes.
+func (o *Overlay) Size() int64 { return o.size }
+
+// Fence has nothing to do: what is stored is there.
+func (o *Overlay) Fence() {}
+
+// Sync has nothing to do either.
+func (o *Overlay) Sync() error { return nil }
+
+// ReadAt fails where the base does and nothing was stored.
+func (o *Overlay) ReadAt(p []byte, off int64) (n int, err error) {
+	if off < 0 || off > o.size {
+		return 0, fmt.Errorf("%w: %d bytes at %d of %d", ErrOutside, len(p), off, o.size)
+	}
+	if int64(len(p)) > o.size-off {
+		p, err = p[:o.size-off], io.EOF
+	}
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	for n < len(p) {
+		at := off + int64(n)
+		page, end := o.runLocked(at, off+int64(len(p)))
+		part := p[n : n+int(end-at)]
+		if page == nil {
+			if err := readFull(o.base, part, at); err != nil {
+				return n, err
+			}
+		} else if err := page.read(o.base, part, at); err != nil {
+			return n, err
+		}
+		n += len(part)
+	}
+	return n, err
+}
+
+// runLocked returns the page that holds at and where it ends, or nil and where
+// the next page begins; never beyond end.
+func (o *Overlay) runLocked(at, end int64) (*overlayPage, int64) {
+	i := at / overlayPageSize
+	if page := o.mu.pages[i]; page != nil || len(o.mu.pages) == 0 {
+		if page != nil {
+			end = min(end, (i+1)*overlayPageSize)
+		}
+		return page, end
+	}
+	for i++; i*overlayPageSize < end && o.mu.pages[i] == nil; i++ {
+	}
+	return nil, min(end, i*overlayPageSize)
+}
+
+// read fills p, which lies in the page, from the base and over that from the
+// page. What the page covers need not be readable.
+func (g *overlayPage) read(base io.ReaderAt, p []byte, off int64) error {
+	readable := readFull(base, p, off) == nil
+	for n := 0; n < len(p); {
+		at := off + int64(n)
+		in := at % overlayPageSize
+		part := p[n:min(len(p), n+8-int(at%8))]
+		if g.has(in / 8) {
+			copy(part, g.data[in:])
+		} else if !readable {
+			if err := readFull(base, part, at); err != nil {
+				return err
+			}
+		}
+		n += len(part)
+	}
+	return nil
+}
+
+// WriteAt stores p. off and len(p) are multiples of 8.
+func (o *Overlay) WriteAt(p []byte, off int64) (n int, err error) {
+	if (off|int64(len(p)))%8 != 0 || off < 0 || int64(len(p)) > o.size-off {
+		return 0, fmt.Errorf("%w: %d bytes at %d of %d", ErrOutside, len(p), off, o.size)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for n < len(p) {
+		at := off + int64(n)
+		page := o.mu.pages[at/overlayPageSize]
+		if page == nil {
+			page = &overlayPage{}
+			o.mu.pages[at/overlayPageSize] = page
+		}
+		in := at % overlayPageSize
+		stored := copy(page.data[in:], p[n:])
+		for word := in / 8; word < (in+int64(stored))/8; word++ {
+			page.set[word/64] |= 1 << (word % 64)
+		}
+		n += stored
+	}
+	return n, nil
+}
+
+// Zero stores n zero bytes, like WriteAt.
+func (o *Overlay) Zero(off, n int64) error {
+	for end := off + n; off < end; {
+		p := zeros[:min(int64(len(zeros)), end-off)]
+		if _, err := o.WriteAt(p, off); err != nil {
+			return err
+		}
+		off += int64(len(p))
+	}
+	return nil
+}
+
+// copyChunk is how much Copy reads at a time.
+const copyChunk = 1 << 20
+
+// Copy writes everything that is not zero to w, which is a new, sparse file of
+// the same size, and syncs it. The superblock comes last, so that a copy that
+// was not finished is no cache. What cannot be read is zero in the copy.
+func (o *Overlay) Copy(w interface {
+	io.WriterAt
+	Sync() error
+}) error {
+	buf := make([]byte, copyChunk)
+	for off := int64(0); off < o.size; off += copyChunk {
+		p := buf[:min(copyChunk, o.size-off)]
+		if readFull(o, p, off) != nil {
+			readAround(o, p, off)
+		}
+		if off == 0 {
+			clear(p[SuperblockOff:][:SuperblockSize])
+		}
+		if err := writeSparse(w, p, off); err != nil {
+			return err
+		}
+	}
+	if err := w.Sync(); err != nil {
+		return err
+	}
+	super := buf[:SuperblockSize]
+	readAround(o, super, SuperblockOff)
+	if _, err := w.WriteAt(super, SuperblockOff); err != nil {
+		return err
+	}
+	return w.Sync()
+}
+
+// readAround reads what can be read, down to single words, and zeros for the
+// rest.
+func readAround(r io.ReaderAt, p []byte, off int64) {
+	for _, unit := range []int{overlayPageSize, 8} {
+		if len(p) <= unit {
+			continue
+		}
+		for i := 0; i < len(p); i += unit {
+			part := p[i:min(i+unit, len(p))]
+			if readFull(r, part, off+int64(i)) != nil {
+				readAround(r, part, off+int64(i))
+			}
+		}
+		return
+	}
+	if readFull(r, p, off) != nil {
+		clear(p)
+	}
+}
+
+// writeSparse leaves out the blocks that are zero.
+func writeSparse(w io.WriterAt, p []byte, off int64) error {
+	const block = 4 << 10
+	for len(p) > 0 {
+		n := 0
+		for n < len(p) && !isZero(p[n:min(n+block, len(p))]) {
+			n = min(n+block, len(p))
+		}
+		if n > 0 {
+			if _, err := w.WriteAt(p[:n], off); err != nil {
+				return err
+			}
+		} else {
+			n = min(block, len(p))
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
