@@ -40,7 +40,7 @@ unit:
 
 race:
 	@command -v gcc >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends gcc libc6-dev; }
-	CGO_ENABLED=1 go test -count=1 -race $$(go list ./... | grep -vx ublk-pcache/engine)
+	CGO_ENABLED=1 go test -count=1 -race -skip '^TestRepair' $$(go list ./... | grep -vx ublk-pcache/engine)
 	CGO_ENABLED=1 go test -count=1 -race -timeout 30m ./engine -storm.ops=40 -storm.rounds=1 \
 	  -hostile.execs=1000 -crash.states=1000 -model.cases=5 -meta.cases=5 -linear.rounds=2
 
@@ -53,6 +53,7 @@ vm:
 
 # The random tests again, for long.
 soak:
+	go test -count=1 -timeout 4h -v ./ondisk -run 'TestRepairRandom$$' -repair.cases=20000
 	go test -count=1 -timeout 2h -v ./engine -run 'TestCrashStates$$' -crash.states=1000000
 	go test -count=1 -timeout 4h -v ./engine -run 'TestHostileImages$$' -hostile.execs=10000000
 	go test -count=1 -timeout 0 -v ./engine -run '^TestModel$$' -model.cases=3000

@@ -19,6 +19,10 @@ type Report struct {
 
 	DirtyBytes int64 // what those keys cover, counting overwritten data too
 
+	Damaged    Ranges // dirty data that is not what it was, overwritten data too
+	Unreadable Ranges // cached data that cannot be read, likewise
+	Harmless   int    // how many of the problems are clean data, which the backing device has
+
 	Problems []error // the first maxProblems of them
 	More     int     // how many there were beyond
 }
@@ -36,8 +40,27 @@ func (rep *Report) problem(err error) {
 
 // Check reads the metadata and the whole log of a device of size bytes. With
 // data it also reads every piece of cached data that a living key names, and
-// compares its checksum if the cache keeps them.
+// compares its checksum if the cache keeps them. What lies behind damaged
+// metadata is looked at as it will be once that is mended.
 func Check(r io.ReaderAt, size int64, data bool) *Report {
+	rep := check(r, size, data)
+	if rep.Keys > 0 || len(rep.Problems) == 0 {
+		return rep
+	}
+	if mended := Repair(r, size, RepairOptions{}); len(mended.Mended) > 0 {
+		behind := check(mended, size, data)
+		own := behind.Problems
+		behind.Problems, behind.More = rep.Problems, rep.More
+		for _, err := range own {
+			behind.problem(err)
+		}
+		return behind
+	}
+	return rep
+}
+
+// check goes as far as the metadata can be read as it is.
+func check(r io.ReaderAt, size int64, data bool) *Report {
 	rep := &Report{}
 	l, err := ReadLayout(r, size)
 	rep.Layout = l
@@ -57,9 +80,31 @@ func Check(r io.ReaderAt, size int64, data bool) *Report {
 	rep.End, _ = l.WalkLog(r, l.KeyTail, c.kset)
 	c.claim(rep.End.Pos.Seg, logRole)
 	if rep.End.Damage != nil {
-		rep.problem(rep.End.Damage)
+		rep.problem(l.covered(r, rep.End.Damage))
 	}
 	return rep
+}
+
+// covered adds to damage of the log what dirty data lies behind it.
+func (l *Layout) covered(r io.ReaderAt, d *Damage) error {
+	from := d.Ahead
+	if d.DirtyTail != nil {
+		from = d.DirtyTail
+	}
+	var dirty Ranges
+	bytes := int64(0)
+	if from != nil {
+		l.walkOn(r, *from, func(_ Position, k *Kset) error {
+			for i := range k.Keys {
+				if k := &k.Keys[i]; k.Flags&KeyClean == 0 && k.Gen >= l.Gens[k.Seg] {
+					bytes += int64(k.Len)
+					dirty.Add(int64(k.Off), int64(k.Len))
+				}
+			}
+			return nil
+		})
+	}
+	return fmt.Errorf("%w; behind that lie %d bytes of dirty data, %v", d, bytes, &dirty)
 }
 
 type checker struct {
@@ -129,10 +174,20 @@ func (c *checker) key(k *Key) error {
 		return nil
 	}
 	p := c.buf[:k.Len]
+	damaged := func() {
+		if kind == "clean" {
+			c.Harmless++
+		} else {
+			c.Damaged.Add(int64(k.Off), int64(k.Len))
+		}
+	}
 	if err := readFull(c.r, p, c.Layout.Offset(k.Seg, k.SegOff)); err != nil {
+		damaged()
+		c.Unreadable.Add(int64(k.Off), int64(k.Len))
 		return fmt.Errorf("%s data of offset %d, length %d %w: %w", kind, k.Off, k.Len, ErrUnreadable, err)
 	}
 	if c.Layout.Info.Flags.DataCRC() && Checksum(p) != k.CRC {
+		damaged()
 		return fmt.Errorf("%s data of offset %d, length %d has a wrong crc", kind, k.Off, k.Len)
 	}
 	return nil

@@ -9,7 +9,7 @@ import (
 var (
 	ErrNotFormatted   = errors.New("no cache on this device: the superblock at byte 4096 is empty (to make one: ublk-pcache format)")
 	ErrMagic          = errors.New("no cache on this device: the superblock has another magic number; is it the right device?")
-	ErrSuperblock     = errors.New("superblock at byte 4096 is damaged: its crc does not match; restore it from a copy of the device")
+	ErrSuperblock     = errors.New("superblock at byte 4096 is damaged: its crc does not match (to mend it: ublk-pcache repair)")
 	ErrBigEndian      = errors.New("the cache was written by a big-endian host; open it on one")
 	ErrSize           = errors.New("the device is smaller than its cache; use the device it was made on, whole")
 	ErrNotInitialised = errors.New("the cache was never completely formatted; format it again")
@@ -18,10 +18,10 @@ var (
 )
 
 // What is damaged beyond the help of its second copy. The remedy is the same
-// for all: run check to see how much it is, and restore or format.
+// for all: run check to see how much it is, and repair, restore or format.
 var (
 	ErrInfo            = errors.New("cache_info is not valid")
-	ErrLost            = errors.New("both copies are lost; ublk-pcache check shows what else is")
+	ErrLost            = errors.New("both copies are lost; ublk-pcache check shows what else is, and repair mends it")
 	ErrChain           = errors.New("the chain of segments is broken")
 	ErrGeneration      = errors.New("the generation of a segment is lost, its cached data cannot be told from older data")
 	ErrGenerationValue = errors.New("the generation of a segment is higher than any cache gets")
@@ -46,6 +46,15 @@ var (
 	ErrKey     = errors.New("key is not valid")
 	ErrLogLoop = errors.New("the log leads back into itself")
 	ErrLast    = errors.New("LAST record leads out of the cache")
+)
+
+// Why damage is not mended.
+var (
+	ErrNoCache   = errors.New("too little of a cache is left to tell that it is one")
+	ErrChainLost = errors.New("too many links of the chain of segments are lost to tell their order")
+	ErrLogLost   = errors.New("where the log begins is lost, and the log cannot be told from what older ones left")
+	ErrLogStart  = errors.New("no kset can be read where the log has to begin, but some lie behind that place (to give them up: --give-up-log-damage)")
+	ErrCRCLost   = errors.New("cache_info is lost, and without the log nothing tells whether the cache keeps checksums")
 )
 
 // ErrOutside is an access outside an overlay, or a store off the 8-byte grid.

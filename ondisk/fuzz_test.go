@@ -158,6 +158,14 @@ func FuzzImage(f *testing.F) {
 		r := witness{s, t, s.size}
 		Blank(r, s.size)
 		Check(r, s.size, true)
+		for _, o := range []RepairOptions{{}, {Durable: true, GiveUpLog: true}} {
+			rep := Repair(r, s.size, o) // panics if it stores outside
+			if rep.Verify(); rep.Done() {
+				if again := Repair(rep, s.size, o); len(again.Mended) > 0 {
+					t.Fatalf("repaired again, it finds %q after %q", again.Mended, rep.Mended)
+				}
+			}
+		}
 		l, err := ReadLayout(r, s.size)
 		if err != nil {
 			return

@@ -63,6 +63,11 @@ func (c Copies) Valid() bool {
 	return c.State[0] == CopyValid || c.State[1] == CopyValid
 }
 
+// damaged reports whether one of them was there and is not any more.
+func (c Copies) damaged() bool {
+	return c.State[0].damaged() || c.State[1].damaged()
+}
+
 func (s CopyState) damaged() bool { return s == CopyBad || s == CopyUnreadable }
 
 // readCopies reads both copies of a record of len(dst) bytes, the second one

@@ -76,6 +76,18 @@ func (l *Layout) WalkLog(r io.ReaderAt, from Position, visit func(at Position, k
 	return end, nil
 }
 
+// walkOn is WalkLog that goes on behind damage, wherever the log is found to.
+func (l *Layout) walkOn(r io.ReaderAt, from Position, visit func(at Position, k *Kset) error) {
+	begun := map[Position]bool{}
+	for at := &from; at != nil && !begun[*at]; {
+		begun[*at] = true
+		end, err := l.WalkLog(r, *at, visit)
+		if at = nil; err == nil && end.Damage != nil {
+			at = end.Damage.Ahead
+		}
+	}
+}
+
 // walker follows the log. It owns the buffers, so that a walk allocates once.
 type walker struct {
 	l    *Layout

@@ -1,0 +1,4 @@
+package ondisk
+
+// Golden is for the tests that need package engine.
+var Golden = golden
