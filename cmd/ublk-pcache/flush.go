@@ -29,21 +29,27 @@ confirmed its flush; the data stays in the cache, clean.`,
 				_, err := ask(id, command{Do: "flush"})
 				done <- err
 			}()
-			if term.IsTerminal(int(os.Stderr.Fd())) {
-				return showProgress(id, done)
-			}
-			return <-done
+			return showProgress(done, func() (int64, error) {
+				st, err := ask(id, command{Do: "status"})
+				if err != nil {
+					return 0, err
+				}
+				return st.DirtyBytes - st.RoundBytes, nil
+			})
 		},
 	}
 }
 
-// showProgress draws what is left of the dirty data until done.
-func showProgress(id int, done <-chan error) error {
-	st, err := ask(id, command{Do: "status"})
+// showProgress waits until done, and meanwhile draws how much is left of the
+// dirty data if somebody sits in front of it.
+func showProgress(done <-chan error, left func() (int64, error)) error {
+	if !term.IsTerminal(int(os.Stderr.Fd())) {
+		return <-done
+	}
+	total, err := left()
 	if err != nil {
 		return err
 	}
-	total := st.DirtyBytes
 	if total == 0 {
 		return <-done
 	}
@@ -59,8 +65,8 @@ func showProgress(id int, done <-chan error) error {
 			bar.Close()
 			return err
 		case <-tick.C:
-			if st, err := ask(id, command{Do: "status"}); err == nil {
-				bar.Set64(min(max(0, total-st.DirtyBytes+st.RoundBytes), total))
+			if now, err := left(); err == nil {
+				bar.Set64(min(max(0, total-now), total))
 			}
 		}
 	}

@@ -69,12 +69,12 @@ func refuseFormat(r *pmem.Region) error {
 	}
 	rep := ondisk.Check(r, r.Size(), false)
 	switch {
-	case len(rep.Problems) > 0 && errors.Is(rep.Problems[0], ondisk.ErrNotFormatted):
+	case len(rep.Problems) > 0 && errors.Is(rep.Problems[0], ondisk.ErrNotFormatted) && rep.Keys == 0:
 		return fmt.Errorf("%s holds no cache, but is not blank (to overwrite what is there: --force)", r.Path())
+	case len(rep.Problems) > 0:
+		return fmt.Errorf("%s holds a cache that is not in order, with %d bytes of dirty data: %w (save that with ublk-pcache writeback, mend it with repair, or give up what it holds with --force)", r.Path(), rep.DirtyBytes, rep.Problems[0])
 	case rep.Dirty > 0:
 		return fmt.Errorf("%s holds a cache with %d bytes of dirty data that its backing device does not have (flush it first, or lose them with --force)", r.Path(), rep.DirtyBytes)
-	case len(rep.Problems) > 0:
-		return fmt.Errorf("%s holds a cache that is not in order: %w (to give up what it holds: --force)", r.Path(), rep.Problems[0])
 	}
 	return fmt.Errorf("%s holds a cache without dirty data (to give up what it holds: --force)", r.Path())
 }

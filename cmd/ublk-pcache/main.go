@@ -43,7 +43,7 @@ func main() {
 	root.AddCommand(
 		newAddCmd(), newRecoverCmd(), newDelCmd(), newFlushCmd(),
 		newStatusCmd(), newListCmd(), newSetCmd(),
-		newFormatCmd(), newDumpCmd(), newCheckCmd(),
+		newFormatCmd(), newDumpCmd(), newCheckCmd(), newRepairCmd(), newWritebackCmd(),
 		newServeCmd(),
 	)
 	if err := root.Execute(); err != nil {

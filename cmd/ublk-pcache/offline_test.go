@@ -222,7 +222,11 @@ func TestFormatCommand(t *testing.T) {
 // newServer opens a region and a backing device, both new files, as start does.
 func newServer(t *testing.T) *server {
 	t.Helper()
-	dir := t.TempDir()
+	return newServerIn(t, t.TempDir())
+}
+
+func newServerIn(t *testing.T, dir string) *server {
+	t.Helper()
 	back := filepath.Join(dir, "backing")
 	if err := os.WriteFile(back, nil, 0o600); err != nil {
 		t.Fatal(err)

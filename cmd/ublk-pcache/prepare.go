@@ -23,9 +23,9 @@ func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
 	}
 	if err != nil {
 		if o.Recover {
-			return nil, fmt.Errorf("cache %s cannot continue device %d: %w (look with 'ublk-pcache check %s'; the device waits)", s.dev.PMEM, s.dev.ID, err, s.dev.PMEM)
+			return nil, fmt.Errorf("cache %s cannot continue device %d: %w (look with 'ublk-pcache check %s', and see 'ublk-pcache repair'; the device waits)", s.dev.PMEM, s.dev.ID, err, s.dev.PMEM)
 		}
-		return nil, fmt.Errorf("cache %s: %w (look with 'ublk-pcache check %s'; to give up what it holds: --format)", s.dev.PMEM, err, s.dev.PMEM)
+		return nil, fmt.Errorf("cache %s: %w (look with 'ublk-pcache check %s', mend it with 'ublk-pcache repair'; to give up what it holds: --format)", s.dev.PMEM, err, s.dev.PMEM)
 	}
 	if crc := layout.Info.Flags.DataCRC(); o.DataCRC != nil && *o.DataCRC != crc {
 		return nil, fmt.Errorf("cache %s was formatted with --data-crc=%t, not %t (leave the option out, or make a new cache with --format)", s.dev.PMEM, crc, *o.DataCRC)
@@ -33,23 +33,33 @@ func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
 	if err := exposed(s.region.Path()); err != nil {
 		s.log.Warn("others can get at the cache", zap.Error(err))
 	}
-	id, mine := layout.Identity, s.identity()
+	id, mine := layout.Identity, identityOf(s.disk)
 	write := func() error {
 		return ondisk.WriteIdentity(s.region, layout.IdentityCopies.Newest, mine)
 	}
 	if id == nil {
 		return write, nil
 	}
-	switch {
-	case !id.Matches(mine.Serial) && !o.Force:
-		return nil, fmt.Errorf("cache %s belongs to the backing device with serial %q; %s has %q (give that one, or if this is its copy: --force)", s.dev.PMEM, id.Serial, s.dev.Backing, mine.Serial)
-	case mine.BackingSize < id.BackingSize:
-		return nil, fmt.Errorf("backing device %s has %d bytes, less than the %d it had when cache %s was made (give the right device, or one at least as large)", s.dev.Backing, mine.BackingSize, id.BackingSize, s.dev.PMEM)
-	case mine.BackingSize > id.BackingSize || !id.Matches(mine.Serial):
+	if err := misfit(s.dev.PMEM, id, s.dev.Backing, mine, o.Force); err != nil {
+		return nil, err
+	}
+	if mine.BackingSize > id.BackingSize || !id.Matches(mine.Serial) {
 		mine.UUID = id.UUID
 		return write, nil
 	}
 	return nothing, nil
+}
+
+// misfit says why a backing device cannot be the one that a cache belongs to, nil
+// if it may be.
+func misfit(cache string, id *ondisk.Identity, backing string, it *ondisk.Identity, force bool) error {
+	switch {
+	case !id.Matches(it.Serial) && !force:
+		return fmt.Errorf("cache %s belongs to the backing device with serial %q; %s has %q (give that one, or if this is its copy: --force)", cache, id.Serial, backing, it.Serial)
+	case it.BackingSize < id.BackingSize:
+		return fmt.Errorf("backing device %s has %d bytes, less than the %d it had when cache %s was made (give the right device, or one at least as large)", backing, it.BackingSize, id.BackingSize, cache)
+	}
+	return nil
 }
 
 // openError says what can be done about a cache that the engine does not open.
@@ -85,7 +95,7 @@ func (s *server) format(o *serveOptions) error {
 		// the checksums find the keys it hit.
 		DataCRC:   !s.region.Durable(),
 		GCPercent: ondisk.DefaultGCPercent,
-		Identity:  s.identity(),
+		Identity:  identityOf(s.disk),
 	}
 	if o.DataCRC != nil {
 		opts.DataCRC = *o.DataCRC

@@ -301,7 +301,7 @@ func (disk) Buffer(n int) []byte {
 	return b
 }
 
-// identity describes the disk for the cache that belongs to it.
-func (s *server) identity() *ondisk.Identity {
-	return &ondisk.Identity{UUID: uuid.New(), BackingSize: s.disk.Size(), Serial: s.disk.Serial()}
+// identityOf describes a disk for the cache that belongs to it.
+func identityOf(d *backing.Device) *ondisk.Identity {
+	return &ondisk.Identity{UUID: uuid.New(), BackingSize: d.Size(), Serial: d.Serial()}
 }

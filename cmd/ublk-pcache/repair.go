@@ -1,0 +1,113 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
+)
+
+func newRepairCmd() *cobra.Command {
+	var inPlace, giveUp bool
+	cmd := &cobra.Command{
+		Use:   "repair PMEM [COPY]",
+		Short: "Mend a damaged cache that is not in use, on a copy",
+		Long: `Mend what is wrong with the cache on PMEM, and write the result to COPY, a new
+sparse file, or to PMEM itself with --in-place. With neither, nothing is
+changed. Each thing mended is a line, and so is each thing that remains; then
+the exit code is 1.
+
+Where the log is damaged in the middle, mending it gives up acknowledged writes.
+That is only done with --give-up-log-damage; the lines say what it costs.`,
+		Args: cobra.RangeArgs(1, 2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			mode := pmem.ReadOnly
+			if inPlace {
+				mode = pmem.ReadWrite
+				if len(args) == 2 {
+					return fmt.Errorf("--in-place: changes %s itself, so leave out %s", args[0], args[1])
+				}
+			}
+			r, err := pmem.Open(args[0], mode)
+			if err != nil {
+				return err
+			}
+			defer r.Close()
+			rep := ondisk.Repair(r, r.Size(), ondisk.RepairOptions{Durable: r.Durable(), GiveUpLog: giveUp})
+			rep.Verify()
+			for _, s := range rep.Mended {
+				fmt.Fprintln(cmd.OutOrStdout(), s)
+			}
+			for _, err := range append(rep.Left, rep.Report.Problems...) {
+				fmt.Fprintln(cmd.OutOrStdout(), "remains:", oneLine(err))
+			}
+			if rep.Report.More > 0 {
+				fmt.Fprintf(cmd.OutOrStdout(), "remains: and %d more\n", rep.Report.More)
+			}
+			switch {
+			case len(rep.Mended) == 0:
+				fmt.Fprintf(cmd.OutOrStdout(), "%s: nothing to mend\n", r.Path())
+			case inPlace:
+				if err := rep.Store(r); err != nil {
+					return fmt.Errorf("%s: not all of it was mended: %w (the memory itself is bad; repair to a copy)", r.Path(), err)
+				}
+			case len(args) == 2:
+				if err := writeCopy(rep, args[1]); err != nil {
+					return err
+				}
+			default:
+				return fmt.Errorf("%s: nothing was changed (give a file for the mended copy, or --in-place)", r.Path())
+			}
+			return remains(r.Path(), rep)
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVar(&inPlace, "in-place", false, "mend PMEM itself")
+	f.BoolVar(&giveUp, "give-up-log-damage", false, "give up the writes that damaged parts of the log held")
+	return cmd
+}
+
+// remains says what to do about what could not be mended, nil if that is nothing.
+func remains(path string, rep *ondisk.Repaired) error {
+	switch {
+	case rep.Done():
+		return nil
+	case rep.Report.End.Damage != nil:
+		return fmt.Errorf("%s: the log is still damaged (to give up what the damaged part held: --give-up-log-damage; to save all else: ublk-pcache writeback)", path)
+	case rep.Report.Damaged.Bytes() > 0:
+		return fmt.Errorf("%s: damaged dirty data remains, an I/O error until it is written again: %v", path, &rep.Report.Damaged)
+	}
+	return fmt.Errorf("%s: damage remains (to save what can be read: ublk-pcache writeback)", path)
+}
+
+// writeCopy makes the file, or leaves nothing behind.
+func writeCopy(rep *ondisk.Repaired, path string) (err error) {
+	if err := rep.Copyable(); err != nil {
+		return fmt.Errorf("%s was not made: %w (repair --in-place, or save the rest with writeback)", path, err)
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("%s exists (give the name of a file that does not)", path)
+	} else if err != nil {
+		return err
+	}
+	defer func() {
+		if closed := f.Close(); err == nil {
+			err = closed
+		}
+		if err != nil {
+			os.Remove(path)
+		}
+	}()
+	if err := f.Truncate(rep.Size()); err != nil {
+		return err
+	}
+	if err := rep.Copy(f); err != nil {
+		return fmt.Errorf("write the copy: %w", err)
+	}
+	return nil
+}
