@@ -122,6 +122,7 @@ type Cache struct {
 	errs   errorCounts
 
 	stop    chan struct{}
+	aborted chan struct{} // closed by Abort
 	running sync.WaitGroup
 }
 
@@ -145,7 +146,7 @@ func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
 		mem: mem, disk: disk, layout: layout, log: o.Log,
 		crc:   layout.Info.Flags.DataCRC(),
 		index: newIndex(disk.Size()),
-		stop:  make(chan struct{}),
+		stop:  make(chan struct{}), aborted: make(chan struct{}),
 	}
 	for _, n := range layout.Notes {
 		c.log.Error(n.String(), nil)
@@ -183,7 +184,9 @@ func (c *Cache) Queue(i int) *Queue { return c.queues[i] }
 
 // Close ends the cache's own work and leaves the region such that Open finds
 // everything acknowledged. The queues must have ended: no request may be
-// under way. Dirty data stays where it is.
+// under way. Dirty data stays where it is. Close waits for what write-back has
+// under way, unless Abort is called before or meanwhile; then its error is
+// ErrAborted.
 func (c *Cache) Close() error {
 	close(c.stop)
 	c.writeback.kick()
@@ -224,10 +227,33 @@ func (c *Cache) failure() error {
 	return nil
 }
 
-// Abort ends the requests that wait for space, and all later writes, with
-// ErrAborted. It is for a cache that has to go although its disk does not
-// answer. Any goroutine.
-func (c *Cache) Abort() { c.fail(ErrAborted) }
+// Abort ends all requests that wait, for space or for the disk, and all later
+// ones, with ErrAborted, and lets Close return although the disk does not
+// answer. The region is left as by a server that was killed. What the disk has
+// under way it may still carry out, as may a machine whose cable is put back:
+// so its buffers, those of the aborted reads among them, must stay mapped and
+// their content be of no use to anybody. Any goroutine.
+func (c *Cache) Abort() {
+	if f := c.failed.Swap(&failure{ErrAborted}); f != nil && f.err == ErrAborted {
+		return
+	}
+	close(c.aborted)
+	c.gc.kick()
+	for _, q := range c.queues {
+		q.wake()
+	}
+}
+
+// await returns how an operation of the disk ended, or ErrAborted once nobody
+// waits for the disk any more. done has a buffer.
+func (c *Cache) await(done <-chan error) error {
+	select {
+	case err := <-done:
+		return err
+	case <-c.aborted:
+		return ErrAborted
+	}
+}
 
 // persist makes the stores of this goroutine durable, by whichever of the two
 // the region needs.

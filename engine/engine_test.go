@@ -771,36 +771,6 @@ func TestLogFull(t *testing.T) {
 	}
 }
 
-// TestWaitersOfFailedCache: those who wait for space hear of a failure.
-func TestWaitersOfFailedCache(t *testing.T) {
-	mem := pmem.Heap(ondisk.MinSize)
-	formatSmall(t, mem, 5, false, 90)
-	disk, _ := stuckDisk(256 << 20)
-	defer disk.Close()
-	r := newRig(t, mem, disk, 2)
-	var writers sync.WaitGroup
-	var finished atomic.Int32
-	const count = 100
-	for i := range int64(count) {
-		writers.Go(func() {
-			err := r.do(int(i%2), &Request{Op: Write, Off: i << 20, Buf: make([]byte, 1<<20)})
-			finished.Add(1)
-			if err != nil && !errors.Is(err, ErrAborted) {
-				t.Error(err)
-			}
-		})
-	}
-	for r.Status().Waiting == 0 || r.Status().Waiting+int(finished.Load()) < count {
-		time.Sleep(time.Millisecond)
-	}
-	r.Abort()
-	within(t, "waiting for a cache that has failed", writers.Wait)
-	r.read(t, 0, 4096)
-	if err := r.kill(); !errors.Is(err, ErrAborted) {
-		t.Errorf("close: %v", err)
-	}
-}
-
 // TestTooManyQueues: each queue holds a segment open.
 func TestTooManyQueues(t *testing.T) {
 	mem := pmem.Heap(ondisk.MinSize)

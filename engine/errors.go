@@ -29,7 +29,7 @@ var (
 	// blocks are larger, from a cache that was filled in front of another one.
 	ErrUnaligned = errors.New("dirty data does not fill the blocks of the backing device")
 	// ErrAborted: the cache was told to give up what waits.
-	ErrAborted = errors.New("the cache is being removed by force")
+	ErrAborted = errors.New("the cache is being removed and waits for nothing")
 	// ErrStopped: the cache was closed before the work was done.
 	ErrStopped = errors.New("the cache is being stopped")
 )

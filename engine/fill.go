@@ -20,6 +20,7 @@ import (
 // The mark also makes concurrent misses of the same sectors wait for one read
 // of the disk instead of asking for the same thing again.
 type fill struct {
+	q       *Queue // whose it always is
 	id      uint32 // in the loading extents
 	r       *Request
 	at      span
@@ -52,7 +53,7 @@ func (q *Queue) newFill() *fill {
 	t := &q.c.fills
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	f := &fill{id: uint32(len(t.all))}
+	f := &fill{q: q, id: uint32(len(t.all))}
 	f.done = f.finish
 	t.all = append(t.all, f)
 	return f
@@ -86,6 +87,33 @@ func (f *fill) finish(err error) {
 	f.err = err
 	if r := f.r; r.lacks.Add(-1) == 0 {
 		r.q.post(r)
+	}
+}
+
+// abandoned is what lacks of a request has in addition once it has been finished
+// without its fills: more than there can be, so that the last of them, if it
+// ever ends, does not hand the request back a second time.
+const abandoned = 1 << 30
+
+// abandonFills finishes the reads that wait for the disk with ErrAborted, and
+// lets those who wait for their fills hear of it. The fills stay the disk's.
+// The queue starts no others afterwards.
+func (q *Queue) abandonFills() {
+	q.c.fills.mu.RLock()
+	defer q.c.fills.mu.RUnlock()
+	for _, f := range q.c.fills.all {
+		if f.q != q || f.r == nil {
+			continue
+		}
+		f.giveUp()
+		// With none lacking it is on its way back by itself.
+		lacks := &f.r.lacks
+		for n := lacks.Load(); n > 0 && n < abandoned; n = lacks.Load() {
+			if lacks.CompareAndSwap(n, n+abandoned) {
+				f.r.Err = ErrAborted
+				q.finished = append(q.finished, f.r)
+			}
+		}
 	}
 }
 
@@ -174,9 +202,16 @@ func rotate(keys []ondisk.Key, n int) {
 	reverse(keys)
 }
 
-// endFill gives up what a fill still claims, lets those who waited for it try
-// again, and puts it on the free list.
+// endFill gives a fill up and puts it on the free list.
 func (q *Queue) endFill(f *fill) {
+	f.giveUp()
+	f.r, f.buf = nil, nil
+	f.next, q.freeFill = q.freeFill, f
+}
+
+// giveUp gives up what a fill still claims, and lets those who waited for it try
+// again.
+func (f *fill) giveUp() {
 	f.at.sh.Lock()
 	var parts [64]extent
 	for _, e := range f.at.partsLocked(parts[:0], func(e extent) bool {
@@ -190,6 +225,4 @@ func (q *Queue) endFill(f *fill) {
 	for _, r := range waiters {
 		r.q.post(r)
 	}
-	f.r, f.buf = nil, nil
-	f.next, q.freeFill = q.freeFill, f
 }

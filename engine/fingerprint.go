@@ -109,7 +109,7 @@ func (c *Cache) sample(size int64) (sum uint32, err error) {
 		n += a.n
 	}
 	for range areas {
-		err = errors.Join(err, <-read)
+		err = errors.Join(err, c.await(read))
 	}
 	return ondisk.Checksum(f.buf[:n]), err
 }

@@ -42,6 +42,8 @@ type Queue struct {
 	stalled  atomic.Bool // the log was full at the last commit
 	since    time.Time   // when it first was
 
+	abandoned bool // abandonFills was called
+
 	inbox struct {
 		sync.Mutex
 		list, spare []*Request
@@ -156,6 +158,10 @@ func (q *Queue) Turn() []*Request {
 		}
 	}
 	q.commit()
+	if !q.abandoned && q.c.failure() == ErrAborted {
+		q.abandoned = true
+		q.abandonFills()
+	}
 	q.finished, q.returned = q.returned[:0], q.finished
 	return q.returned
 }
@@ -407,6 +413,11 @@ func (q *Queue) wait(r *Request) {
 // somebody else is already asking for a part of it, r waits for that first.
 func (q *Queue) read(r *Request) {
 	c := q.c
+	if c.failure() == ErrAborted {
+		r.Err = ErrAborted
+		q.finished = append(q.finished, r)
+		return
+	}
 	s := c.index.span(r.Off>>sectorShift, len(r.Buf)>>sectorShift)
 	hits, joined := q.lookup(s, r)
 	if joined {

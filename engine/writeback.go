@@ -291,6 +291,8 @@ func (c *Cache) writebackLoop() {
 		err := c.round(collect)
 		c.settle(err)
 		switch {
+		case c.failure() == ErrAborted:
+			return // the transfers under way still have their parts of the round
 		case err != nil:
 			delay = backoff(delay)
 			c.log.Error(fmt.Sprintf("write-back failed, its data stays in the cache, next try in %v", delay), err)
@@ -384,7 +386,9 @@ func (c *Cache) writeParts() error {
 	if len(w.parts) == 0 {
 		return nil
 	}
-	c.transferParts()
+	if err := c.transferParts(); err != nil {
+		return err
+	}
 	failed := 0
 	var first error
 	for i := range w.parts {
@@ -484,12 +488,17 @@ func (c *Cache) dirtyParts(s span, p place) []extent {
 }
 
 // transferParts writes the sorted parts, neighbours joined, and returns once
-// nothing is under way any more. What was put aside before goes alone, so that
-// only what is really wrong fails again.
-func (c *Cache) transferParts() {
+// nothing is under way any more, or everything was given up. What was put aside
+// before goes alone, so that only what is really wrong fails again.
+func (c *Cache) transferParts() error {
 	w := &c.writeback
 	take := func() *transfer {
-		t := <-w.free
+		var t *transfer
+		select {
+		case t = <-w.free:
+		case <-c.aborted:
+			return nil
+		}
 		if t.err != nil {
 			err := fmt.Errorf("write %d bytes at %d of the backing device: %w", t.n, t.off, t.err)
 			for i := range t.parts {
@@ -503,6 +512,9 @@ func (c *Cache) transferParts() {
 	}
 	for i := 0; i < len(w.parts); {
 		t, from := take(), i
+		if t == nil {
+			return ErrAborted
+		}
 		t.off = w.parts[i].off
 		zero := w.parts[i].zero()
 		for ; i < len(w.parts) && t.joins(w.parts[from:i], &w.parts[i]); i++ {
@@ -533,11 +545,14 @@ func (c *Cache) transferParts() {
 	}
 	all := make([]*transfer, w.depth)
 	for i := range all {
-		all[i] = take()
+		if all[i] = take(); all[i] == nil {
+			return ErrAborted
+		}
 	}
 	for _, t := range all {
 		w.free <- t
 	}
+	return nil
 }
 
 // joins reports whether p can go with what the transfer has.
@@ -566,5 +581,5 @@ func (c *Cache) load(buf []byte, p *part) error {
 func (c *Cache) flushDisk() error {
 	done := make(chan error, 1)
 	c.disk.Flush(func(err error) { done <- err })
-	return <-done
+	return c.await(done)
 }
