@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -104,12 +105,27 @@ func badSector(t *testing.T, crc, zero bool) {
 	}
 }
 
+// gate is a region of which one read waits to be let through.
+type gate struct {
+	*pmem.Fake
+	shut          atomic.Bool
+	reached, open chan struct{}
+}
+
+func (g *gate) ReadAt(p []byte, off int64) (int, error) {
+	if g.shut.CompareAndSwap(true, false) {
+		close(g.reached)
+		<-g.open
+	}
+	return g.Fake.ReadAt(p, off)
+}
+
 // TestFlushDuringRelog: a flush that has begun when dirty_tail passes data that
 // is stuck, because that was logged again, does not take it for written.
 func TestFlushDuringRelog(t *testing.T) {
 	const bad = 3000
-	mem := pmem.NewFake(ondisk.MinSize)
-	formatSmall(t, mem, 6, false, 70)
+	mem := &gate{Fake: pmem.NewFake(ondisk.MinSize), reached: make(chan struct{}), open: make(chan struct{})}
+	formatSmall(t, mem, 6, true, 70)
 	disk := backing.NewFake(64<<20, 512, 1)
 	defer disk.Close()
 	badBlocks(disk, bad, 1)
@@ -121,22 +137,22 @@ func TestFlushDuringRelog(t *testing.T) {
 	if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
 		t.Fatalf("a flush of what the disk refuses: %v", err)
 	}
-	_, before := r.tails.dirtyTail()
-	w := &r.writeback
-	w.mu.Lock()
+	mem.shut.Store(true)
+	r.pressWriteback()
+	<-mem.reached // logging it again begins with its checksum
 	flushed := make(chan error)
 	go func() { flushed <- r.Flush(t.Context()) }()
-	time.Sleep(10 * time.Millisecond) // for a flush that looks at the log before it has the lock
-	r.pressWriteback()
-	within(t, "logging the sector again", func() {
-		for _, now := r.tails.dirtyTail(); now == before; _, now = r.tails.dirtyTail() {
-			time.Sleep(time.Millisecond)
+	for begun := false; !begun; {
+		r.writeback.mu.Lock()
+		begun = len(r.writeback.mu.waiters) > 0
+		r.writeback.mu.Unlock()
+	}
+	close(mem.open)
+	within(t, "a flush", func() {
+		if err := <-flushed; !errors.Is(err, syscall.EIO) {
+			t.Errorf("a flush while it was logged again: %v", err)
 		}
 	})
-	w.mu.Unlock()
-	if err := <-flushed; !errors.Is(err, syscall.EIO) {
-		t.Errorf("a flush while it was logged again: %v", err)
-	}
 	if err := r.kill(); err != nil {
 		t.Fatal(err)
 	}

@@ -62,7 +62,6 @@ type writeback struct {
 	asleep  atomic.Bool   // there was nothing dirty to write
 	want    atomic.Uint64 // ksets that should be written now
 	pressed atomic.Bool   // garbage collection has nothing to collect, but should
-	again   atomic.Bool   // what is stuck should be tried now
 
 	// The goroutine's own. Everything before at is on the disk, but for what
 	// is stuck.
@@ -79,7 +78,9 @@ type writeback struct {
 	mu struct {
 		sync.Mutex
 		waiters []flushWaiter
-		err     error // why not everything is well, nil if it is
+		again   bool   // what is stuck should be tried now
+		turn    uint64 // of the loop
+		err     error  // why not everything is well, nil if it is
 	}
 	written atomic.Uint64 // bytes, since Open
 	inRound atomic.Int64  // bytes, of the round under way
@@ -94,6 +95,7 @@ type mark struct {
 
 type flushWaiter struct {
 	until uint64
+	turn  uint64 // the first that can fail it: one that was under way may have met a disk that has healed since
 	done  chan error
 }
 
@@ -177,9 +179,9 @@ func (w *writeback) demand(until uint64) {
 }
 
 // Flush writes all data back that is dirty now, and returns when the disk has
-// confirmed its flush. It returns the error of the first round that fails, or,
-// when everything has been tried, that of what could not be written. It stays
-// dirty, and write-back goes on trying.
+// confirmed its flush. It returns the error of the first round that fails from
+// now on, or, when everything has been tried, that of what could not be written.
+// It stays dirty, and write-back goes on trying.
 func (c *Cache) Flush(ctx context.Context) error {
 	w := flushWaiter{done: make(chan error, 1)}
 	c.writeback.mu.Lock()
@@ -191,9 +193,10 @@ func (c *Cache) Flush(ctx context.Context) error {
 		c.writeback.mu.Unlock()
 		return nil
 	}
+	w.turn = c.writeback.mu.turn + 1
 	c.writeback.mu.waiters = append(c.writeback.mu.waiters, w)
+	c.writeback.mu.again = true
 	c.writeback.mu.Unlock()
-	c.writeback.again.Store(true)
 	c.writeback.demand(w.until)
 	select {
 	case err := <-w.done:
@@ -221,17 +224,27 @@ func (c *Cache) settle(err error) {
 	w.mu.err = err
 	w.mu.waiters = slices.DeleteFunc(w.mu.waiters, func(f flushWaiter) bool {
 		switch {
-		case err != nil && tried >= f.until:
-			// Though dirty_tail may have passed what is stuck, which is
-			// logged again behind it.
+		case err != nil && tried >= f.until && w.mu.turn >= f.turn:
 			f.done <- err
-		case cleaned >= f.until:
+		case err == nil && cleaned >= f.until:
+			// Not with an error, since dirty_tail may have passed what is
+			// stuck, which is logged again behind it.
 			f.done <- nil
 		default:
 			return false
 		}
 		return true
 	})
+}
+
+// nextTurn counts a turn of the loop, and reports whether somebody wants what is
+// stuck to be tried in it.
+func (w *writeback) nextTurn() (again bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.mu.turn++
+	again, w.mu.again = w.mu.again, false
+	return again
 }
 
 // writebackLoop sleeps until there is a reason to write: a demand, writers
@@ -250,7 +263,7 @@ func (c *Cache) writebackLoop() {
 		if written != seen {
 			seen, since = written, now
 		}
-		if w.again.Swap(false) {
+		if w.nextTurn() {
 			w.retryNow()
 		}
 		if w.pressed.Swap(false) && len(w.stuck) > 0 {
