@@ -11,6 +11,7 @@ package backing
 import (
 	"errors"
 	"fmt"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -80,10 +81,11 @@ func (d *Device) open() error {
 	if d.size == 0 || d.size%int64(d.blockSize) != 0 {
 		return fmt.Errorf("%w: %d bytes are not a positive multiple of its %d-byte blocks", ErrSize, d.size, d.blockSize)
 	}
-	if d.reads, err = startLane(d.fd, d.path); err != nil {
+	block := st.Mode&unix.S_IFMT == unix.S_IFBLK
+	if d.reads, err = startLane(d.fd, d.path, block); err != nil {
 		return err
 	}
-	if d.other, err = startLane(d.fd, d.path); err != nil {
+	if d.other, err = startLane(d.fd, d.path, block); err != nil {
 		d.reads.close()
 		return err
 	}
@@ -217,6 +219,10 @@ func (d *Device) Flush(done func(error)) {
 func (d *Device) Zero(off, n int64, done func(error)) {
 	d.other.submit(op{kind: OpZero, off: off, n: n, done: done})
 }
+
+// Waiting is how long the device has owed an answer to the oldest operation that
+// it was given, 0 if there is none.
+func (d *Device) Waiting() time.Duration { return max(d.reads.waiting(), d.other.waiting()) }
 
 // Close waits for all operations and gives the device back. Nothing may be
 // submitted any more.

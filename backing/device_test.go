@@ -116,6 +116,9 @@ func exercise(t *testing.T, d *Device) {
 		})
 	}
 	wg.Wait()
+	if w := d.Waiting(); w != 0 {
+		t.Errorf("after everything was answered the device has owed an answer for %v", w)
+	}
 	exerciseZero(t, d)
 }
 

@@ -16,4 +16,9 @@ var (
 )
 
 // While running.
-var errShort = fmt.Errorf("the device ended the transfer early: %w", syscall.EIO)
+var (
+	errShort = fmt.Errorf("the device ended the transfer early: %w", syscall.EIO)
+	// errGone is what ENOSPC means on a block device: it has size 0 once it was
+	// pulled out.
+	errGone = fmt.Errorf("the device is gone, or smaller than it was: %w", syscall.EIO)
+)

@@ -4,7 +4,9 @@ import (
 	"fmt"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
+	"time"
 
 	"ublk-pcache/internal/uring"
 )
@@ -41,10 +43,12 @@ import (
 type lane struct {
 	fd    int
 	path  string // for errors
+	block bool   // the device is one, not a file
 	ring  *uring.Ring
 	waker *uring.Messenger
-	slots []op     // by user data
-	free  []uint32 // indices of slots
+	slots []op           // by user data
+	since []atomic.Int64 // by user data: when the operation came, nanoseconds since epoch, 0 for none
+	free  []uint32       // indices of slots
 	ended chan struct{}
 
 	zeroing zeroing // the best way that has not been refused
@@ -89,8 +93,8 @@ type op struct {
 }
 
 // startLane returns when the lane is ready for submissions.
-func startLane(fd int, path string) (*lane, error) {
-	l := &lane{fd: fd, path: path, slots: make([]op, inFlight), ended: make(chan struct{})}
+func startLane(fd int, path string, block bool) (*lane, error) {
+	l := &lane{fd: fd, path: path, block: block, slots: make([]op, inFlight), since: make([]atomic.Int64, inFlight), ended: make(chan struct{})}
 	for i := range l.slots {
 		l.free = append(l.free, uint32(i))
 	}
@@ -175,10 +179,12 @@ func (l *lane) run() {
 func (l *lane) fill() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	now := int64(time.Since(epoch))
 	for len(l.free) > 0 && l.mu.queue.n > 0 {
 		i := l.free[len(l.free)-1]
 		l.free = l.free[:len(l.free)-1]
 		l.slots[i] = l.mu.queue.pop()
+		l.since[i].Store(now)
 		l.issue(i)
 	}
 	l.mu.idle = true
@@ -211,6 +217,8 @@ func (l *lane) complete(i uint32, res int32) {
 	}
 	var err error
 	switch {
+	case res == -int32(syscall.ENOSPC) && l.block:
+		err = fmt.Errorf("%s at byte %d of %s: %w", o.kind, o.off, l.path, errGone)
 	case res < 0:
 		err = fmt.Errorf("%s at byte %d of %s: %w", o.kind, o.off, l.path, syscall.Errno(-res))
 	case res == 0 && len(o.buf) > 0:
@@ -223,8 +231,23 @@ func (l *lane) complete(i uint32, res int32) {
 	}
 	done := o.done
 	*o = op{}
+	l.since[i].Store(0)
 	l.free = append(l.free, i)
 	done(err)
+}
+
+// epoch is before any operation, on a clock that nobody sets.
+var epoch = time.Now()
+
+// waiting returns how long the device has owed an answer to the oldest operation
+// with a slot; what waits for one is younger. Any goroutine.
+func (l *lane) waiting() (longest time.Duration) {
+	for i := range l.since {
+		if at := l.since[i].Load(); at != 0 {
+			longest = max(longest, time.Since(epoch)-time.Duration(at))
+		}
+	}
+	return longest
 }
 
 // fifo is a queue that allocates only while it grows beyond its largest size.

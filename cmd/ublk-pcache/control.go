@@ -42,6 +42,7 @@ type command struct {
 type reply struct {
 	Error  string         `json:"error,omitempty"`
 	Status *engine.Status `json:"status,omitempty"`
+	Left   []string       `json:"left,omitempty"` // del: what is not quite gone
 }
 
 const (
@@ -58,7 +59,7 @@ const (
 )
 
 // ask sends a command to the server of a device and returns its answer.
-func ask(id int, cmd command) (*engine.Status, error) {
+func ask(id int, cmd command) (*reply, error) {
 	conn, err := net.Dial("unix", statePath(id, ".sock"))
 	if err != nil {
 		return nil, silence(id, err)
@@ -74,7 +75,7 @@ func ask(id int, cmd command) (*engine.Status, error) {
 	if r.Error != "" {
 		return nil, errors.New(r.Error)
 	}
-	return r.Status, nil
+	return &r, nil
 }
 
 // silence says why a server cannot be reached.
@@ -203,8 +204,7 @@ func answer(conn net.Conn, r reply, err error) {
 func (s *server) obey(ctx context.Context, cmd command) (reply, error) {
 	switch cmd.Do {
 	case "status":
-		st := s.cache.Status()
-		return reply{Status: &st}, nil
+		return reply{Status: s.status()}, nil
 	case "flush":
 		return reply{}, s.cache.Flush(ctx)
 	case "set":
@@ -213,7 +213,8 @@ func (s *server) obey(ctx context.Context, cmd command) (reply, error) {
 		}
 		return reply{}, s.setGCPercent(*cmd.GCPercent)
 	case "del":
-		return reply{}, s.remove(cmd.Force)
+		left, err := s.remove(cmd.Force)
+		return reply{Status: s.status(), Left: left}, err
 	default:
 		return reply{}, fmt.Errorf("unknown command %.40q: there are status, flush, set, del", cmd.Do)
 	}

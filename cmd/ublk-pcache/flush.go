@@ -30,11 +30,11 @@ confirmed its flush; the data stays in the cache, clean.`,
 				done <- err
 			}()
 			return showProgress(done, func() (int64, error) {
-				st, err := ask(id, command{Do: "status"})
+				r, err := ask(id, command{Do: "status"})
 				if err != nil {
 					return 0, err
 				}
-				return st.DirtyBytes - st.RoundBytes, nil
+				return r.Status.DirtyBytes - r.Status.RoundBytes, nil
 			})
 		},
 	}

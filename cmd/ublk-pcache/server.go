@@ -202,39 +202,90 @@ func (s *server) wait() {
 			}
 			return
 		case <-signals:
-			if err := s.remove(false); err != nil {
+			if _, err := s.remove(false); err != nil {
 				s.log.Warn("told to end, but cannot", zap.Error(err))
 			}
 		}
 	}
 }
 
-// forceAfter is how long a forced removal waits for requests to finish.
-const forceAfter = 5 * time.Second
+const (
+	// removalPatience is how long a removal waits for the disk: for the 16 MiB of
+	// write-back that may be under way, and not so long that whoever removes the
+	// device of a dead disk gives up.
+	removalPatience = 5 * time.Second
+	// lettingGo is how long what comes after that may take, if everybody answers.
+	lettingGo = time.Second
+)
 
 // remove ends the device in the order of dependency: no requests, then no
 // cache, then no device, then no trace. Once there are no requests there is no
-// way back, whatever fails then.
-func (s *server) remove(force bool) error {
+// way back, whatever fails then. What does not end in time, on account of the
+// disk or of those who have the device open, is left to the end of the process,
+// and said.
+func (s *server) remove(force bool) (left []string, err error) {
 	s.removal.Lock()
 	defer s.removal.Unlock()
 	if s.removal.done {
-		return nil
+		return nil, nil
 	}
 	if force {
 		// Requests that wait for a disk which does not answer would keep the
 		// driver from letting go.
-		defer time.AfterFunc(forceAfter, s.cache.Abort).Stop()
+		defer time.AfterFunc(removalPatience, s.cache.Abort).Stop()
 	}
 	if err := s.ublk.Stop(force); err != nil {
-		return s.dev.removalError(err)
+		return nil, s.dev.removalError(err)
 	}
 	s.removal.done = true
 	defer close(s.gone)
-	err := errors.Join(s.cache.Close(), s.ublk.Delete(), s.region.Close(), s.disk.Close())
-	s.log.Info("removed", zap.Error(err))
+	defer time.AfterFunc(removalPatience, s.cache.Abort).Stop()
+	if err = s.cache.Close(); errors.Is(err, engine.ErrAborted) {
+		err = nil
+	}
+	deleted, ok := inTime(s.ublk.Delete)
+	if !ok {
+		left = append(left, fmt.Sprintf("%s is gone, its number is free when the last who has it open closes it", s.dev.Device))
+	}
+	err = errors.Join(err, deleted, s.region.Close())
+	closed, ok := inTime(s.disk.Close)
+	if !ok {
+		left = append(left, fmt.Sprintf("backing device %s does not answer, process %d holds it until it does", s.dev.Backing, os.Getpid()))
+	}
+	err = errors.Join(err, closed)
+	s.log.Info("removed", zap.Int64("dirty_bytes", dirtyBytes(s.cache.Status())), zap.Strings("left", left), zap.Error(err))
 	s.dev.remove()
-	return err
+	return left, err
+}
+
+// inTime calls f and reports whether it ended in time, and how.
+func inTime(f func() error) (err error, ok bool) {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	select {
+	case err := <-done:
+		return err, true
+	case <-time.After(lettingGo):
+		return nil, false
+	}
+}
+
+// dirtyBytes is what the cache has and the disk does not.
+func dirtyBytes(s engine.Status) int64 { return s.DirtyBytes + s.ZeroBytes }
+
+// hangsAfter is how long a disk may take for one operation: more than any that
+// is well needs, and less than the 30 s after which a SCSI one is given up.
+const hangsAfter = 5 * time.Second
+
+// status is how the cache is, and the disk: while that does not answer, the
+// cache has no error to show.
+func (s *server) status() *engine.Status {
+	st := s.cache.Status()
+	if waiting := s.disk.Waiting(); waiting > hangsAfter && st.State != engine.Failed {
+		st.State = engine.Degraded
+		st.Error = fmt.Sprintf("backing device %s has not answered for %v", s.dev.Backing, waiting.Round(time.Second))
+	}
+	return &st
 }
 
 // openLog sets up the server's log: a console for a person in front of it, else

@@ -57,12 +57,12 @@ func newStatusCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			st, err := ask(id, command{Do: "status"})
+			r, err := ask(id, command{Do: "status"})
 			if err != nil {
 				return err
 			}
 			if dm {
-				return printDM(id, st)
+				return printDM(id, r.Status)
 			}
 			d, err := readState(id)
 			if err != nil {
@@ -72,7 +72,7 @@ func newStatusCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			s := newStatusJSON(l, st)
+			s := newStatusJSON(l, r.Status)
 			if asJSON {
 				return printJSON(s)
 			}
