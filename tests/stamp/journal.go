@@ -26,6 +26,7 @@ const recordSize = 12
 const (
 	stateIssued       = 1 << 0
 	stateAcknowledged = 1 << 1
+	stateDurable      = 1 << 2 // it need not be flushed
 )
 
 func (j *Journal) issue(s span, flag uint32) error { return j.write(s, flag|stateIssued) }
@@ -59,7 +60,7 @@ type Promise bool
 
 const (
 	OnceAcknowledged Promise = true  // all that were acknowledged
-	OnceFlushed      Promise = false // those that were acknowledged before a flush
+	OnceFlushed      Promise = false // those that were acknowledged before a flush, or durable by themselves
 )
 
 // Requests is how many requests, at least, the journal in dir has.
@@ -122,7 +123,7 @@ func (d *Device) replay(dir string, promise Promise) (doubts map[int64][]uint32,
 			continue // the power went before it was issued, but others after it were
 		}
 		left := d.mu.last | state&zeroed
-		sure := state&stateAcknowledged != 0 && (promise == OnceAcknowledged || d.mu.last <= flushed)
+		sure := state&stateAcknowledged != 0 && (promise == OnceAcknowledged || state&stateDurable != 0 || d.mu.last <= flushed)
 		if sure {
 			promised++
 		} else {

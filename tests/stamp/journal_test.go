@@ -46,6 +46,11 @@ func TestRecoverAfterPowerCut(t *testing.T) {
 		{name: "acknowledged lost", promise: OnceAcknowledged, cut: func(m *memory, before []byte) { m.data = before }, want: "stale"},
 		{name: "unflushed lost", promise: OnceFlushed, cut: func(m *memory, before []byte) { m.data = before }},
 		{name: "flushed lost", promise: OnceFlushed, cut: func(m *memory, _ []byte) { clear(m.data[:sectorSize]) }, want: "lost"},
+		{name: "durable lost", promise: OnceFlushed, work: func(t *testing.T, d *Device, m *memory) {
+			if err := d.WriteDurable(m, buf[:sectorSize], 0); err != nil {
+				t.Fatal(err)
+			}
+		}, cut: func(m *memory, before []byte) { copy(m.data[:sectorSize], before) }, want: "stale"},
 		{name: "part of the unflushed lost", promise: OnceFlushed, cut: func(m *memory, before []byte) {
 			copy(m.data[2*sectorSize:][:sectorSize], before[2*sectorSize:])
 		}},

@@ -18,6 +18,9 @@ type Load struct {
 	Seed      uint64 // the same seed gives each goroutine the same requests
 	Flush     bool   // flush after one write in 16
 
+	// Durable, if there is one, is a way to the device that makes writes durable; one write in 16 takes it.
+	Durable ReadWriterAt
+
 	// Zero, if there is one, makes a range read as zeros; one request in 16 does then. kind is random: there are
 	// several ways.
 	Zero func(off, n int64, kind int) error
@@ -78,7 +81,12 @@ func (l Load) one(d *Device, rnd *rand.Rand, bytes int64, written *atomic.Int64,
 		case rnd.IntN(4) == 0:
 			err = d.Read(buf[:size], off)
 		default:
-			if err = d.Write(buf[:size], off); err == nil {
+			if l.Durable != nil && rnd.IntN(16) == 0 {
+				err = d.WriteDurable(l.Durable, buf[:size], off)
+			} else {
+				err = d.Write(buf[:size], off)
+			}
+			if err == nil {
 				written.Add(size)
 			}
 			if err == nil && l.Flush && rnd.IntN(16) == 0 {

@@ -123,9 +123,19 @@ func (d *Device) release(s span) {
 // Write stamps buf with a new generation and writes it off bytes from the base. Nil means it was acknowledged and must
 // be there from now on. After an error the range's contents are unknown and the device of no further use.
 func (d *Device) Write(buf []byte, off int64) error {
-	return d.change(off, int64(len(buf)), 0, func(s span) error {
+	return d.write(d.io, buf, off, 0)
+}
+
+// WriteDurable is a Write through another way to the same device, O_DSYNC for example, after which no power cut may take
+// it.
+func (d *Device) WriteDurable(io ReadWriterAt, buf []byte, off int64) error {
+	return d.write(io, buf, off, stateDurable)
+}
+
+func (d *Device) write(io ReadWriterAt, buf []byte, off int64, flag uint32) error {
+	return d.change(off, int64(len(buf)), flag, func(s span) error {
 		fill(buf, s.from, s.generation)
-		_, err := d.io.WriteAt(buf, d.base+off)
+		_, err := io.WriteAt(buf, d.base+off)
 		return err
 	})
 }
@@ -136,7 +146,8 @@ func (d *Device) Zero(off, n int64, zero func(off, n int64) error) error {
 	return d.change(off, n, zeroed, func(span) error { return zero(d.base+off, n) })
 }
 
-// change makes a request that changes a range. What the range holds then is the request's generation with the flag.
+// change makes a request that changes a range. What the range holds then is the request's generation, zeroed if the flag
+// is.
 func (d *Device) change(off, n int64, flag uint32, request func(s span) error) error {
 	s := span{from: off / sectorSize, to: (off + n) / sectorSize}
 	d.mu.Lock()
@@ -159,7 +170,7 @@ func (d *Device) change(off, n int64, flag uint32, request func(s span) error) e
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for i := s.from; i < s.to; i++ {
-		d.mu.generations[i] = s.generation | flag
+		d.mu.generations[i] = s.generation | flag&zeroed
 	}
 	return nil
 }
