@@ -59,3 +59,4 @@ soak:
 	go test -count=1 -timeout 0 -v ./engine -run '^TestModel$$' -model.cases=3000
 	go test -count=1 -timeout 0 -v ./engine -run '^TestMetamorphic$$' -meta.cases=3000
 	go test -count=1 -timeout 0 -v ./engine -run '^TestLinearizable$$' -linear.rounds=500
+	go test -count=1 -tags vm -timeout 0 -v ./tests -run 'TestPowerCutOfFiles$$' -cut.rounds=50

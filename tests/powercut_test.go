@@ -5,6 +5,7 @@ package tests
 import (
 	"bytes"
 	"errors"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -15,6 +16,8 @@ import (
 	"ublk-pcache/tests/stamp"
 	"ublk-pcache/tests/vm"
 )
+
+var cutRounds = flag.Int("cut.rounds", 1, "how often TestPowerCutOfFiles cuts the power")
 
 // chains are who has the cache from one power cut to the next. The last one finds what it must and stops in good order.
 var chains = []struct {
@@ -62,6 +65,41 @@ func TestPowerCut(t *testing.T) {
 				before, promise = "/share/"+l.journal, map[string]string{"kernel": "flushed", "server": "acknowledged"}[side]
 			}
 		})
+	}
+}
+
+// The power goes while files are made on ext4 and XFS, on one device over device-dax, and while the raw device of another
+// cache is worked on that is a plain file, again and again. Each time the file systems mount and are whole, every file that
+// was synced is there, and of the plain file's device everything that was flushed, or written with FUA.
+func TestPowerCutOfFiles(t *testing.T) {
+	if *kernelFlag != "" && *kernelFlag != pcacheKernel || *guestFlag != "" {
+		return
+	}
+	share, state := t.TempDir(), t.TempDir()
+	build(t, share)
+	seed := *seedFlag
+	if seed == 0 {
+		seed = uint64(time.Now().UnixNano())
+	}
+	t.Logf("seed %d", seed)
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	before := ""
+	for n := range *cutRounds + 1 {
+		l := life{state: state, share: share, journal: fmt.Sprintf("files-%d", n)}
+		if err := os.Mkdir(filepath.Join(share, l.journal), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if n < *cutRounds {
+			l.requests = 20 + rnd.Int64N(300)
+		}
+		l.args = []string{
+			"guest.test", "-test.v", "-test.run=^TestAroundPowerCutsOfFiles$", fmt.Sprintf("-seed=%d", rnd.Uint64()|1),
+			fmt.Sprintf("-cut.last=%t", l.requests == 0), "-cut.journal=/share/" + l.journal, "-cut.before=" + before,
+		}
+		if err := l.run(t); err != nil {
+			t.Fatalf("seed %d, boot %d: %v", seed, n, err)
+		}
+		before = "/share/" + l.journal
 	}
 }
 

@@ -149,7 +149,7 @@ func (s suite) run(t *testing.T, m *vm.Machine) error {
 	// The test binary's output, marked up for test2json, becomes a stream of events.
 	args := []string{s.binary(), "-test.v=test2json", "-test.run=" + s.tests, fmt.Sprintf("-test.timeout=%v", limit)}
 	if s.pkg == "tests/guest" {
-		args = append(args, fmt.Sprintf("-seed=%d", *seedFlag), "-test.skip=^TestAroundPowerCuts$") // that is for TestPowerCut
+		args = append(args, fmt.Sprintf("-seed=%d", *seedFlag), "-test.skip=^TestAroundPowerCuts") // those are for the power cuts
 	}
 	convert := exec.Command("go", "tool", "test2json", "-t")
 	in, err := convert.StdinPipe()
