@@ -121,7 +121,7 @@ func (l life) run(t *testing.T) error {
 	cut, ended := make(chan bool, 1), make(chan struct{})
 	go func() { cut <- l.cutPower(m, ended) }()
 	var out bytes.Buffer
-	code, err := m.Run(limit, &out, &out, nil, l.args...)
+	code, err := m.Run(*limit, &out, &out, nil, l.args...)
 	close(ended)
 	t.Logf("%v:\n%s", time.Since(start).Round(time.Second), &out)
 	switch cut := <-cut; {

@@ -26,10 +26,17 @@ var (
 	kernelFlag = flag.String("kernel", "", "only this kernel")
 	guestFlag  = flag.String("guest", "", "run only the tests in there that match this `regexp`")
 	seedFlag   = flag.Uint64("seed", 0, "random seed of the guest's workloads")
+	limit      = flag.Duration("limit", 25*time.Minute, "for one package on one kernel; a test that hangs takes the machine with it")
+
+	guestFlags []string
 )
 
-// limit is for one package on one kernel. A test that hangs takes the machine with it.
-const limit = 25 * time.Minute
+func init() {
+	flag.Func("guest.flag", "hand this `flag` to the end-to-end tests in there; can be given several times", func(f string) error {
+		guestFlags = append(guestFlags, f)
+		return nil
+	})
+}
 
 // A suite is what runs of one package. Every package is a test binary of its own, and all of a kernel's run in one boot.
 type suite struct {
@@ -147,9 +154,10 @@ func onKernel(t *testing.T, kernel string, suites []suite, share string) {
 // run runs a suite and reports its tests below t. An error means that the machine did not live through it.
 func (s suite) run(t *testing.T, m *vm.Machine) error {
 	// The test binary's output, marked up for test2json, becomes a stream of events.
-	args := []string{s.binary(), "-test.v=test2json", "-test.run=" + s.tests, fmt.Sprintf("-test.timeout=%v", limit)}
+	args := []string{s.binary(), "-test.v=test2json", "-test.run=" + s.tests, fmt.Sprintf("-test.timeout=%v", *limit)}
 	if s.pkg == "tests/guest" {
 		args = append(args, fmt.Sprintf("-seed=%d", *seedFlag), "-test.skip=^TestAroundPowerCuts") // those are for the power cuts
+		args = append(args, guestFlags...)
 	}
 	convert := exec.Command("go", "tool", "test2json", "-t")
 	in, err := convert.StdinPipe()
@@ -168,7 +176,7 @@ func (s suite) run(t *testing.T, m *vm.Machine) error {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		code, err = m.Run(limit, in, &stderr, nil, args...)
+		code, err = m.Run(*limit, in, &stderr, nil, args...)
 		in.Close()
 	}()
 	(&report{events: json.NewDecoder(bufio.NewReader(out))}).follow(t, "")
