@@ -51,6 +51,8 @@ arm64:
 vm:
 	go test -count=1 -tags vm -timeout 70m -v ./tests
 
+storm = go test -count=1 -tags vm -timeout 0 -v ./tests -kernel trixie-backports -limit 4h
+
 # The random tests again, for long.
 soak:
 	go test -count=1 -timeout 4h -v ./ondisk -run 'TestRepairRandom$$' -repair.cases=20000
@@ -60,3 +62,7 @@ soak:
 	go test -count=1 -timeout 0 -v ./engine -run '^TestMetamorphic$$' -meta.cases=3000
 	go test -count=1 -timeout 0 -v ./engine -run '^TestLinearizable$$' -linear.rounds=500
 	go test -count=1 -tags vm -timeout 0 -v ./tests -run 'TestPowerCutOfFiles$$' -cut.rounds=50
+	go test -count=1 -timeout 0 ./cmd/ublk-pcache -run '^$$' -fuzz FuzzControl -fuzztime 5m
+	$(storm) -guest '^TestServerKilled$$' -guest.flag=-storm.kills=150
+	$(storm) -guest '^TestKilledComingAndGoing$$' -guest.flag=-storm.kills=200
+	$(storm) -guest '^(TestAddAndDelLeaveNothing|TestServerStaysTheSame)$$' -guest.flag=-leak.cycles=200

@@ -9,6 +9,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // The disk of these tests is a part of the real one, so that it can be made to refuse everything for a while: then dirty
@@ -150,7 +152,7 @@ func TestDiskChangedBeforeRecover(t *testing.T) {
 	setBroken(true)
 	data := bytes.Repeat([]byte("dirty"), dirtySize)[:dirtySize]
 	leaveDirty(t, d.path, data)
-	killServer(t, d)
+	killServer(t, d, unix.SIGKILL)
 	t.Cleanup(func() {
 		if t.Failed() {
 			exec.Command("ublk-pcache", "del", "--force", d.id).Run()

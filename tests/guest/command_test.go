@@ -7,6 +7,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,6 +23,9 @@ import (
 
 // patience is how long any one command may take; the slowest is a flush of a full cache.
 const patience = 2 * time.Minute
+
+// stateDir is where commands and servers meet.
+const stateDir = "/run/ublk-pcache"
 
 type result struct {
 	code           int
@@ -53,6 +58,28 @@ func runCommand(t *testing.T, cmd *exec.Cmd) result {
 		t.Fatalf("%s: %v", line, err)
 	}
 	return result{code: limited.ProcessState.ExitCode(), stdout: out.String(), stderr: errs.String(), commandLine: line}
+}
+
+// begin starts a program; end waits for it.
+func begin(t *testing.T, args ...string) (end func() result) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	var out, errs bytes.Buffer
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &out, &errs, time.Second
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return func() result {
+		t.Helper()
+		defer cancel()
+		cmd.Wait()
+		line := strings.Join(args, " ")
+		if ctx.Err() != nil {
+			t.Fatalf("%s: no end after %v\n%s%s", line, patience, out.String(), errs.String())
+		}
+		return result{code: cmd.ProcessState.ExitCode(), stdout: out.String(), stderr: errs.String(), commandLine: line}
+	}
 }
 
 // must runs a program that has to succeed and returns what it prints.
@@ -164,6 +191,45 @@ func leftovers(t *testing.T) []string {
 	}
 	slices.Sort(all)
 	return all
+}
+
+// talk sends text to a socket and returns the answer.
+func talk(socket, text string) (string, error) {
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	io.WriteString(conn, text) // the answer may come first
+	answer, err := io.ReadAll(conn)
+	if len(answer) > 0 { // a server that has not read everything resets the connection
+		err = nil
+	}
+	return string(answer), err
+}
+
+// descriptors is how many a process has open.
+func descriptors(t *testing.T, pid int) int {
+	t.Helper()
+	open, err := os.ReadDir("/proc/" + strconv.Itoa(pid) + "/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(open)
+}
+
+// waitFor waits until nothing is wrong any more; what is after a while fails the test.
+func waitFor(t *testing.T, wrong func() string) {
+	t.Helper()
+	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		w := wrong()
+		if w == "" {
+			return
+		}
+		if time.Since(begin) > patience {
+			t.Fatalf("after %v: %s", patience, w)
+		}
+	}
 }
 
 // wipe makes pmem and disks blank.

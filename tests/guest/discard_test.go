@@ -76,7 +76,7 @@ func TestZeroing(t *testing.T) {
 			rnd := rand.New(rand.NewPCG(*seed, 0))
 			for range 3 {
 				time.Sleep(time.Duration(1000+rnd.IntN(2000)) * time.Millisecond) // of undisturbed work
-				killServer(t, d)
+				killServer(t, d, unix.SIGKILL)
 				pcache(t, "recover", d.id)
 			}
 			close(stop)
