@@ -483,6 +483,9 @@ func TestRepairRecords(t *testing.T) {
 					if unbound := name == "identity" && len(blows) == 2 && kind != "zero"; rep.Unbound != unbound {
 						t.Errorf("%s: unbound %t", what, rep.Unbound)
 					}
+					if got := rep.Report.Layout.Info.Flags.DataCRC(); got != crc {
+						t.Errorf("%s: data crc %t", what, got)
+					}
 					p.mustRead(t, what, onto(rep), all)
 				}
 			}
@@ -503,8 +506,8 @@ func TestRepairBothTails(t *testing.T) {
 			continue
 		}
 		c := copied(t, rep)
-		if left := ondisk.Check(c, c.Size(), true); len(left.Problems) > 0 {
-			t.Errorf("%s: check of the copy: %v", kind, left.Problems)
+		if left := ondisk.Check(c, c.Size(), true); len(left.Problems) > 0 || left.Dead > 0 {
+			t.Errorf("%s: check of the copy: %v, %d dead keys", kind, left.Problems, left.Dead)
 		}
 		p.mustWriteBack(t, kind, c.Clone(), p.spared(nil, none))
 		p.mustRead(t, kind, c, p.spared(nil, none))
@@ -520,18 +523,44 @@ func TestRepairBothTails(t *testing.T) {
 	}
 }
 
+// TestRepairOlderTail loses the newer copy of a tail, so that the older one is
+// read: a key_tail from which on keys are dead, a dirty_tail before key_tail.
+func TestRepairOlderTail(t *testing.T) {
+	p := newPatient(t, true, 8)
+	for _, tail := range []ondisk.Tail{ondisk.KeyTail, ondisk.DirtyTail} {
+		mem := p.mem.Clone()
+		base := int64(ondisk.CtrlOff) + 32*int64(tail)
+		at := p.l.KeyTailCopies.Newest
+		if tail == ondisk.DirtyTail {
+			at = p.l.DirtyTailCopies.Newest
+		}
+		// The beginning of the old log, which is all dead keys.
+		var buf [ondisk.PositionSize]byte
+		off := ondisk.EncodePosition(buf[:], tail, ondisk.Replica{Slot: at.Slot ^ 1, Seq: at.Seq - 1}, ondisk.Position{})
+		mem.WriteAt(buf[:], off)
+		blow{"tail", base + int64(at.Slot)*ondisk.PositionSize, 16, "flip"}.hit(mem)
+		rep := repaired(t, tail.String(), mem, ondisk.RepairOptions{Durable: true})
+		l := rep.Report.Layout
+		if !rep.Done() || rep.Report.Dead > 0 || tail == ondisk.DirtyTail && l.DirtyTail != p.l.KeyTail || tail == ondisk.KeyTail && l.DirtyTail != p.l.DirtyTail {
+			t.Errorf("%v: %q, %v remain, %d dead keys, tails at %v and %v", tail, rep.Mended, rep.Report.Problems, rep.Report.Dead, l.KeyTail, l.DirtyTail)
+		}
+		p.mustRead(t, tail.String(), onto(rep), p.spared(nil, none))
+	}
+}
+
 // TestRepairLog damages each kset alone, and some in a row. What lies before
 // dirty_tail costs nothing. Behind it, nothing is given up without being asked
 // for, and then only what the damaged ksets held.
 func TestRepairLog(t *testing.T) {
 	p := newPatient(t, true, 3)
 	dirty := p.dirtyFrom()
-	for i := 0; i < len(p.log); i += 2 {
+	wounds := [][2]int{{slices.IndexFunc(p.log, func(k logKset) bool { return k.last }), 1}} // the first kset, how many
+	for i := 0; i+3 < len(p.log); i += 2 {
+		wounds = append(wounds, [2]int{i, 1 + i/3%3})
+	}
+	for _, w := range wounds {
+		i, row := w[0], w[1]
 		kind := blowKinds[i%3]
-		row := 1 + i/3%3
-		if i+row >= len(p.log) {
-			break
-		}
 		first, last := p.log[i], p.log[i+row-1]
 		if first.at.Seg != last.at.Seg {
 			continue
@@ -700,13 +729,17 @@ func TestRepairGolden(t *testing.T) {
 			if place == "identity" || place == "fingerprint" {
 				continue // it has none
 			}
-			for _, kind := range blowKinds {
-				mem := p.mem.Clone()
-				for _, b := range blows {
-					b.kind = kind
-					b.hit(mem)
+			for n, kind := range append(blowKinds, "flip", "flip") {
+				if !p.crc && kind != "flip" {
+					continue
 				}
-				what := fmt.Sprintf("%s, %s %s", name, kind, place)
+				mem := p.mem.Clone()
+				for i, b := range blows {
+					if b.kind = kind; n < len(blowKinds) || n == len(blowKinds)+i {
+						b.hit(mem)
+					}
+				}
+				what := fmt.Sprintf("%s, %s %s, case %d", name, kind, place, n)
 				rep := repaired(t, what, mem, ondisk.RepairOptions{Durable: true})
 				if !rep.Done() {
 					t.Errorf("%s: %v, %v remain", what, rep.Left, rep.Report.Problems)
