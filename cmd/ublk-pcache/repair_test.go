@@ -226,10 +226,12 @@ func TestRepairLogCommand(t *testing.T) {
 	if err != nil || !strings.Contains(out, "the 99 keys in 99 ksets behind it are kept") {
 		t.Errorf("repair says %q, %v", out, err)
 	}
-	same()
 	if out, err := execute(newCheckCmd(), fresh); err != nil {
 		t.Errorf("check: %q, %v", out, err)
 	}
+	_, err = execute(newWritebackCmd(), w.pmem, "-b", w.backing)
+	fails(t, err, "all that is intact was written", "the log was damaged")
+	same()
 }
 
 // TestWriteback saves what there is, and says what there is not.
