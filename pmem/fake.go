@@ -28,6 +28,7 @@ type Fake struct {
 		id     uint64 // of the chunks that are not shared with a clone
 		chunks []atomic.Pointer[fakeChunk]
 		bad    []badRange
+		gone   []badRange // likewise for stores
 	}
 }
 
@@ -89,6 +90,7 @@ func (f *Fake) Clone() *Fake {
 		}
 	}
 	c.mu.bad = append([]badRange{}, f.mu.bad...)
+	c.mu.gone = append([]badRange{}, f.mu.gone...)
 	return c
 }
 
@@ -98,6 +100,23 @@ func (f *Fake) Poison(off, n int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.mu.bad = append(f.mu.bad, badRange{off, off + n})
+}
+
+// Punch makes n bytes at off go away, both multiples of 8: reads are media
+// errors, and so are stores, which get as far as there. So it is with the pages
+// of a mapped file that was truncated.
+func (f *Fake) Punch(off, n int64) {
+	f.Poison(off, n)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.mu.gone = append(f.mu.gone, badRange{off, off + n})
+}
+
+// Mend ends all media errors.
+func (f *Fake) Mend() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.mu.bad, f.mu.gone = nil, nil
 }
 
 // Size is in bytes.
@@ -122,7 +141,7 @@ func (f *Fake) ReadAt(p []byte, off int64) (n int, err error) {
 	}
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if at := f.firstBadLocked(off, int64(len(p))); at >= 0 {
+	if at := first(f.mu.bad, off, int64(len(p))); at >= 0 {
 		return 0, &FaultError{Path: "a fake region", Off: at}
 	}
 	f.eachPage(off, int64(len(p)), func(i, begin, end int64) {
@@ -137,10 +156,11 @@ func (f *Fake) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, err
 }
 
-// firstBadLocked returns the first unreadable byte of the range, -1 for none.
-func (f *Fake) firstBadLocked(off, n int64) int64 {
+// first returns the first byte of a range that is in one of the bad ones, -1 for
+// none.
+func first(bad []badRange, off, n int64) int64 {
 	first := int64(math.MaxInt64)
-	for _, b := range f.mu.bad {
+	for _, b := range bad {
 		if at := max(off, b.from); at < min(off+n, b.to) {
 			first = min(first, at)
 		}
@@ -156,23 +176,32 @@ func (f *Fake) WriteAt(p []byte, off int64) (n int, err error) {
 	f.checkStore(off, int64(len(p)))
 	f.mu.RLock()
 	defer f.mu.RUnlock()
+	if at := first(f.mu.gone, off, int64(len(p))); at >= 0 {
+		p, err = p[:at-off], &FaultError{Path: "a fake region", Off: at}
+	}
 	f.eachPage(off, int64(len(p)), func(i, begin, end int64) {
 		n += copy(f.ownLocked(i)[begin:end], p[n:])
 	})
+	if err != nil {
+		return 0, err
+	}
 	return n, nil
 }
 
 // Zero is Region.Zero. Pages that hold zeros anyway take no memory.
-func (f *Fake) Zero(off, n int64) error {
+func (f *Fake) Zero(off, n int64) (err error) {
 	f.checkStore(off, n)
 	f.mu.RLock()
 	defer f.mu.RUnlock()
+	if at := first(f.mu.gone, off, n); at >= 0 {
+		n, err = at-off, &FaultError{Path: "a fake region", Off: at}
+	}
 	f.eachPage(off, n, func(i, begin, end int64) {
 		if f.mu.chunks[i/fakeChunkPages].Load().page(i%fakeChunkPages) != nil {
 			clear(f.ownLocked(i)[begin:end])
 		}
 	})
-	return nil
+	return err
 }
 
 func (f *Fake) checkStore(off, n int64) {

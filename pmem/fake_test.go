@@ -125,6 +125,39 @@ func TestFakePoison(t *testing.T) {
 	}
 }
 
+func TestFakePunch(t *testing.T) {
+	f := NewFake(MinSize)
+	old, p := bytes.Repeat([]byte{1}, 64), bytes.Repeat([]byte{2}, 64)
+	f.WriteAt(old, 4096)
+	f.Punch(4128, 8)
+	f.Punch(4120, 16)
+	f = f.Clone()
+	for name, store := range map[string]func(off int64) error{
+		"write": func(off int64) error { n, err := f.WriteAt(p, off); return counted(n, len(p), err) },
+		"zero":  func(off int64) error { return f.Zero(off, int64(len(p))) },
+	} {
+		for off, bad := range map[int64]int64{4048: -1, 4056: -1, 4064: 4120, 4120: 4120, 4128: 4128, 4136: -1} {
+			err := store(off)
+			var fault *FaultError
+			if bad < 0 && err != nil || bad >= 0 && (!errors.As(err, &fault) || fault.Off != bad) {
+				t.Errorf("%s at %d: %v", name, off, err)
+			}
+		}
+	}
+	if err := f.Zero(4096, 64); err == nil {
+		t.Error("a hole takes zeros")
+	}
+	f.Mend()
+	got := make([]byte, 64)
+	if _, err := f.ReadAt(got, 4096); err != nil {
+		t.Fatal(err)
+	}
+	want := append(make([]byte, 24), old[24:40]...)
+	if !bytes.Equal(got[:40], want) {
+		t.Errorf("in front of the hole and in it: %v, want %v", got[:40], want)
+	}
+}
+
 func BenchmarkFakeClone(b *testing.B) {
 	f := NewFake(MinSize)
 	for i := range int64(8) {
