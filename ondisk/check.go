@@ -173,7 +173,7 @@ func (c *checker) key(k *Key) error {
 	if c.buf == nil {
 		return nil
 	}
-	p := c.buf[:k.Len]
+	p, at := c.buf[:k.Len], c.Layout.Offset(k.Seg, k.SegOff)
 	damaged := func() {
 		if kind == "clean" {
 			c.Harmless++
@@ -181,14 +181,14 @@ func (c *checker) key(k *Key) error {
 			c.Damaged.Add(int64(k.Off), int64(k.Len))
 		}
 	}
-	if err := readFull(c.r, p, c.Layout.Offset(k.Seg, k.SegOff)); err != nil {
+	if err := readFull(c.r, p, at); err != nil {
 		damaged()
 		c.Unreadable.Add(int64(k.Off), int64(k.Len))
 		return fmt.Errorf("%s data of offset %d, length %d %w: %w", kind, k.Off, k.Len, ErrUnreadable, err)
 	}
 	if c.Layout.Info.Flags.DataCRC() && Checksum(p) != k.CRC {
 		damaged()
-		return fmt.Errorf("%s data of offset %d, length %d has a wrong crc", kind, k.Off, k.Len)
+		return fmt.Errorf("%s data of offset %d, length %d has a wrong crc (from byte %d on)", kind, k.Off, k.Len, at)
 	}
 	return nil
 }

@@ -33,16 +33,16 @@ func TestCheckNames(t *testing.T) {
 		spoil func(s *sparse)
 		want  string // "" for nothing wrong
 	}{
-		"dirty data":       {func(s *sparse) { s.flip(l.Offset(1, 100), 1) }, "dirty data of offset 49152, length 4096 has a wrong crc"},
+		"dirty data":       {func(s *sparse) { s.flip(l.Offset(1, 100), 1) }, "dirty data of offset 49152, length 4096 has a wrong crc (from byte 16809984 on)"},
 		"clean data":       {func(s *sparse) { s.flip(l.Offset(2, 100), 1) }, "clean data of offset 1685504, length 4096 has a wrong crc"},
 		"poisoned data":    {func(s *sparse) { s.poison[l.Offset(1, 100)] = 1 }, "dirty data of offset 49152, length 4096 cannot be read: poisoned"},
 		"dead data":        {func(s *sparse) { generation(2, 1)(s); s.flip(l.Offset(2, 100), 1) }, ""},
 		"damaged log":      {func(s *sparse) { s.flip(l.Offset(0, 4200), 1) }, "the log is damaged at 0:"},
-		"one copy":         {func(s *sparse) { s.flip(segmentOff(3)+infoDistance+9, 1) }, "segment_info of segment 3: copy 1 is damaged (bad crc)"},
+		"one copy":         {func(s *sparse) { s.flip(segmentOff(3)+infoDistance+9, 1) }, "segment_info of segment 3: copy 1 at byte 50356224 is damaged (bad crc)"},
 		"superblock":       {func(s *sparse) { s.flip(SuperblockOff+16, 1) }, "superblock"},
 		"identity":         {func(s *sparse) { WriteIdentity(s, Replica{}, &Identity{BackingSize: 8 << 20}) }, "outside the backing device of 8388608 bytes"},
-		"two lost records": {func(s *sparse) { s.Zero(keyTailOff, 16); s.Zero(dirtyTailOff, 16) }, "dirty_tail: both copies are lost"},
-		"generation lost":  {func(s *sparse) { s.Zero(segmentOff(9)+genOff, 32) }, "segment 9: the generation of a segment is lost"},
+		"two lost records": {func(s *sparse) { s.Zero(keyTailOff, 16); s.Zero(dirtyTailOff, 16) }, "dirty_tail at bytes 16416 and 16432: both copies are lost"},
+		"generation lost":  {func(s *sparse) { s.Zero(segmentOff(9)+genOff, 32) }, "generation at bytes 151023616 and 151023632: both copies are lost"},
 		"generation back": {func(s *sparse) {
 			// A key of generation 1 in a segment that fell back to 0.
 			key := Key{Len: 512, Gen: 1, Seg: 5, CRC: Checksum(make([]byte, 512))}

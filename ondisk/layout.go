@@ -3,6 +3,7 @@ package ondisk
 import (
 	"fmt"
 	"io"
+	"slices"
 )
 
 // Layout is everything about a cache that stands outside the log.
@@ -32,7 +33,7 @@ type Layout struct {
 	GenAt []Replica // where the newest copy of that stands
 
 	// Notes lists the copies that were found damaged while the other one
-	// was good. They heal when they are next written.
+	// was good.
 	Notes []Note
 }
 
@@ -42,7 +43,12 @@ type Note struct {
 	Seg   uint32 // cache_seg_id, for a generation or segment_info
 	Slot  uint8
 	State CopyState
-	Alone bool // the other copy is no better, and the record is taken for none
+	Alone bool  // the other copy is no better, and the record is taken for none
+	Off   int64 // of the damaged copy, bytes from the start of the device
+	Size  int   // bytes
+	good  int64 // where the other one is
+
+	lost []byte // what the damaged one held, if that is known and newer
 }
 
 func (n Note) String() string {
@@ -53,7 +59,31 @@ func (n Note) String() string {
 	if n.Alone {
 		then = "and so is the other one, so there is none"
 	}
-	return fmt.Sprintf("%s: copy %d is damaged (%v), %s", what, n.Slot, n.State, then)
+	return fmt.Sprintf("%s: copy %d at byte %d is damaged (%v), %s", what, n.Slot, n.Off, n.State, then)
+}
+
+// Heal makes the damaged copy what it was, or the same as the good one, and makes
+// sure that it can be read; where there is no good one it does nothing. It does
+// not persist. Where both are the same, whichever the next writer leaves alone
+// will do.
+func (n Note) Heal(m interface {
+	io.ReaderAt
+	io.WriterAt
+}) error {
+	if n.Alone {
+		return nil
+	}
+	p := slices.Clone(n.lost)
+	if p == nil {
+		p = make([]byte, n.Size)
+		if err := readFull(m, p, n.good); err != nil {
+			return err
+		}
+	}
+	if _, err := m.WriteAt(p, n.Off); err != nil {
+		return err
+	}
+	return readFull(m, p, n.Off)
 }
 
 const (
@@ -62,8 +92,34 @@ const (
 	recordGeneration  = "generation"
 	recordSegmentInfo = "segment_info"
 	recordSyncMark    = "sync mark"
-	recordFingerprint = "fingerprint"
+	recordFingerprint = "fingerprint of the backing device"
 )
+
+// stored is where the copies of a record stand.
+type stored struct {
+	what     string
+	seg      uint32 // cache_seg_id, for a generation or segment_info
+	off      int64  // of the first copy, bytes from the start of the device
+	distance int64  // of the second from it
+	size     int    // bytes
+}
+
+func (s stored) read(from io.ReaderAt, dst []byte) Copies {
+	return readCopies(from, s.off, s.distance, dst[:s.size])
+}
+
+// damaged returns the note of a copy.
+func (s stored) damaged(slot int, c Copies) Note {
+	place := [2]int64{s.off, s.off + s.distance}
+	return Note{
+		What: s.what, Seg: s.seg, Slot: uint8(slot), State: c.State[slot], Alone: !c.Valid(),
+		Off: place[slot], Size: s.size, good: place[1-slot],
+	}
+}
+
+func storedLink(seg, phys uint32) stored {
+	return stored{what: recordSegmentInfo, seg: seg, off: segmentOff(phys), distance: infoDistance, size: SegmentInfoSize}
+}
 
 // Offset returns the device offset in bytes of a place in the data area of a
 // segment given by its cache_seg_id.
@@ -100,6 +156,9 @@ func ReadLayout(r io.ReaderAt, size int64) (*Layout, error) {
 		}
 		check(l.readTail(r, KeyTail))
 		check(l.readTail(r, DirtyTail))
+		if faults == nil {
+			l.raiseGenerations(r)
+		}
 	}
 	if faults != nil {
 		return l, faults
@@ -125,14 +184,15 @@ func (l *Layout) readSuperblock(r io.ReaderAt, size int64) error {
 // write both; and bytes without the record's magic for somebody else's.
 func (l *Layout) readIdentity(r io.ReaderAt) error {
 	var buf [IdentitySize]byte
-	c := readCopies(r, IdentityOff, identityDistance, buf[:])
+	at := stored{what: recordIdentity, off: IdentityOff, distance: identityDistance, size: IdentitySize}
+	c := at.read(r, buf[:])
 	if c.Valid() {
 		if le.Uint64(buf[8:]) != identityMagic {
 			return nil
 		}
 		l.IdentityCopies = c
 		l.Identity = decodeIdentity(buf[:])
-		l.note(c, recordIdentity, 0)
+		l.note(c, at)
 		if l.Identity.BackingSize <= 0 {
 			return ErrIdentityFields
 		}
@@ -156,46 +216,50 @@ func (l *Layout) readIdentity(r io.ReaderAt) error {
 // found count as damage.
 func (l *Layout) readSyncMark(r io.ReaderAt) {
 	var buf [SyncMarkSize]byte
-	l.SyncMarkCopies = readCopies(r, syncMarkOff, identityDistance, buf[:])
+	at := stored{what: recordSyncMark, off: syncMarkOff, distance: identityDistance, size: SyncMarkSize}
+	l.SyncMarkCopies = at.read(r, buf[:])
 	if l.SyncMarkCopies.Valid() {
 		l.SyncMark = decodeSyncMark(buf[:])
 	}
-	l.noteOurs(r, l.SyncMarkCopies, recordSyncMark, syncMarkOff, syncMarkMagic)
+	l.noteOurs(r, l.SyncMarkCopies, at, syncMarkMagic)
 }
 
 // readFingerprint takes a lost one for unknown, as if there had never been one.
 func (l *Layout) readFingerprint(r io.ReaderAt) {
 	var buf [FingerprintSize]byte
-	l.FingerprintCopies = readCopies(r, fingerprintOff, identityDistance, buf[:])
+	at := stored{what: recordFingerprint, off: fingerprintOff, distance: identityDistance, size: FingerprintSize}
+	l.FingerprintCopies = at.read(r, buf[:])
 	if l.FingerprintCopies.Valid() {
 		l.Fingerprint = decodeFingerprint(buf[:])
 	}
-	l.noteOurs(r, l.FingerprintCopies, recordFingerprint, fingerprintOff, fingerprintMagic)
+	l.noteOurs(r, l.FingerprintCopies, at, fingerprintMagic)
 }
 
 // noteOurs is note for a record in the first 4 KiB, where a cache may do
 // without it and somebody else may have left something. A copy is ours if its
 // magic says so, or cannot be read.
-func (l *Layout) noteOurs(r io.ReaderAt, c Copies, what string, off int64, magic uint64) {
+func (l *Layout) noteOurs(r io.ReaderAt, c Copies, at stored, magic uint64) {
 	for slot, state := range c.State {
 		if !state.damaged() {
 			continue
 		}
 		var buf [8]byte
-		err := readFull(r, buf[:], off+int64(slot)*identityDistance+headerSize)
+		n := at.damaged(slot, c)
+		err := readFull(r, buf[:], n.Off+headerSize)
 		if c.Valid() || err != nil || le.Uint64(buf[:]) == magic {
-			l.Notes = append(l.Notes, Note{What: what, Slot: uint8(slot), State: state, Alone: !c.Valid()})
+			l.Notes = append(l.Notes, n)
 		}
 	}
 }
 
 func (l *Layout) readInfo(r io.ReaderAt) error {
 	var buf [InfoSize]byte
-	l.InfoCopies = readCopies(r, InfoOff, infoDistance, buf[:])
+	at := stored{what: recordInfo, off: InfoOff, distance: infoDistance, size: InfoSize}
+	l.InfoCopies = at.read(r, buf[:])
 	if !l.InfoCopies.Valid() {
-		return lost(recordInfo, l.InfoCopies)
+		return lost(l.InfoCopies, at)
 	}
-	l.note(l.InfoCopies, recordInfo, 0)
+	l.note(l.InfoCopies, at)
 	l.Info = decodeInfo(buf[:])
 	return l.Info.validate(l.Superblock)
 }
@@ -207,12 +271,13 @@ func (l *Layout) readChain(r io.ReaderAt) error {
 	phys := l.Info.FirstSegment
 	for id := range l.Info.Segments {
 		var buf [SegmentInfoSize]byte
-		c := readCopies(r, segmentOff(phys), infoDistance, buf[:])
+		at := storedLink(id, phys)
+		c := at.read(r, buf[:])
 		if !c.Valid() {
-			broken := fmt.Errorf("%w after %d of %d, at physical segment %d: %w", ErrChain, id, l.Info.Segments, phys, lost(recordSegmentInfo, c))
+			broken := fmt.Errorf("%w after %d of %d, at physical segment %d: %w", ErrChain, id, l.Info.Segments, phys, lost(c, at))
 			return append(Faults{broken}, l.lostLinks(r, phys)...)
 		}
-		l.note(c, recordSegmentInfo, id)
+		l.note(c, at)
 		l.Chain = append(l.Chain, phys)
 
 		info := decodeSegmentInfo(buf[:])
@@ -242,8 +307,9 @@ func (l *Layout) lostLinks(r io.ReaderAt, broken uint32) (faults Faults) {
 		if whole[phys] || len(faults) == maxProblems {
 			continue
 		}
-		if c := readCopies(r, segmentOff(phys), infoDistance, buf[:]); !c.Valid() {
-			faults = append(faults, fmt.Errorf("%w at physical segment %d: %w", ErrChain, phys, lost(recordSegmentInfo, c)))
+		at := storedLink(0, phys)
+		if c := at.read(r, buf[:]); !c.Valid() {
+			faults = append(faults, fmt.Errorf("%w at physical segment %d: %w", ErrChain, phys, lost(c, at)))
 		}
 	}
 	return faults
@@ -259,12 +325,13 @@ func (l *Layout) readGenerations(r io.ReaderAt) error {
 	var faults Faults
 	for id, phys := range l.Chain {
 		var buf [GenerationSize]byte
-		c := readCopies(r, segmentOff(phys)+genOff, GenerationSize, buf[:])
+		at := stored{what: recordGeneration, seg: uint32(id), off: segmentOff(phys) + genOff, distance: GenerationSize, size: GenerationSize}
+		c := at.read(r, buf[:])
 		if !c.Valid() {
-			faults = append(faults, fmt.Errorf("segment %d: %w: %w", id, ErrGeneration, lost(recordGeneration, c)))
+			faults = append(faults, fmt.Errorf("segment %d: %w: %w", id, ErrGeneration, lost(c, at)))
 			continue
 		}
-		l.note(c, recordGeneration, uint32(id))
+		l.note(c, at)
 		l.Gens[id], l.GenAt[id] = decodeGeneration(buf[:]), c.Newest
 		if l.Gens[id] > maxGeneration {
 			faults = append(faults, fmt.Errorf("%w: segment %d is said to be at %d", ErrGenerationValue, id, l.Gens[id]))
@@ -276,17 +343,45 @@ func (l *Layout) readGenerations(r io.ReaderAt) error {
 	return nil
 }
 
+// raiseGenerations finds the generations of which the newer copy is the damaged
+// one: taking the older one for granted would make the living keys of the segment
+// impossible. No writer goes up by more than one at a time, and where no key names
+// the segment it makes no difference.
+func (l *Layout) raiseGenerations(r io.ReaderAt) {
+	noted := map[uint32]*Note{}
+	for i := range l.Notes {
+		if n := &l.Notes[i]; n.What == recordGeneration {
+			noted[n.Seg] = n
+		}
+	}
+	if len(noted) == 0 {
+		return
+	}
+	l.WalkLog(r, l.KeyTail, func(_ Position, k *Kset) error {
+		for i := range k.Keys {
+			seg := k.Keys[i].Seg
+			if n := noted[seg]; n != nil && n.lost == nil && k.Keys[i].Gen == l.Gens[seg]+1 {
+				l.Gens[seg], l.GenAt[seg] = k.Keys[i].Gen, l.GenAt[seg].Next()
+				n.lost = make([]byte, GenerationSize)
+				l.EncodeGeneration(n.lost, seg, l.GenAt[seg], l.Gens[seg])
+			}
+		}
+		return nil
+	})
+}
+
 func (l *Layout) readTail(r io.ReaderAt, t Tail) error {
 	pos, copies := &l.KeyTail, &l.KeyTailCopies
 	if t == DirtyTail {
 		pos, copies = &l.DirtyTail, &l.DirtyTailCopies
 	}
 	var buf [PositionSize]byte
-	*copies = readCopies(r, t.offset(), PositionSize, buf[:])
+	at := stored{what: t.String(), off: t.offset(), distance: PositionSize, size: PositionSize}
+	*copies = at.read(r, buf[:])
 	if !copies.Valid() {
-		return lost(t.String(), *copies)
+		return lost(*copies, at)
 	}
-	l.note(*copies, t.String(), 0)
+	l.note(*copies, at)
 	*pos = decodePosition(buf[:])
 	segments := l.Superblock.Segments
 	if l.Info.Segments > 0 {
@@ -300,14 +395,14 @@ func (l *Layout) readTail(r io.ReaderAt, t Tail) error {
 
 // note records a damaged copy; an empty one is how the kernel leaves copies
 // it had no reason to write.
-func (l *Layout) note(c Copies, what string, seg uint32) {
+func (l *Layout) note(c Copies, at stored) {
 	for slot, state := range c.State {
 		if state.damaged() {
-			l.Notes = append(l.Notes, Note{What: what, Seg: seg, Slot: uint8(slot), State: state})
+			l.Notes = append(l.Notes, at.damaged(slot, c))
 		}
 	}
 }
 
-func lost(what string, c Copies) error {
-	return fmt.Errorf("%s: %w (%v, %v)", what, ErrLost, c.State[0], c.State[1])
+func lost(c Copies, at stored) error {
+	return fmt.Errorf("%s at bytes %d and %d: %w (%v, %v)", at.what, at.off, at.off+at.distance, ErrLost, c.State[0], c.State[1])
 }

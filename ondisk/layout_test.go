@@ -118,6 +118,53 @@ func TestReplicaSurvivesLossOfOther(t *testing.T) {
 	}
 }
 
+// TestHeal makes each record whole from the copy that is left, where memory
+// takes it.
+func TestHeal(t *testing.T) {
+	fresh := formatted(t, FormatOptions{DataCRC: true, Identity: &Identity{BackingSize: 1 << 30, Serial: "S1"}})
+	at := Replica{}
+	for range 2 {
+		var buf [IdentitySize]byte
+		at = at.Next()
+		fresh.WriteAt(buf[:SyncMarkSize], EncodeSyncMark(buf[:], at, 7))
+		fresh.WriteAt(buf[:FingerprintSize], EncodeFingerprint(buf[:], at, &Fingerprint{State: FingerprintKnown, Sum: 3, Size: 1 << 30}))
+	}
+	want := mustLayout(t, fresh)
+	places := map[string]int64{
+		recordIdentity: IdentityOff, recordSyncMark: syncMarkOff, recordFingerprint: fingerprintOff, recordInfo: InfoOff,
+		"key_tail": keyTailOff, "dirty_tail": dirtyTailOff,
+		recordSegmentInfo: segmentOff(7), recordGeneration: segmentOff(7) + genOff,
+	}
+	for what, off := range places {
+		for _, state := range []CopyState{CopyBad, CopyUnreadable} {
+			s := fresh.clone()
+			spoil(s, off, 16, state)
+			l := mustLayout(t, s)
+			if len(l.Notes) != 1 || l.Notes[0].What != what || l.Notes[0].Off != off {
+				t.Fatalf("%s, %v: notes %v", what, state, l.Notes)
+			}
+			if err := l.Notes[0].Heal(s); (err == nil) != (state == CopyBad) {
+				t.Errorf("%s, %v: %v", what, state, err)
+			}
+			if state == CopyUnreadable {
+				continue
+			}
+			healed := mustLayout(t, s)
+			// The copy that was good goes now.
+			spoil(s, l.Notes[0].good, 16, CopyUnreadable)
+			for _, l := range []*Layout{healed, mustLayout(t, s)} {
+				if l.Info != want.Info || l.KeyTail != want.KeyTail || l.DirtyTail != want.DirtyTail || *l.Identity != *want.Identity ||
+					l.SyncMark != 7 || l.Fingerprint != want.Fingerprint || fmt.Sprint(l.Chain, l.Gens) != fmt.Sprint(want.Chain, want.Gens) {
+					t.Errorf("%s: another layout", what)
+				}
+			}
+			if len(healed.Notes) > 0 {
+				t.Errorf("%s: %v", what, healed.Notes)
+			}
+		}
+	}
+}
+
 func spoil(s *sparse, off, n int64, state CopyState) {
 	switch state {
 	case CopyEmpty:
