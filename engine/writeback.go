@@ -279,7 +279,11 @@ func (c *Cache) writebackLoop() {
 		idleAt, dirty := since.Add(idleAfter), w.at.ksets < written
 		collect := dirty && (w.at.ksets < w.want.Load() || !now.Before(idleAt))
 		retryAt, retry := w.nextRetry()
-		if !collect && !(retry && !now.Before(retryAt)) {
+		// All may be done but for dirty_tail: what was stuck has been overwritten,
+		// or the last try to store it has failed.
+		_, cleaned := c.tails.dirtyTail()
+		behind := len(w.stuck) == 0 && cleaned < w.at.ksets
+		if !behind && !collect && !(retry && !now.Before(retryAt)) {
 			var wake *time.Timer
 			switch {
 			case dirty && (!retry || idleAt.Before(retryAt)):
