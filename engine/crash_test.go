@@ -69,9 +69,9 @@ func TestCrashStates(t *testing.T) {
 	}
 	shards.Wait()
 	t.Logf("%d different states of %d moments, %d of them after a second power cut; %d lives with %d restarts, %d of them after a power cut; "+
-		"%d went on, %d moments had a full cache, the log changed its segment %d times, key_tail moved %d times",
+		"%d went on, %d moments had a full cache, the log changed its segment %d times, key_tail moved %d times, memory was lost %d times",
 		x.states.Load(), x.moments.Load(), x.second.Load(), x.lives.Load(), x.restarts.Load(), x.cuts.Load(),
-		x.wentOn.Load(), x.full.Load(), x.crossed.Load(), x.collected.Load())
+		x.wentOn.Load(), x.full.Load(), x.crossed.Load(), x.collected.Load(), x.punched.Load())
 	if x.err != nil {
 		t.Fatal(x.err)
 	}
@@ -87,7 +87,7 @@ type explorer struct {
 	once   sync.Once
 	err    error // set before failed is closed
 
-	states, second, wentOn, moments, restarts, cuts, full, crossed, collected atomic.Int64
+	states, second, wentOn, moments, restarts, cuts, full, crossed, collected, punched atomic.Int64
 }
 
 func (x *explorer) fail(err error) {
@@ -117,8 +117,9 @@ type life struct {
 	queues    int
 	clients   int
 	gcPercent int
-	encore    int // steps of a client once the log is in its second segment
-	bad       int // sector of the window that the disk refuses to write, -1 for none
+	encore    int          // steps of a client once the log is in its second segment
+	bad       int          // sector of the window that the disk refuses to write, -1 for none
+	holes     atomic.Int32 // how many more segments lose memory
 
 	mu struct {
 		sync.Mutex
@@ -136,6 +137,10 @@ func newLife(x *explorer, seed uint64) *life {
 	l := &life{explorer: x, seed: seed, durable: dice.IntN(3) > 0, queues: 1 + dice.IntN(3)}
 	l.crc = !l.durable || dice.IntN(2) == 0
 	l.segments = uint32(1 + logReserve(l.queues) + l.queues + dice.IntN(3))
+	if dice.IntN(3) == 0 {
+		l.holes.Store(1 + dice.Int32N(3))
+		l.segments += uint32(l.holes.Load())
+	}
 	l.clients = l.queues + dice.IntN(2)
 	l.gcPercent = []int{0, 30, 70, 90}[dice.IntN(4)]
 	l.encore = []int{4, 4, 4, 60}[dice.IntN(4)]
@@ -147,8 +152,8 @@ func newLife(x *explorer, seed uint64) *life {
 }
 
 func (l *life) String() string {
-	return fmt.Sprintf("seed %d: durable %v, crc %v, %d segments, %d queues, %d clients, gc_percent %d, bad sector %d",
-		l.seed, l.durable, l.crc, l.segments, l.queues, l.clients, l.gcPercent, l.bad)
+	return fmt.Sprintf("seed %d: durable %v, crc %v, %d segments, %d queues, %d clients, gc_percent %d, bad sector %d, %d more holes",
+		l.seed, l.durable, l.crc, l.segments, l.queues, l.clients, l.gcPercent, l.bad, l.holes.Load())
 }
 
 // draw returns dice for one goroutine.
@@ -231,6 +236,29 @@ func (l *life) run() {
 		}
 	}
 	disk.Close()
+}
+
+// punch makes a hole in the memory where the log goes on, or is going to when it
+// or a queue needs a segment. The place where the log ends stays good, so it can
+// be led away from there.
+func (l *life) punch(r *rig, mem *recorder, dice *rand.Rand) {
+	if l.holes.Add(-1) < 0 {
+		return
+	}
+	l.punched.Add(1)
+	at := func(seg, off uint32) {
+		mem.mu.live.Punch(r.layout.Offset(seg, off), int64(min(4096, ondisk.SegmentData-off)))
+	}
+	r.journal.mu.Lock()
+	defer r.journal.mu.Unlock()
+	r.segments.mu.Lock()
+	defer r.segments.mu.Unlock()
+	head := r.journal.mu.head
+	if free := r.segments.mu.freeList; len(free) > 0 && dice.IntN(3) == 0 {
+		at(free[0], 0)
+	} else if off := head.Off + ondisk.KsetHeaderSize*uint32(1+dice.IntN(8)); off < ondisk.SegmentData {
+		at(head.Seg, off)
+	}
 }
 
 // format makes a cache that is soon full: its log begins near the end of a
@@ -316,6 +344,7 @@ func (l *life) open(mem Memory, disk Disk) (*Cache, error) {
 
 // reopen opens a cache with its threads and settles what is found.
 func (l *life) reopen(mem *recorder, disk *backing.Fake, h *history, live bool) (*rig, error) {
+	mem.mu.live.Mend()
 	c, err := l.open(mem, windowDisk{fakeDisk{disk}})
 	if err != nil {
 		return nil, err
@@ -481,6 +510,9 @@ func (l *life) client(r *rig, h *history, id, clients int, dice *rand.Rand, step
 		if head, _ := r.journal.head(); head.Seg != 0 {
 			// Opening takes longer the more there is behind the log's end.
 			steps = min(steps, l.encore)
+		}
+		if mem, ok := r.mem.(*recorder); ok && dice.IntN(30) == 0 {
+			l.punch(r, mem, dice)
 		}
 		n := 1 + dice.IntN(8)
 		switch dice.IntN(10) {

@@ -236,10 +236,10 @@ func (m *medium) crash(lost *rand.Rand, meanwhile func()) {
 	}
 }
 
-// restarted returns the region as the next server finds it.
+// restarted returns the region as the next server finds it: mended.
 func (m *medium) restarted() *medium {
 	after := &medium{Fake: m.Fake, fenced: m.fenced}
-	after.mu.bad = m.mu.bad
+	after.mu.bad = map[int64]bool{}
 	return after
 }
 

@@ -53,7 +53,8 @@ type Memory interface {
 	io.ReaderAt
 	// WriteAt stores p. What it stored is durable after the next Fence of
 	// the same goroutine if Durable, else after the next Sync. off and len(p)
-	// are multiples of 8.
+	// are multiples of 8. An error of this, of ReadAt or Zero is memory that
+	// has failed; of a store any part may have been made.
 	io.WriterAt
 	// Zero stores n zero bytes, like WriteAt.
 	Zero(off, n int64) error
@@ -117,9 +118,11 @@ type Cache struct {
 	gc          collector
 	syncer      syncer
 
-	fills  fillTable
-	failed atomic.Pointer[failure]
-	errs   errorCounts
+	fills     fillTable
+	failed    atomic.Pointer[failure]
+	errs      errorCounts
+	badMemory badMemory
+	hurt      atomic.Pointer[hurt] // of the log, nil while it can be read
 
 	stop    chan struct{}
 	aborted chan struct{} // closed by Abort
@@ -154,7 +157,7 @@ func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
 	if !mem.Durable() && !c.crc {
 		c.log.Error("the region is not durable and the cache keeps no checksums: a power cut may exchange data that was not flushed for other data, unnoticed", nil)
 	}
-	c.segments.init(layout, logReserve(o.Queues))
+	c.segments.init(layout, o.Queues)
 	c.tails.init(layout)
 	c.gc.init(layout.Info.Flags.GCPercent())
 	c.writeback.init(c, o.WritebackDepth)
@@ -299,18 +302,13 @@ func (t *tails) dirtyTail() (pos ondisk.Position, cleaned uint64) {
 func (c *Cache) storeTail(t ondisk.Tail, at ondisk.Replica, pos ondisk.Position) error {
 	var buf [ondisk.PositionSize]byte
 	off := ondisk.EncodePosition(buf[:], t, at, pos)
-	if _, err := c.mem.WriteAt(buf[:], off); err != nil {
-		return fmt.Errorf("write %v: %w", t, err)
-	}
-	return nil
+	return c.storeRecord(t.String(), noSegment, buf[:], off)
 }
 
 // moveDirtyTail says, durably, that the disk holds everything before pos. The
 // fingerprint of the disk as it is now is durable before that.
 func (c *Cache) moveDirtyTail(pos ondisk.Position, ksets uint64) error {
-	if err := c.moveFingerprint(pos); err != nil {
-		return err
-	}
+	c.moveFingerprint(pos)
 	if err := c.persist(); err != nil {
 		return fmt.Errorf("write the fingerprint for dirty_tail: %w", err)
 	}
@@ -350,7 +348,7 @@ var errStopWalk = errors.New("far enough")
 
 // walk visits the ksets of [from, to), both of which are places that the log
 // came through, until visit returns false. after is where the kset ends.
-func (c *Cache) walk(from, to ondisk.Position, visit func(k *ondisk.Kset, after ondisk.Position) bool) error {
+func (c *Cache) walk(from, to ondisk.Position, visit func(k *ondisk.Kset, after ondisk.Position) bool) *ondisk.Damage {
 	if from == to {
 		return nil
 	}
@@ -367,11 +365,9 @@ func (c *Cache) walk(from, to ondisk.Position, visit func(k *ondisk.Kset, after 
 	switch {
 	case err == errStopWalk:
 		return nil
-	case err != nil:
-		return err
 	case end.Damage != nil:
 		return end.Damage
 	default:
-		return fmt.Errorf("%w: it ends at %v, before %v", ErrLogLost, end.Pos, to)
+		return &ondisk.Damage{At: end.Pos, Cause: fmt.Errorf("%w: it ends there, before %v", ErrLogLost, to)}
 	}
 }

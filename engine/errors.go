@@ -28,6 +28,11 @@ var (
 	// ErrUnaligned: dirty data that the backing device cannot take because its
 	// blocks are larger, from a cache that was filled in front of another one.
 	ErrUnaligned = errors.New("dirty data does not fill the blocks of the backing device")
+	// ErrBadHead: the log can neither go on where it ends nor be led away.
+	ErrBadHead = errors.New("bad memory at the end of the log")
+	// ErrBadSegments: so many segments are bad that the queues could wait for
+	// each other for ever.
+	ErrBadSegments = errors.New("too many segments have bad memory")
 	// ErrAborted: the cache was told to give up what waits.
 	ErrAborted = errors.New("the cache is being removed and waits for nothing")
 	// ErrStopped: the cache was closed before the work was done.

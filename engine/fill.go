@@ -132,8 +132,8 @@ func (q *Queue) takeFills(r *Request) {
 		case c.failure() == nil && !q.stalled.Load():
 			take := c.space.waiting.Load() == 0
 			for done := 0; done < len(f.buf); {
-				k, ok, err := q.store(f.buf[done:], f.off+int64(done), ondisk.KeyClean, take)
-				if !ok || err != nil {
+				k, ok := q.store(f.buf[done:], f.off+int64(done), ondisk.KeyClean, take)
+				if !ok {
 					break
 				}
 				f.keys = append(f.keys, k)

@@ -71,6 +71,7 @@ const (
 type fingerprint struct {
 	now      ondisk.Fingerprint // what is on the media, or will be with the next dirty_tail
 	at       ondisk.Replica
+	lost     bool   // it cannot be stored any more
 	outdated bool   // the disk was written without the cache
 	buf      []byte // for all areas
 }
@@ -127,6 +128,11 @@ func (c *Cache) compareDisk(choice Choice, foreign bool) error {
 		f.now.State = ondisk.FingerprintUnknown
 	default:
 		sum, err := c.sample(f.now.Size)
+		if err == nil && sum != f.now.Sum && slices.Contains(c.layout.FingerprintCopies.State[:], ondisk.CopyUnreadable) {
+			// A torn copy was never needed; one that cannot be read may be
+			// the newer one, and right.
+			err = errors.New("one copy of its fingerprint cannot be read, the other one does not match")
+		}
 		if err != nil {
 			c.log.Error("cannot tell whether the backing device was written without the cache", err)
 		} else if sum != f.now.Sum {
@@ -155,21 +161,24 @@ func (c *Cache) firstFingerprint() error {
 	}
 	if err := c.flushDisk(); err != nil {
 		c.log.Error("cannot take the fingerprint of the backing device", err)
-		return c.storeFingerprint(ondisk.Fingerprint{})
+		c.keepFingerprint(ondisk.Fingerprint{})
+		return nil
 	}
 	c.takeFingerprint()
 	if c.fingerprint.now.State != ondisk.FingerprintKnown {
-		return c.storeFingerprint(ondisk.Fingerprint{})
+		c.keepFingerprint(ondisk.Fingerprint{})
+		return nil
 	}
 	tail, _ := c.tails.dirtyTail()
-	return c.moveFingerprint(tail)
+	c.moveFingerprint(tail)
+	return nil
 }
 
 // voidFingerprint is called before parts are written to the disk. The caller
 // persists.
-func (c *Cache) voidFingerprint(parts []part) error {
+func (c *Cache) voidFingerprint(parts []part) {
 	if c.fingerprint.now.State != ondisk.FingerprintKnown {
-		return nil
+		return
 	}
 	areas := sampledAreas(c.disk.Size())
 	for i := range parts {
@@ -177,9 +186,9 @@ func (c *Cache) voidFingerprint(parts []part) error {
 		if !slices.ContainsFunc(areas, func(a area) bool { return off < a.off+a.n && a.off < off+n }) {
 			continue
 		}
-		return c.storeFingerprint(ondisk.Fingerprint{})
+		c.keepFingerprint(ondisk.Fingerprint{})
+		return
 	}
-	return nil
 }
 
 // takeFingerprint makes an unknown fingerprint known, when everything written
@@ -187,7 +196,7 @@ func (c *Cache) voidFingerprint(parts []part) error {
 // before: the copy of the unknown one must last until then.
 func (c *Cache) takeFingerprint() {
 	f := &c.fingerprint
-	if f.now.State != ondisk.FingerprintUnknown {
+	if f.lost || f.now.State != ondisk.FingerprintUnknown {
 		return
 	}
 	sum, err := c.sample(c.disk.Size())
@@ -200,14 +209,28 @@ func (c *Cache) takeFingerprint() {
 
 // moveFingerprint stores a known fingerprint for a dirty_tail that is about to
 // move. The caller persists.
-func (c *Cache) moveFingerprint(to ondisk.Position) error {
+func (c *Cache) moveFingerprint(to ondisk.Position) {
 	rec := c.fingerprint.now
 	if rec.State != ondisk.FingerprintKnown {
-		return nil
+		return
 	}
 	from, _ := c.tails.dirtyTail()
 	rec.DirtyTail = [2]ondisk.Position{from, to}
-	return c.storeFingerprint(rec)
+	c.keepFingerprint(rec)
+}
+
+// keepFingerprint stores one that can be done without. Where that is impossible
+// there is none until the cache is opened again. The old one is left on the
+// media, and true for no dirty_tail but those that it names: a crash before the
+// next one makes a false alarm at worst.
+func (c *Cache) keepFingerprint(rec ondisk.Fingerprint) {
+	f := &c.fingerprint
+	if f.lost {
+		return
+	}
+	if err := c.storeFingerprint(rec); err != nil {
+		f.lost, f.now = true, ondisk.Fingerprint{}
+	}
 }
 
 // storeFingerprint does not persist. Whoever calls it does so before it is called
@@ -217,8 +240,8 @@ func (c *Cache) storeFingerprint(rec ondisk.Fingerprint) error {
 	at := f.at.Next()
 	var buf [ondisk.FingerprintSize]byte
 	off := ondisk.EncodeFingerprint(buf[:], at, &rec)
-	if _, err := c.mem.WriteAt(buf[:], off); err != nil {
-		return fmt.Errorf("write the fingerprint of the backing device: %w", err)
+	if err := c.storeRecord("fingerprint of the backing device", noSegment, buf[:], off); err != nil {
+		return err
 	}
 	f.now, f.at = rec, at
 	return nil

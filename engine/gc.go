@@ -81,7 +81,7 @@ func (g *collector) bury(seg uint32) {
 
 // gcNeeded: the cache is fuller than it should be, or somebody waits.
 func (c *Cache) gcNeeded() bool {
-	n, free := len(c.segments.all), c.segments.free()
+	n, free := c.segments.good(), c.segments.free()
 	return (n-free)*100 >= n*int(c.gc.percent.Load()) ||
 		free <= c.segments.reserve || c.waiting()
 }
@@ -112,7 +112,9 @@ func (c *Cache) gcLoop() {
 		}
 		for more := true; more && !c.stopping(); {
 			more = false
-			if c.failure() == nil {
+			// A cache that has failed still has its tails pass what cannot be
+			// read, or it would not open again.
+			if c.failure() == nil || c.hurt.Load() != nil {
 				var err error
 				if more, err = c.gcStep(); err != nil {
 					c.fail(err)
@@ -142,40 +144,24 @@ func (c *Cache) wakeWaiting() {
 // only write-back can make room, it is told so.
 func (c *Cache) gcStep() (more bool, err error) {
 	from := c.tails.keyTail()
-	to, _ := c.tails.dirtyTail()
-	needed := c.gcNeeded()
+	to, cleaned := c.tails.dirtyTail()
+	if from == to {
+		c.logHealed(cleaned)
+	}
+	needed := c.gcNeeded() || c.hurt.Load() != nil
 	if needed && from == to {
 		c.pressWriteback()
 	}
-	dead, err := c.raiseDying()
-	if err != nil {
-		return false, err
-	}
-	more = needed && from != to
+	dead := c.raiseDying()
 	var freed, dropped []uint32
-	if more {
-		end, ksets, most := from, 0, gcKsets
-		if !c.mem.Durable() {
-			most = gcKsetsSync
-		}
-		err := c.walk(from, to, func(k *ondisk.Kset, after ondisk.Position) bool {
-			for i := range k.Keys {
-				if c.forgetKey(&k.Keys[i]) {
-					dropped = append(dropped, k.Keys[i].Seg)
-				}
+	if needed && from != to {
+		var end ondisk.Position
+		if end, dropped = c.collectKsets(from, to); end != from {
+			more = true
+			if err := c.moveKeyTail(end); err != nil {
+				return false, err
 			}
-			if k.Last {
-				freed = append(freed, end.Seg)
-			}
-			end = after
-			ksets++
-			return ksets < most
-		})
-		if err != nil {
-			return false, err
-		}
-		if err := c.moveKeyTail(end); err != nil {
-			return false, err
+			freed = c.journal.passed(end, dropped)
 		}
 	}
 	if !more && len(dead) == 0 {
@@ -193,6 +179,35 @@ func (c *Cache) gcStep() (more bool, err error) {
 	return more, nil
 }
 
+// collectKsets takes what the index has of the ksets from key_tail on, as many as
+// a step is to have. It returns where they end, and the segment of each key that
+// holds a reference.
+func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dropped []uint32) {
+	end, ksets, most := from, 0, gcKsets
+	if !c.mem.Durable() {
+		most = gcKsetsSync
+	}
+	damage := c.walk(from, to, func(k *ondisk.Kset, after ondisk.Position) bool {
+		for i := range k.Keys {
+			if c.forgetKey(&k.Keys[i]) {
+				dropped = append(dropped, k.Keys[i].Seg)
+			}
+		}
+		end = after
+		ksets++
+		return ksets < most
+	})
+	if damage == nil || end != from {
+		return end, dropped
+	}
+	c.logHurt(damage, 0)
+	if dropped, damage = c.skip(to); damage != nil {
+		c.pressWriteback() // it gets there, too, and behind that
+		return from, nil
+	}
+	return to, dropped
+}
+
 // forgetKey removes what the index still has of a key and reports whether the
 // key is one that holds a reference.
 func (c *Cache) forgetKey(k *ondisk.Key) bool {
@@ -205,25 +220,25 @@ func (c *Cache) forgetKey(k *ondisk.Key) bool {
 }
 
 // raiseDying raises the generation of the dying segments that nobody reads any
-// more and returns them. The others stay for the kick of their last reader.
-func (c *Cache) raiseDying() (dead []uint32, err error) {
+// more and returns them. The others stay for the kick of their last reader, and
+// bad ones are not asked for a store.
+func (c *Cache) raiseDying() (dead []uint32) {
 	c.gc.mu.Lock()
 	dying := c.gc.mu.dying
 	c.gc.mu.dying = nil
 	c.gc.mu.Unlock()
 	var read []uint32
 	for _, seg := range dying {
-		if c.segments.all[seg].pins.Load() > 0 {
+		switch s := &c.segments.all[seg]; {
+		case s.pins.Load() > 0:
 			read = append(read, seg)
-			continue
+		case !s.bad.Load():
+			c.bumpGeneration(seg)
+			dead = append(dead, seg)
 		}
-		if err := c.bumpGeneration(seg); err != nil {
-			return nil, err
-		}
-		dead = append(dead, seg)
 	}
 	c.gc.mu.Lock()
 	c.gc.mu.dying = append(c.gc.mu.dying, read...)
 	c.gc.mu.Unlock()
-	return dead, nil
+	return dead
 }

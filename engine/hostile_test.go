@@ -321,7 +321,7 @@ func (g *guarded) Zero(off, n int64) error {
 }
 
 // store checks that a store changes what the engine may change: a record in
-// front, a generation, or the data area of one segment.
+// front or of a segment, or the data area of one segment.
 func (g *guarded) store(off, n int64) {
 	g.mu.Lock()
 	g.stores++
@@ -330,6 +330,7 @@ func (g *guarded) store(off, n int64) {
 	if off >= ondisk.SegmentsOff {
 		in := (off - ondisk.SegmentsOff) % ondisk.SegmentSize
 		switch end := in + n; {
+		case n == ondisk.SegmentInfoSize && (in == 0 || in == 4<<10):
 		case in >= 8<<10 && end <= 8<<10+2*ondisk.GenerationSize:
 		case in >= ondisk.SegmentHeader && end <= ondisk.SegmentSize:
 		default:
@@ -625,6 +626,9 @@ func (x *execution) judgeDisk(s int64) error {
 // collect has the garbage collector take as much as it may.
 func (x *execution) collect(percent int) error {
 	if err := x.SetGCPercent(percent); err != nil {
+		if fault := (*pmem.FaultError)(nil); x.f.sick && errors.As(err, &fault) {
+			return x.look()
+		}
 		return err
 	}
 	synctest.Wait()
@@ -640,6 +644,9 @@ func (x *execution) collect(percent int) error {
 // checkFree: what is free is not in use.
 func (x *execution) checkFree() error {
 	now := read(x.mem, x.f)
+	if now.refuse != nil && x.f.sick {
+		return nil // it has grown into what cannot be read, and is on its way out
+	}
 	if now.refuse != nil || x.failure() != nil {
 		return now.refuse
 	}

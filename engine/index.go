@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"iter"
 	"sync"
 	"unsafe"
 
@@ -193,6 +194,35 @@ func (x *index) forget(s span, p place, scratch []extent) []extent {
 		s.sub(e).cutLocked()
 	}
 	return scratch
+}
+
+// forgetClean removes all that is clean.
+func (x *index) forgetClean() {
+	var scratch []extent
+	for i := range shardCount {
+		for s := range x.stripes(i) {
+			s.sh.Lock()
+			scratch = s.partsLocked(scratch[:0], func(e extent) bool { return e.flags&(extDirty|extLoading) == 0 })
+			for _, e := range scratch {
+				s.sub(e).cutLocked()
+			}
+			s.sh.Unlock()
+		}
+	}
+}
+
+// stripes yields every stripe of a shard that may have extents, as a span, and
+// where it begins on the device, in bytes.
+func (x *index) stripes(shard int) iter.Seq2[span, int64] {
+	return func(yield func(span, int64) bool) {
+		sh := &x.shards[shard]
+		for i := range sh.slab.roots {
+			s := span{sh: sh, root: uint32(i), n: stripeSectors}
+			if !yield(s, (int64(i)*shardCount+int64(shard))*ondisk.StripeSize) {
+				return
+			}
+		}
+	}
 }
 
 // clean marks what still points at the place as written back.

@@ -3,6 +3,7 @@ package engine
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"ublk-pcache/ondisk"
@@ -38,6 +39,13 @@ import (
 // end mark at the start of the new segment. If the kset is lost, so is the way
 // to the LAST.
 //
+// Memory that does not take the end mark, the LAST or the kset costs the rest of
+// the segment: nothing that was stored counts yet, a torn kset least of all, so
+// the place of the kset gets a LAST instead, which leads to where the kset can be
+// stored. It is shorter, so nothing can be left of the torn one that would make
+// either whole. Only if that place is bad itself the log cannot go on. All that
+// was acknowledged lies in front of it.
+//
 // Invariants: the log holds, from key_tail to head, every key whose data the
 // index knows; no kset is stored before all ksets in front of it are durable;
 // behind the head stand 24 zero bytes.
@@ -51,6 +59,11 @@ type journal struct {
 		written uint64 // ksets in front of the head since key_tail at Open
 		keys    uint64 // their keys
 		buf     [ondisk.MaxKsetSize]byte
+
+		// What the log holds from key_tail on: how many keys that name each
+		// segment, and the segments that it came through itself.
+		named []int32
+		path  []uint32
 	}
 }
 
@@ -64,6 +77,33 @@ func (j *journal) head() (ondisk.Position, uint64) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return j.mu.head, j.mu.written
+}
+
+// mark returns the head as a mark.
+func (j *journal) mark() mark {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return mark{j.mu.head, j.mu.written, j.mu.keys}
+}
+
+// account returns the head, and how many keys in front of it name each segment.
+func (j *journal) account() (head ondisk.Position, named []int32) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.mu.head, slices.Clone(j.mu.named)
+}
+
+// passed is called for a new key_tail, with the segments that the keys in front
+// of it name. It returns those that the log has left behind.
+func (j *journal) passed(tail ondisk.Position, dropped []uint32) (left []uint32) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, seg := range dropped {
+		j.mu.named[seg]--
+	}
+	n := slices.Index(j.mu.path, tail.Seg)
+	left, j.mu.path = j.mu.path[:n:n], j.mu.path[n:]
+	return left
 }
 
 // last returns the number of the kset before the head.
@@ -127,21 +167,45 @@ func (c *Cache) keySpan(k *ondisk.Key) (span, place) {
 	return s, s.place(k.Seg, uint16(k.SegOff>>sectorShift))
 }
 
-// appendLocked writes one kset at the head.
+// appendLocked writes one kset at the head. Where memory does not take it, the
+// log goes on in another segment; after any error but errLogFull it cannot, and
+// ends properly with the kset before.
 func (c *Cache) appendLocked(keys []ondisk.Key) error {
 	j := &c.journal
-	size := ondisk.KsetSize(len(keys))
-	if roomAt(j.mu.head) < size {
-		if err := c.leaveSegmentLocked(); err != nil {
+	for {
+		seg := j.mu.head.Seg
+		if bad := c.segments.all[seg].bad.Load(); bad || roomAt(j.mu.head) < ondisk.KsetSize(len(keys)) {
+			if err := c.leaveSegmentLocked(); err != nil {
+				return err
+			}
+		}
+		err := c.storeKsetLocked(keys)
+		if err == nil {
+			for i := range keys {
+				j.mu.named[keys[i].Seg]++
+			}
+			return nil
+		}
+		if err != errLeave {
 			return err
 		}
 	}
-	at := j.mu.head
+}
+
+// errLeave: the segment of the head has turned out to be bad. The head is where
+// it was, with an end mark or a torn kset, which is as good.
+var errLeave = errors.New("bad memory behind the end of the log")
+
+// storeKsetLocked writes one kset, for which there is room, at the head.
+func (c *Cache) storeKsetLocked(keys []ondisk.Key) error {
+	j := &c.journal
+	at, size := j.mu.head, ondisk.KsetSize(len(keys))
 	behind := ondisk.Position{Seg: at.Seg, Off: at.Off + size}
 	end := behind
 	if roomAt(behind) >= ondisk.MaxKsetSize {
 		if err := c.mem.Zero(c.offset(behind), ondisk.KsetHeaderSize); err != nil {
-			return fmt.Errorf("write the log's end mark: %w", err)
+			c.badStore("log", behind.Seg, behind.Off, ondisk.KsetHeaderSize, err)
+			return errLeave
 		}
 	} else {
 		next, err := c.beginSegment()
@@ -149,14 +213,19 @@ func (c *Cache) appendLocked(keys []ondisk.Key) error {
 			return err
 		}
 		if err := c.storeLastLocked(behind, ondisk.NextSeq(j.mu.seq), next); err != nil {
-			return err
+			c.giveBack(next)
+			return errLeave
 		}
 		end = ondisk.Position{Seg: next}
 	}
 	kset := ondisk.EncodeKset(j.mu.buf[:], j.mu.seq, keys)
 	c.mem.Fence()
 	if _, err := c.mem.WriteAt(kset, c.offset(at)); err != nil {
-		return fmt.Errorf("write the log: %w", err)
+		c.badStore("log", at.Seg, at.Off, len(kset), err)
+		if end != behind {
+			c.giveBack(end.Seg)
+		}
+		return errLeave
 	}
 	c.mem.Fence()
 	j.mu.keys += uint64(len(keys))
@@ -167,9 +236,9 @@ func (c *Cache) appendLocked(keys []ondisk.Key) error {
 	return nil
 }
 
-// leaveSegmentLocked lets the log go on in another segment at once. Only a log
-// that somebody else wrote, or whose last kset a crash took, ends so near its
-// segment's end.
+// leaveSegmentLocked lets the log go on in another segment at once, because of
+// bad memory, or near the segment's end: only a log that somebody else wrote,
+// or whose last kset a crash took, comes so near.
 func (c *Cache) leaveSegmentLocked() error {
 	j := &c.journal
 	next, err := c.beginSegment()
@@ -177,8 +246,9 @@ func (c *Cache) leaveSegmentLocked() error {
 		return err
 	}
 	c.mem.Fence()
+	// Where the LAST may be stored after all, next must stay what it leads to.
 	if err := c.storeLastLocked(j.mu.head, j.mu.seq, next); err != nil {
-		return err
+		return fmt.Errorf("%w: %w", ErrBadHead, err)
 	}
 	c.mem.Fence()
 	j.movedLocked(ondisk.Position{Seg: next})
@@ -187,23 +257,35 @@ func (c *Cache) leaveSegmentLocked() error {
 
 // beginSegment takes a segment for the log and stores its end mark.
 func (c *Cache) beginSegment() (next uint32, err error) {
-	next, ok := c.segments.take(0)
-	if !ok {
-		return 0, errLogFull
+	for {
+		next, ok := c.segments.take(0)
+		if !ok {
+			return 0, errLogFull
+		}
+		err := c.mem.Zero(c.layout.Offset(next, 0), ondisk.KsetHeaderSize)
+		if err == nil {
+			c.segments.all[next].refs.Store(1)
+			return next, nil
+		}
+		c.badStore("log", next, 0, ondisk.KsetHeaderSize, err)
 	}
-	c.segments.all[next].refs.Store(1)
-	if err := c.mem.Zero(c.layout.Offset(next, 0), ondisk.KsetHeaderSize); err != nil {
-		return 0, fmt.Errorf("begin a log segment: %w", err)
-	}
-	return next, nil
 }
 
+// giveBack makes a segment that beginSegment has taken a free one.
+func (c *Cache) giveBack(seg uint32) {
+	c.segments.all[seg].refs.Store(0)
+	c.segments.addFree(seg)
+}
+
+// storeLastLocked makes sure that what it stores can be read: it may be next to
+// memory that is bad, and all that comes after hangs on it.
 func (c *Cache) storeLastLocked(at ondisk.Position, seq uint64, next uint32) error {
 	last := ondisk.EncodeLast(c.journal.mu.buf[:], seq, next)
-	if _, err := c.mem.WriteAt(last, c.offset(at)); err != nil {
-		return fmt.Errorf("end a log segment: %w", err)
+	err := c.storeSurely(last, c.offset(at))
+	if err != nil {
+		c.badStore("log", at.Seg, at.Off, ondisk.KsetHeaderSize, err)
 	}
-	return nil
+	return err
 }
 
 func (c *Cache) offset(p ondisk.Position) int64 { return c.layout.Offset(p.Seg, p.Off) }
@@ -215,6 +297,9 @@ func roomAt(p ondisk.Position) uint32 {
 
 // movedLocked: a kset has been written and the head is behind it.
 func (j *journal) movedLocked(head ondisk.Position) {
+	if head.Seg != j.mu.head.Seg {
+		j.mu.path = append(j.mu.path, head.Seg)
+	}
 	j.mu.head = head
 	j.mu.seq = ondisk.NextSeq(j.mu.seq)
 	j.mu.written++

@@ -462,8 +462,10 @@ func (m *model) heal(t *rapid.T) {
 	m.faulty = false
 }
 
-// failStore lets a store of a write fail. The write may have happened or not,
-// and the cache may have had enough; a restart decides.
+// failStore lets a store of a write fail, which is made in another segment then.
+// Only where a tail could not be stored, or the record that leads the log there,
+// or there are too few segments, the write may have happened or not, and the
+// cache has had enough.
 func (m *model) failStore(t *rapid.T) {
 	m.release(t)
 	r := m.newWrite(drawRange(t))
@@ -474,7 +476,13 @@ func (m *model) failStore(t *rapid.T) {
 	m.mem.failStore(area, rapid.IntRange(1, 4).Draw(t, "store"))
 	err := m.cache.do(r)
 	m.mem.failStore(area, 0)
-	m.restart(t)
+	s := m.cache.Status()
+	why := m.cache.failure()
+	if err != nil && why == nil || why != nil && area == 1 && !errors.Is(why, ErrBadSegments) && !errors.Is(why, ErrBadHead) {
+		t.Fatalf("write: %v; %s: %s, bad are %v", err, s.State, s.Error, s.BadSegments)
+	}
+	m.restartIfFailed(t)
+	m.heal(t)
 	from, to, version := effect(r)
 	for lba := from; lba < to; lba++ {
 		may := []uint64{version}
@@ -485,11 +493,23 @@ func (m *model) failStore(t *rapid.T) {
 	}
 }
 
+// restartIfFailed opens the cache again if it has no use for the memory that it
+// has met. It is mended then.
+func (m *model) restartIfFailed(t *rapid.T) {
+	if m.cache.Status().State == Failed {
+		m.restart(t)
+	}
+}
+
 // damage makes some clean data unreadable or, where that is noticed, wrong.
 // The disk has it.
 func (m *model) damage(t *rapid.T) {
 	m.heal(t)
-	m.spoil(t, false)
+	if k, ok := m.spoil(t, false); ok {
+		m.run(t, []*Request{newRead(int64(k.Off/sectorSize), int(k.Len/sectorSize))}, []int{0})
+		m.release(t)
+		m.restartIfFailed(t)
+	}
 }
 
 // damageDirty does the same to dirty data. Nobody has it, so what was stored
@@ -508,6 +528,7 @@ func (m *model) damageDirty(t *rapid.T) {
 			m.compare(t, r.Buf, lba, "a damaged cache")
 		}
 	}
+	m.restartIfFailed(t)
 	m.run(t, []*Request{m.newWrite(from, n)}, []int{0})
 }
 

@@ -251,7 +251,7 @@ func (q *Queue) abandon() {
 // segment for the key that will name it. It begins a new segment only if it may
 // take one.
 func (q *Queue) alloc(n int, take bool) (seg, off uint32, got int, ok bool) {
-	if q.head.open && q.head.off == ondisk.SegmentData {
+	if q.head.open && (q.head.off == ondisk.SegmentData || q.c.segments.all[q.head.seg].bad.Load()) {
 		q.closeHead()
 	}
 	if !q.head.open {
@@ -271,6 +271,24 @@ func (q *Queue) alloc(n int, take bool) (seg, off uint32, got int, ok bool) {
 	return seg, off, got, true
 }
 
+// put allocates a place and stores what is to be there. A segment of which the
+// memory fails is given up for another; what it holds already stays.
+func (q *Queue) put(n int, take bool, store func(n int, at int64) error) (seg, off uint32, got int, ok bool) {
+	for {
+		seg, off, got, ok = q.alloc(n, take)
+		if !ok {
+			return 0, 0, 0, false
+		}
+		err := store(got, q.c.layout.Offset(seg, off))
+		if err == nil {
+			return seg, off, got, true
+		}
+		q.c.badStore("data to be stored", seg, off, got, err)
+		q.c.drop(seg)
+		q.closeHead()
+	}
+}
+
 func (q *Queue) closeHead() {
 	if q.zeros.n > 0 {
 		q.zeros.n = 0
@@ -283,16 +301,16 @@ func (q *Queue) closeHead() {
 // store puts data into the region and returns the key for it, with less than
 // all of p where the segment or a checksum ended. ok is false where there is
 // no space.
-func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags, take bool) (k ondisk.Key, ok bool, err error) {
+func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags, take bool) (k ondisk.Key, ok bool) {
 	if q.c.crc {
 		p = p[:min(len(p), maxSummed)]
 	}
-	seg, segOff, n, ok := q.alloc(len(p), take)
+	seg, segOff, n, ok := q.put(len(p), take, func(n int, at int64) error {
+		_, err := q.c.mem.WriteAt(p[:n], at)
+		return err
+	})
 	if !ok {
-		return k, false, nil
-	}
-	if _, err := q.c.mem.WriteAt(p[:n], q.c.layout.Offset(seg, segOff)); err != nil {
-		return k, true, q.storeFailed(seg, err)
+		return k, false
 	}
 	k = ondisk.Key{
 		Off: uint64(off), Len: uint32(n), Flags: flags,
@@ -302,7 +320,7 @@ func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags, take bool) (k 
 		k.CRC = ondisk.Checksum(p[:n])
 		q.c.segments.all[seg].sums.Load().add(sum{uint16(segOff >> sectorShift), uint16(n >> sectorShift), k.CRC})
 	}
-	return k, true, nil
+	return k, true
 }
 
 const (
@@ -322,17 +340,17 @@ func zeroSum(n uint32) uint32 { return ondisk.Checksum(zeros[:n]) }
 
 // storeZeros returns a key for zeros like store does for data: without storing
 // any, if the head's segment has a run of them already.
-func (q *Queue) storeZeros(n int, off int64, take bool) (k ondisk.Key, ok bool, err error) {
+func (q *Queue) storeZeros(n int, off int64, take bool) (k ondisk.Key, ok bool) {
+	if q.zeros.n > 0 && q.c.segments.all[q.head.seg].bad.Load() {
+		q.closeHead()
+	}
 	if q.zeros.n == 0 {
 		if q.head.open && take && ondisk.SegmentData-q.head.off < zeroRunMin {
 			q.closeHead()
 		}
-		seg, segOff, got, ok := q.alloc(zeroRun, take)
+		_, segOff, got, ok := q.put(zeroRun, take, func(n int, at int64) error { return q.c.mem.Zero(at, int64(n)) })
 		if !ok {
-			return k, false, nil
-		}
-		if err := q.c.mem.Zero(q.c.layout.Offset(seg, segOff), int64(got)); err != nil {
-			return k, true, q.storeFailed(seg, err)
+			return k, false
 		}
 		q.zeros.off, q.zeros.n = segOff, uint32(got)
 	}
@@ -345,16 +363,7 @@ func (q *Queue) storeZeros(n int, off int64, take bool) (k ondisk.Key, ok bool, 
 	if q.c.crc {
 		k.CRC = zeroSum(k.Len)
 	}
-	return k, true, nil
-}
-
-// storeFailed gives up the head after a store to its segment that failed.
-// Whatever else the segment holds stays; nothing is added to it.
-func (q *Queue) storeFailed(seg uint32, err error) error {
-	q.c.drop(seg)
-	q.closeHead()
-	q.c.errs.memory.Add(1)
-	return fmt.Errorf("store data in segment %d: %w", seg, err)
+	return k, true
 }
 
 // write gives the data of r its place, as far as there is space. The rest
@@ -374,11 +383,7 @@ func (q *Queue) write(r *Request) {
 	}
 	ahead := r.ticket == 0 && c.space.waiting.Load() > 0
 	for r.done < r.size() {
-		k, ok, err := q.storeNext(r, !ahead)
-		if err != nil {
-			r.Err = err
-			break
-		}
+		k, ok := q.storeNext(r, !ahead)
 		if !ok {
 			q.wait(r)
 			return
@@ -393,7 +398,7 @@ func (q *Queue) write(r *Request) {
 }
 
 // storeNext stores what comes next of a write or zero.
-func (q *Queue) storeNext(r *Request, take bool) (k ondisk.Key, ok bool, err error) {
+func (q *Queue) storeNext(r *Request, take bool) (k ondisk.Key, ok bool) {
 	off := r.Off + int64(r.done)
 	if r.Op == Zero {
 		return q.storeZeros(min(r.Len-r.done, stripeLeft(off)), off, take)
@@ -431,14 +436,15 @@ func (q *Queue) read(r *Request) {
 			continue
 		}
 		err := c.readExtent(buf, e, &q.whole)
+		if err != nil {
+			c.badData(e, s.device(r, e), err, &q.whole)
+		}
 		switch {
 		case err != nil && e.flags&extDirty != 0:
-			c.errs.memory.Add(1)
 			r.Err = fmt.Errorf("read dirty data at %d: %w", s.device(r, e), err)
 		case err != nil:
 			// The disk has it too. The extent goes, and the disk's answer is
 			// not put in its place by this fill, which the index does not know.
-			c.errs.memory.Add(1)
 			c.index.forget(s.sub(e), s.sub(e).place(e.seg, e.pos), nil)
 			q.addFill(r, s, e)
 		}

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/bits"
 	"math/rand/v2"
@@ -87,8 +88,11 @@ func (m *recorder) Size() int64 { return m.mu.live.Size() }
 func (m *recorder) ReadAt(p []byte, off int64) (int, error) { return m.mu.live.ReadAt(p, off) }
 
 func (m *recorder) WriteAt(p []byte, off int64) (int, error) {
-	m.store(off, slices.Clone(p))
+	err := m.store(off, slices.Clone(p))
 	m.hook(afterStore)
+	if err != nil {
+		return 0, err
+	}
 	return len(p), nil
 }
 
@@ -97,7 +101,9 @@ func (m *recorder) Zero(off, n int64) error {
 	const piece = 64 << 10
 	for ; n > 0; off, n = off+piece, n-piece {
 		if zero := make([]byte, min(n, piece)); n <= piece || !m.zeros(off) {
-			m.store(off, zero)
+			if err := m.store(off, zero); err != nil {
+				return err
+			}
 		}
 	}
 	m.hook(afterStore)
@@ -118,13 +124,16 @@ func (m *recorder) zeros(off int64) bool {
 	return true
 }
 
-func (m *recorder) store(off int64, data []byte) {
+func (m *recorder) store(off int64, data []byte) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(data) == 0 {
-		return
+	_, err := m.mu.live.WriteAt(data, off)
+	if fault := (*pmem.FaultError)(nil); errors.As(err, &fault) {
+		data = data[:(fault.Off-off)&^7]
 	}
-	m.mu.live.WriteAt(data, off)
+	if len(data) == 0 {
+		return err
+	}
 	m.mu.serial++
 	s := stored{m.mu.serial, goroutine(), off, data}
 	for i := range m.mu.open {
@@ -133,6 +142,7 @@ func (m *recorder) store(off int64, data []byte) {
 		}
 	}
 	m.mu.open = append(m.mu.open, s)
+	return err
 }
 
 func (m *recorder) Fence() {

@@ -22,11 +22,14 @@ import (
 // says what becomes of it; nothing is written then. Otherwise the segments
 // found free get a new generation, since a crash may have come between the
 // key_tail that freed them and the one it was to have, and everything found,
-// which may never have left the page cache, is made durable.
+// which may never have left the page cache, is made durable. Where memory takes
+// none of that, the cache opens all the same, to be read and written back.
 func (c *Cache) replay(choice Choice) error {
 	l := c.layout
 	r := replayer{c: c, dirty: l.KeyTail == l.DirtyTail, fill: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain)), sums: map[uint32][]named{}}
 	r.log[l.KeyTail.Seg] = true
+	c.journal.mu.path = []uint32{l.KeyTail.Seg}
+	c.journal.mu.named = make([]int32, len(l.Chain))
 	end, err := l.WalkLog(c.mem, l.KeyTail, r.kset)
 	torn := err == errTorn
 	if err != nil && !torn {
@@ -42,7 +45,8 @@ func (c *Cache) replay(choice Choice) error {
 			// No kset in front tells the number of the one that is lost.
 			lost = end.Damage.AheadSeq
 		}
-		if torn = c.unsynced(lost) && end.Damage.DirtyTail == nil; !torn {
+		// A power cut makes no media errors.
+		if torn = c.unsynced(lost) && end.Damage.DirtyTail == nil && !errors.Is(end.Damage, ondisk.ErrUnreadable); !torn {
 			return end.Damage
 		}
 	}
@@ -64,9 +68,12 @@ func (c *Cache) replay(choice Choice) error {
 	if err := c.compareDisk(choice, r.foreign); err != nil {
 		return err
 	}
-	if err := r.sortSegments(); err != nil {
+	if err := r.checkSegments(); err != nil {
 		return err
 	}
+	// What is stored from here on goes over the copies that these are made of.
+	c.heal()
+	r.sortSegments()
 	// A kset cut short has the number that the next one here gets: what is left
 	// of it could complete that one, or that one it.
 	// And one whose number does not continue the log would begin it, once all
@@ -78,7 +85,8 @@ func (c *Cache) replay(choice Choice) error {
 		rest = int64(ondisk.SegmentData - end.Pos.Off)
 	}
 	if err := c.mem.Zero(l.Offset(end.Pos.Seg, end.Pos.Off), rest); err != nil {
-		return fmt.Errorf("clear the end of the log: %w", err)
+		c.badStore("log", end.Pos.Seg, end.Pos.Off, int(rest), err)
+		c.fail(fmt.Errorf("%w: %w", ErrBadHead, err))
 	}
 	if err := c.firstFingerprint(); err != nil {
 		return err
@@ -86,8 +94,11 @@ func (c *Cache) replay(choice Choice) error {
 	if err := c.persist(); err != nil {
 		return err
 	}
-	if err := c.markSynced(ondisk.PrevSeq(next)); err != nil || l.SyncMark != 0 {
-		return err
+	if err := c.markSynced(ondisk.PrevSeq(next)); err != nil {
+		c.fail(err)
+	}
+	if l.SyncMark != 0 {
+		return nil
 	}
 	return c.persist() // a first mark, without which the next power cut is damage
 }
@@ -133,6 +144,7 @@ func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 	r.keys += uint64(len(k.Keys))
 	if k.Last {
 		r.log[k.Next] = true
+		r.c.journal.mu.path = append(r.c.journal.mu.path, k.Next)
 	}
 	for i := range k.Keys {
 		if err := r.key(&k.Keys[i]); err != nil {
@@ -153,6 +165,7 @@ func (r *replayer) key(k *ondisk.Key) error {
 		return fmt.Errorf("%w: data up to %d, device of %d bytes", ErrDiskTooSmall, k.Off+uint64(k.Len), c.disk.Size())
 	}
 	c.segments.all[k.Seg].refs.Add(1)
+	c.journal.mu.named[k.Seg]++
 	r.fill[k.Seg] = max(r.fill[k.Seg], k.SegOff+k.Len)
 
 	flags := keyState(k, r.dirty)
@@ -169,35 +182,38 @@ func (r *replayer) key(k *ondisk.Key) error {
 	return nil
 }
 
-// intact reports whether the data of a key is what its checksum says.
+// intact reports whether the data of a key is what its checksum says, as far as
+// it can be read.
 func (r *replayer) intact(k *ondisk.Key) bool {
 	buf := grow(&r.buf, int(k.Len))
 	_, err := r.c.mem.ReadAt(buf, r.c.layout.Offset(k.Seg, k.SegOff))
-	return err == nil && ondisk.Checksum(buf) == k.CRC
+	return err != nil || ondisk.Checksum(buf) == k.CRC
 }
 
-// sortSegments tells log, data and free segments apart.
-func (r *replayer) sortSegments() error {
-	s := &r.c.segments
-	for i := range s.all {
-		if r.log[i] && s.all[i].refs.Load() > 0 {
+// checkSegments makes sure that no segment is both, of the log and of data.
+func (r *replayer) checkSegments() error {
+	for i := range r.log {
+		if r.log[i] && r.c.segments.all[i].refs.Load() > 0 {
 			return fmt.Errorf("%w: segment %d", ErrKeyInLog, i)
 		}
 	}
+	return nil
+}
+
+// sortSegments tells log, data and free segments apart.
+func (r *replayer) sortSegments() {
+	s := &r.c.segments
 	for i := range s.all {
 		seg, refs := uint32(i), s.all[i].refs.Load()
 		switch {
 		case r.log[i]:
 			s.all[i].refs.Store(1)
 		case refs == 0:
-			if err := r.c.bumpGeneration(seg); err != nil {
-				return err
-			}
+			r.c.bumpGeneration(seg)
 			s.addFree(seg)
 		case r.fill[i] < ondisk.SegmentData:
 			s.resumable = append(s.resumable, resumable{seg, r.fill[i]})
 		}
 	}
 	slices.SortFunc(s.resumable, func(a, b resumable) int { return cmp.Compare(a.off, b.off) })
-	return nil
 }

@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,6 +22,7 @@ import (
 type segment struct {
 	refs atomic.Int32
 	pins atomic.Int32
+	bad  atomic.Bool // its memory has failed, see badmem.go
 	gen  atomic.Uint64
 	sums atomic.Pointer[sums] // of the data, if the cache keeps checksums and it ever had any
 }
@@ -34,12 +34,15 @@ type segment struct {
 // one more for the rest of the current log segment.
 func logReserve(queues int) int { return 1 + (queues+7)/8 }
 
-// MaxQueues returns how many queues a cache of so many segments can have: each
-// fills a segment of its own, and the log one more. 0 is a cache that is too
-// small for any.
+// segmentsFor returns how many segments that many queues need so that none ever
+// waits for another: each fills one, and the log one more.
+func segmentsFor(queues int) int { return queues + 1 + logReserve(queues) }
+
+// MaxQueues returns how many queues a cache of so many segments can have. 0 is
+// a cache that is too small for any.
 func MaxQueues(segments int) int {
 	n := max(0, segments-1)
-	for n > 0 && n+1+logReserve(n) > segments {
+	for n > 0 && segmentsFor(n) > segments {
 		n--
 	}
 	return n
@@ -48,6 +51,8 @@ func MaxQueues(segments int) int {
 type segments struct {
 	all     []segment
 	reserve int
+	needed  int          // that must be good
+	bad     atomic.Int32 // how many are not
 	// resumable are the half-filled segments that replay found, emptiest
 	// first; the queues go on filling them.
 	resumable []resumable
@@ -60,17 +65,20 @@ type segments struct {
 
 type resumable struct{ seg, off uint32 }
 
-func (s *segments) init(l *ondisk.Layout, reserve int) {
+func (s *segments) init(l *ondisk.Layout, queues int) {
 	s.all = make([]segment, len(l.Chain))
-	s.reserve = reserve
+	s.reserve, s.needed = logReserve(queues), segmentsFor(queues)
 	s.mu.at = l.GenAt
 	for i := range s.all {
 		s.all[i].gen.Store(l.Gens[i])
 	}
 }
 
-// addFree makes a segment available.
+// addFree makes a segment available, unless it is bad.
 func (s *segments) addFree(seg uint32) {
+	if s.all[seg].bad.Load() {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.mu.freeList = append(s.mu.freeList, seg)
@@ -80,6 +88,19 @@ func (s *segments) free() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.mu.freeList)
+}
+
+// good returns how many segments are not bad.
+func (s *segments) good() int { return len(s.all) - int(s.bad.Load()) }
+
+// badList returns the numbers of those that are.
+func (s *segments) badList() (list []uint32) {
+	for i := range s.all {
+		if s.all[i].bad.Load() {
+			list = append(list, uint32(i))
+		}
+	}
+	return list
 }
 
 // sumBytes returns the memory that the checksums of the data take.
@@ -115,7 +136,8 @@ func (c *Cache) takeData() (uint32, bool) {
 	if c.crc {
 		c.sumsOf(seg).clear()
 	}
-	n, used := len(c.segments.all), len(c.segments.all)-c.segments.free()
+	n := c.segments.good()
+	used := n - c.segments.free()
 	limit := int(c.gc.percent.Load()) * n / 100
 	if used > limit {
 		c.gc.kick()
@@ -127,22 +149,23 @@ func (c *Cache) takeData() (uint32, bool) {
 	return seg, true
 }
 
-// bumpGeneration makes every key that names the segment a dead one. It does
-// not persist.
-func (c *Cache) bumpGeneration(seg uint32) error {
+// bumpGeneration makes every key that names the segment a dead one, or the
+// segment a bad one. It does not persist.
+func (c *Cache) bumpGeneration(seg uint32) {
 	s := &c.segments
 	gen := s.all[seg].gen.Load() + 1
 	s.mu.Lock()
 	at := s.mu.at[seg].Next()
-	s.mu.at[seg] = at
 	s.mu.Unlock()
 	var buf [ondisk.GenerationSize]byte
 	off := c.layout.EncodeGeneration(buf[:], seg, at, gen)
-	if _, err := c.mem.WriteAt(buf[:], off); err != nil {
-		return fmt.Errorf("write the generation of segment %d: %w", seg, err)
+	if err := c.storeRecord("generation", int(seg), buf[:], off); err != nil {
+		return
 	}
+	s.mu.Lock()
+	s.mu.at[seg] = at
+	s.mu.Unlock()
 	s.all[seg].gen.Store(gen)
-	return nil
 }
 
 // drop gives one reference back. Whoever drops the last one hands the segment

@@ -1,8 +1,10 @@
 package engine
 
 import (
+	"cmp"
 	"fmt"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -22,7 +24,8 @@ type State string
 const (
 	// Healthy: everything works.
 	Healthy State = "ok"
-	// Degraded: write-back fails at the moment; dirty data stays in the cache.
+	// Degraded: write-back fails at the moment, dirty data stays in the cache; or
+	// memory has failed, and what it held is lost or not, as BadPlaces tells.
 	Degraded State = "degraded"
 	// Failed: the region takes no more writes. Reads go on.
 	Failed State = "failed"
@@ -54,6 +57,10 @@ type Status struct {
 	LongestWait                   time.Duration // of a request for space
 
 	MemoryErrors, DiskReadErrors, WritebackErrors uint64
+
+	BadSegments []uint32   // not used any more, see badmem.go
+	BadPlaces   []BadPlace // the first that were met
+	MoreBad     int        // how many others
 }
 
 // Status returns the cache's present state. Any goroutine.
@@ -65,7 +72,7 @@ func (c *Cache) Status() Status {
 	s := Status{
 		State:           Healthy,
 		Segments:        len(c.segments.all),
-		UsedSegments:    len(c.segments.all) - c.segments.free(),
+		UsedSegments:    c.segments.good() - c.segments.free(),
 		GCPercent:       flags.GCPercent(),
 		DataCRC:         c.crc,
 		InfoFlags:       flags,
@@ -82,6 +89,7 @@ func (c *Cache) Status() Status {
 		MemoryErrors:    c.errs.memory.Load(),
 		DiskReadErrors:  c.errs.diskReads.Load(),
 		WritebackErrors: c.errs.rounds.Load(),
+		BadSegments:     c.segments.badList(),
 	}
 	s.KeyHead, _ = c.journal.head()
 	s.DirtyTail, _ = c.tails.dirtyTail()
@@ -95,11 +103,19 @@ func (c *Cache) Status() Status {
 		s.Hits += q.stats.hits.Load()
 		s.Misses += q.stats.misses.Load()
 	}
+	c.badMemory.mu.Lock()
+	s.BadPlaces, s.MoreBad = slices.Clone(c.badMemory.mu.places), c.badMemory.mu.more
+	degraded := c.badMemory.mu.fault
+	c.badMemory.mu.Unlock()
 	c.writeback.mu.Lock()
-	if err := c.writeback.mu.err; err != nil {
-		s.State, s.Error = Degraded, err.Error()
-	}
+	degraded = cmp.Or(c.writeback.mu.err, degraded)
 	c.writeback.mu.Unlock()
+	if h := c.hurt.Load(); h != nil {
+		degraded = h.err
+	}
+	if degraded != nil {
+		s.State, s.Error = Degraded, degraded.Error()
+	}
 	if err := c.failure(); err != nil {
 		s.State, s.Error = Failed, err.Error()
 	}
@@ -120,8 +136,8 @@ func (c *Cache) SetGCPercent(n int) error {
 	info.Flags = info.Flags.WithGCPercent(n)
 	var buf [ondisk.InfoSize]byte
 	off := ondisk.EncodeInfo(buf[:], at, info)
-	if _, err := c.mem.WriteAt(buf[:], off); err != nil {
-		return fmt.Errorf("write cache_info: %w", err)
+	if err := c.storeRecord("cache_info", noSegment, buf[:], off); err != nil {
+		return err
 	}
 	if err := c.persist(); err != nil {
 		return fmt.Errorf("write cache_info: %w", err)

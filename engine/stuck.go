@@ -21,8 +21,10 @@ import (
 // copied, and damaged data stays damaged. Then dirty_tail can pass the old
 // keys, and collecting them leaves the segment its references.
 
-// maxStuck bounds the list. Of a disk that refuses more nothing is put aside any
-// more, so that it costs no memory and is asked for the same again.
+// maxStuck bounds how much of it the disk has refused. Of a disk that refuses
+// more nothing is put aside any more, so that it costs no memory and is asked for
+// the same again. What cannot be read is a piece for each hole, however large,
+// and no reason to stop.
 const maxStuck = 4096
 
 // stuck is a part that could not be written.
@@ -57,13 +59,11 @@ func (c *Cache) setAside(p *part) {
 }
 
 // pieceOf returns how many sectors of what is left of a part are to be tried
-// alone: what has one checksum, if that is wrong; else the half of it.
+// alone: what can be read, or cannot, if some of it cannot; else the half of it.
 func (c *Cache) pieceOf(p *part, rest extent) uint16 {
-	if errors.Is(p.err, ErrDamaged) {
-		if s, ok := c.segments.all[rest.seg].sums.Load().find(rest.pos); ok {
-			return min(rest.n, s.end()-rest.pos)
-		}
-		return rest.n
+	if p.lost {
+		n, _ := c.readable(rest, &c.writeback.whole)
+		return n
 	}
 	blocks := max(1, uint16(c.disk.BlockSize()>>sectorShift))
 	return min(rest.n, max(1, (p.e.n/blocks+1)/2)*blocks)
@@ -162,8 +162,9 @@ func (c *Cache) relogStuck() (passed bool, err error) {
 		oldest = min(oldest, p.key.keys)
 		keys = c.keysOf(keys, &p)
 	}
-	// As many keys again, or fewer, would only let the log grow.
-	if w.at.keys-oldest <= uint64(len(keys)) {
+	// As many keys again, or fewer, would only let the log grow, unless it
+	// cannot be read there.
+	if w.at.keys-oldest <= uint64(len(keys)) && c.hurt.Load() == nil {
 		return false, nil
 	}
 	at, err := c.relog(keys)

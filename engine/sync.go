@@ -48,8 +48,8 @@ func (c *Cache) markSynced(seq uint64) error {
 	at := c.layout.SyncMarkCopies.Newest.Next()
 	var buf [ondisk.SyncMarkSize]byte
 	off := ondisk.EncodeSyncMark(buf[:], at, seq)
-	if _, err := c.mem.WriteAt(buf[:], off); err != nil {
-		return fmt.Errorf("write the sync mark: %w", err)
+	if err := c.storeRecord("sync mark", noSegment, buf[:], off); err != nil {
+		return err
 	}
 	c.layout.SyncMarkCopies.Newest = at
 	return nil

@@ -68,6 +68,7 @@ type writeback struct {
 	at    mark
 	stuck []stuck
 	parts []part
+	sweep sweep
 	key   []extent
 	whole []byte
 	depth int
@@ -107,6 +108,7 @@ type part struct {
 	key  mark          // its key lies there or behind
 	wait time.Duration // how long it was put aside before this round, 0 if it was not
 	err  error         // why it is not written
+	lost bool          // that is because it cannot be read
 }
 
 func (p *part) len() int { return int(p.e.n) << sectorShift }
@@ -266,7 +268,7 @@ func (c *Cache) writebackLoop() {
 		if w.nextTurn() {
 			w.retryNow()
 		}
-		if w.pressed.Swap(false) && len(w.stuck) > 0 {
+		if w.pressed.Swap(false) && len(w.stuck) > 0 && c.failure() == nil {
 			passed, err := c.relogStuck()
 			if err != nil {
 				c.fail(err)
@@ -348,22 +350,14 @@ func (c *Cache) round(collect bool) error {
 	defer w.inRound.Store(0)
 	w.parts = c.takeDue(w.parts[:0])
 	for i := range w.parts {
-		w.parts[i].err = nil
+		w.parts[i].err, w.parts[i].lost = nil, false
 	}
 	retried := len(w.parts)
 	end := w.at
 	if collect {
-		var err error
-		if end, err = c.collect(); err != nil {
-			w.putBack(w.parts[:retried])
-			return fmt.Errorf("read the log for write-back: %w", err)
-		}
+		end = c.collect()
 	}
-	if err := c.voidFingerprint(w.parts); err != nil {
-		w.putBack(w.parts[:retried])
-		c.fail(err)
-		return err
-	}
+	c.voidFingerprint(w.parts)
 	// The disk must not be ahead of the log: a key that a power cut takes would
 	// leave its data there, under an older clean copy. And dirty_tail will lean
 	// on what lies behind it: a key before it may not be written because a later
@@ -388,6 +382,7 @@ func (c *Cache) round(collect bool) error {
 		}
 	}
 	w.at = end
+	w.sweep.swept()
 	w.passed.Store(end.ksets)
 	if err := c.advance(); err != nil {
 		c.fail(err)
@@ -406,18 +401,28 @@ func (c *Cache) writeParts() error {
 	if err := c.transferParts(); err != nil {
 		return err
 	}
-	failed := 0
+	failed, refused := 0, 0
 	var first error
 	for i := range w.parts {
-		if err := w.parts[i].err; err != nil {
-			failed++
-			first = cmp.Or(first, err)
+		p := &w.parts[i]
+		if p.err == nil {
+			continue
+		}
+		failed++
+		if !p.lost {
+			refused++
+			first = cmp.Or(first, p.err)
+		}
+	}
+	for i := range w.stuck {
+		if !w.stuck[i].lost {
+			refused++
 		}
 	}
 	if failed > 0 {
 		c.errs.rounds.Add(1)
 	}
-	if len(w.stuck)+failed > maxStuck {
+	if first != nil && refused > maxStuck {
 		return first
 	}
 	if failed == len(w.parts) {
@@ -445,15 +450,19 @@ func (c *Cache) advance() error {
 	return nil
 }
 
-// collect gathers the parts of a round. Their segments need no pins: keys
-// behind dirty_tail keep their references.
-func (c *Cache) collect() (end mark, err error) {
+// collect gathers the parts of a round, and returns where dirty_tail may move
+// after it. Their segments need no pins: keys behind dirty_tail keep their
+// references.
+func (c *Cache) collect() (end mark) {
 	w := &c.writeback
+	if w.sweep.on {
+		return c.collectIndex()
+	}
 	to, _ := c.journal.head()
 	end = w.at
 	known := w.known()
 	bytes, first := 0, len(w.parts)
-	err = c.walk(w.at.pos, to, func(k *ondisk.Kset, after ondisk.Position) bool {
+	damage := c.walk(w.at.pos, to, func(k *ondisk.Kset, after ondisk.Position) bool {
 		for i := range k.Keys {
 			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {
 				bytes += c.collectKey(key, known)
@@ -462,7 +471,11 @@ func (c *Cache) collect() (end mark, err error) {
 		end = mark{after, end.ksets + 1, end.keys + uint64(len(k.Keys))}
 		return bytes < roundBytes && len(w.parts)-first < roundParts
 	})
-	return end, err
+	if damage != nil && end == w.at {
+		c.logHurt(damage, end.ksets)
+		return c.collectIndex()
+	}
+	return end
 }
 
 // collectKey adds what the index still has of a key, and returns its size. It
@@ -471,14 +484,18 @@ func (c *Cache) collectKey(k *ondisk.Key, known map[where][]extent) (bytes int) 
 	if k.Gen != c.segments.all[k.Seg].gen.Load() {
 		return 0
 	}
-	w := &c.writeback
 	s, p := c.keySpan(k)
-	parts := c.dirtyParts(s, p)
+	return c.collectParts(s, int64(k.Off), p, c.dirtyParts(s, p), known)
+}
+
+// collectParts adds the parts of a place that is at off of the device.
+func (c *Cache) collectParts(s span, off int64, p place, parts []extent, known map[where][]extent) (bytes int) {
+	w := &c.writeback
 	for _, e := range known[where{s.sh, s.root, p}] {
 		parts = without(parts, e)
 	}
 	for _, e := range parts {
-		whole := part{s: s.sub(e), e: e, off: int64(k.Off) + int64(e.off-s.off)<<sectorShift, key: w.at}
+		whole := part{s: s.sub(e), e: e, off: off + int64(e.off-s.off)<<sectorShift, key: w.at}
 		if whole.zero() {
 			// What a transfer of zeros costs has little to do with their number.
 			bytes += ondisk.SectorSize
@@ -497,10 +514,16 @@ func (c *Cache) collectKey(k *ondisk.Key, known map[where][]extent) (bytes int) 
 // dirtyParts returns what the index still has of a place, and is dirty. The
 // slice is valid until the next call.
 func (c *Cache) dirtyParts(s span, p place) []extent {
+	return c.dirtyIn(s, p.holds)
+}
+
+// dirtyIn returns what is dirty in a span and in the places that holds is for.
+// The slice is valid until the next call.
+func (c *Cache) dirtyIn(s span, holds func(extent) bool) []extent {
 	w := &c.writeback
 	s.sh.Lock()
 	defer s.sh.Unlock()
-	w.key = s.partsLocked(w.key[:0], func(e extent) bool { return p.holds(e) && e.flags&extDirty != 0 })
+	w.key = s.partsLocked(w.key[:0], func(e extent) bool { return e.flags&extDirty != 0 && holds(e) })
 	return w.key
 }
 
@@ -589,8 +612,9 @@ func (t *transfer) joins(has []part, p *part) bool {
 // load copies a part out of the region and verifies it.
 func (c *Cache) load(buf []byte, p *part) error {
 	if err := c.readExtent(buf, p.e, &c.writeback.whole); err != nil {
-		c.errs.memory.Add(1)
-		return fmt.Errorf("read dirty data at %d: %w", p.off, err)
+		p.lost = true
+		c.badData(p.e, p.off, err, &c.writeback.whole)
+		return fmt.Errorf("dirty data of offset %d, length %d cannot be read: %w", p.off, p.len(), err)
 	}
 	return nil
 }

@@ -1,0 +1,117 @@
+package engine
+
+import (
+	"fmt"
+	"slices"
+
+	"ublk-pcache/ondisk"
+)
+
+// Write-back and garbage collection learn from the log what is dirty and what
+// is named. A kset that cannot be read, or is not what was stored there, hides
+// all that lies behind it, and the next Open would refuse the cache.
+//
+// But as long as the cache is open the index knows where the newest data of
+// every sector is. So neither reads the log there any more:
+//
+//  1. Write-back notes where the head is, and writes all of the index that is
+//     dirty, shard by shard. What is written twice or comes later does no harm.
+//     After that everything in front of that head is on the disk: dirty_tail
+//     moves there, in one step.
+//  2. Garbage collection forgets all clean data: which of it is named by the
+//     hidden keys cannot be told. Then key_tail moves to dirty_tail, and the
+//     hidden references are dropped: those that are accounted for, less those
+//     of the keys that can be read from dirty_tail on.
+//
+// If the log cannot be read from dirty_tail on either, write-back comes to that
+// place, and the head that it notes then is behind it. So both tails pass any
+// number of such places. A crash before that finds a damaged log and says so;
+// hence it is done at once, whether or not anybody needs the room.
+
+// hurt is the part of the log that cannot be read.
+type hurt struct {
+	ksets uint64 // in front of it, as journal counts them, or fewer
+	err   error
+}
+
+// logHurt takes note of a place that walk did not get past, with so many ksets
+// in front.
+func (c *Cache) logHurt(d *ondisk.Damage, ksets uint64) {
+	h := &hurt{ksets, fmt.Errorf("the log cannot be read at %v, so everything is written back and it begins anew behind that: %w", d.At, d.Cause)}
+	if !c.hurt.CompareAndSwap(nil, h) {
+		// Both are passed when the later one is.
+		if old := c.hurt.Load(); old == nil || old.ksets >= ksets || !c.hurt.CompareAndSwap(old, h) {
+			return
+		}
+	}
+	c.bad(BadPlace{What: "log", Off: c.offset(d.At), Len: ondisk.KsetHeaderSize, Segment: int(d.At.Seg)}, d.Cause)
+	c.log.Error("a part of the log is gone", h.err)
+}
+
+// logHealed is called when key_tail has come to dirty_tail, which has passed so
+// many ksets.
+func (c *Cache) logHealed(passed uint64) {
+	if h := c.hurt.Load(); h != nil && passed > h.ksets && c.hurt.CompareAndSwap(h, nil) {
+		c.log.Info("the part of the log that was gone is needed no more", nil)
+	}
+}
+
+// sweep is step 1, which takes some rounds.
+type sweep struct {
+	on   bool
+	to   mark // the head when it began
+	next int  // the shard to go on with
+	then int  // the same after this round
+}
+
+// collectIndex is collect for step 1.
+func (c *Cache) collectIndex() (end mark) {
+	w := &c.writeback
+	s := &w.sweep
+	if !s.on {
+		*s = sweep{on: true, to: c.journal.mark()}
+		w.demand(s.to.ksets)
+	}
+	known := w.known()
+	bytes, first := 0, len(w.parts)
+	for s.then = s.next; s.then < shardCount && bytes < roundBytes && len(w.parts)-first < roundParts; s.then++ {
+		for stripe, off := range c.index.stripes(s.then) {
+			for _, e := range c.dirtyIn(stripe, func(extent) bool { return true }) {
+				s, p := stripe.sub(e), stripe.place(e.seg, e.pos-e.off)
+				bytes += c.collectParts(s, off+int64(e.off)<<sectorShift, p, []extent{e}, known)
+			}
+		}
+	}
+	if s.then < shardCount {
+		return w.at
+	}
+	return s.to
+}
+
+// swept is called when the round of a sweep has succeeded.
+func (s *sweep) swept() {
+	if s.next = s.then; s.next == shardCount {
+		*s = sweep{}
+	}
+}
+
+// skip is step 2: it returns the hidden references.
+func (c *Cache) skip(to ondisk.Position) (dropped []uint32, damage *ondisk.Damage) {
+	c.index.forgetClean()
+	head, hidden := c.journal.account()
+	damage = c.walk(to, head, func(k *ondisk.Kset, _ ondisk.Position) bool {
+		for i := range k.Keys {
+			if key := &k.Keys[i]; key.Gen == c.segments.all[key.Seg].gen.Load() {
+				hidden[key.Seg]--
+			}
+		}
+		return true
+	})
+	if damage != nil {
+		return nil, damage
+	}
+	for seg, n := range hidden {
+		dropped = append(dropped, slices.Repeat([]uint32{uint32(seg)}, int(n))...)
+	}
+	return dropped, nil
+}
