@@ -44,6 +44,21 @@ type statusJSON struct {
 	MemoryErrors    uint64 `json:"memory_errors"`
 	DiskReadErrors  uint64 `json:"disk_read_errors"`
 	WritebackErrors uint64 `json:"writeback_errors"`
+
+	BadSegments []uint32    `json:"bad_segments"`
+	BadMemory   []badMemory `json:"bad_memory"` // the first that were met
+	MoreBad     int         `json:"bad_memory_more"`
+}
+
+// badMemory is a place of the cache that could not be read, or not be stored to.
+type badMemory struct {
+	What       string `json:"what"`
+	Offset     int64  `json:"offset"`
+	Length     int64  `json:"length"`
+	Segment    int    `json:"segment"` // -1 for none
+	DiskOffset int64  `json:"disk_offset"`
+	DiskLength int64  `json:"disk_length"` // 0 for what is no data
+	Error      string `json:"error"`
 }
 
 func newStatusCmd() *cobra.Command {
@@ -86,7 +101,12 @@ func newStatusCmd() *cobra.Command {
 }
 
 func newStatusJSON(l listed, s *engine.Status) statusJSON {
+	bad := []badMemory{}
+	for _, p := range s.BadPlaces {
+		bad = append(bad, badMemory{p.What, p.Off, p.Len, p.Segment, p.DiskOff, p.DiskLen, p.Err})
+	}
 	return statusJSON{
+		BadSegments: append([]uint32{}, s.BadSegments...), BadMemory: bad, MoreBad: s.MoreBad,
 		listed: l, Health: string(s.State), Error: s.Error,
 		Segments: s.Segments, SegmentsUsed: s.UsedSegments, GCPercent: s.GCPercent, DataCRC: s.DataCRC,
 		KeyHead: s.KeyHead.String(), DirtyTail: s.DirtyTail.String(), KeyTail: s.KeyTail.String(),
@@ -119,6 +139,16 @@ func (s *statusJSON) print() error {
 	row("writes", "%d (%s), %d flushes, %d zeroed ranges", s.Writes, size(int64(s.WriteBytes)), s.Flushes, s.Zeros)
 	row("written back", "%s", size(int64(s.WrittenBack)))
 	row("waiting", "%d requests for space, longest so far %v", s.WaitingRequests, time.Duration(s.LongestWaitMS)*time.Millisecond)
+	if n := len(s.BadSegments); n > 0 {
+		row("bad segments", "%d, not used any more: %v", n, s.BadSegments)
+	}
+	for _, p := range s.BadMemory {
+		where := fmt.Sprintf("%s at byte %d", p.What, p.Offset)
+		if p.DiskLength > 0 {
+			where += fmt.Sprintf(", bytes %d to %d of the device", p.DiskOffset, p.DiskOffset+p.DiskLength)
+		}
+		row("bad memory", "%s: %s", where, p.Error)
+	}
 	row("errors", "%d pmem, %d backing reads, %d write-back", s.MemoryErrors, s.DiskReadErrors, s.WritebackErrors)
 	return w.Flush()
 }
