@@ -29,6 +29,10 @@
 // request and not the server, so accesses go through ReadAt, WriteAt and
 // Zero, which turn the signal into a *FaultError. The price is 15 ns.
 //
+// A store to a page that is not there faults at once, non-temporal or not. A
+// store to poisoned memory need not: it mends the line or is lost, as the
+// hardware likes, and only a read tells.
+//
 // # Mapping
 //
 // Nothing is populated in advance: a device of a terabyte would take minutes,
