@@ -66,3 +66,4 @@ soak:
 	$(storm) -guest '^TestServerKilled$$' -guest.flag=-storm.kills=150
 	$(storm) -guest '^TestKilledComingAndGoing$$' -guest.flag=-storm.kills=200
 	$(storm) -guest '^(TestAddAndDelLeaveNothing|TestServerStaysTheSame)$$' -guest.flag=-leak.cycles=200
+	$(storm) -guest '^TestBadDisk$$' -guest.flag=-disk.hang=60s
