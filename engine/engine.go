@@ -124,6 +124,7 @@ type Cache struct {
 	badMemory badMemory
 	hurt      atomic.Pointer[hurt] // of the log, nil while it can be read
 
+	workers workers
 	stop    chan struct{}
 	aborted chan struct{} // closed by Abort
 	running sync.WaitGroup
@@ -138,6 +139,22 @@ type failure struct{ err error }
 func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
 	runtime.LockOSThread() // a fence is for the stores of its own thread
 	defer runtime.UnlockOSThread()
+	c, err := newCache(mem, disk, o)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.replay(o.Changed); err != nil {
+		return nil, err
+	}
+	if c.fingerprint.outdated {
+		return c.startOver(o)
+	}
+	c.start()
+	return c, nil
+}
+
+// newCache returns a cache of which only the layout has been read.
+func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 	layout, err := ondisk.ReadLayout(mem, mem.Size())
 	if err != nil {
 		return nil, err
@@ -157,28 +174,22 @@ func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
 	if !mem.Durable() && !c.crc {
 		c.log.Error("the region is not durable and the cache keeps no checksums: a power cut may exchange data that was not flushed for other data, unnoticed", nil)
 	}
+	c.queues = make([]*Queue, o.Queues)
 	c.segments.init(layout, o.Queues)
 	c.tails.init(layout)
 	c.gc.init(layout.Info.Flags.GCPercent())
 	c.writeback.init(c, o.WritebackDepth)
 	c.syncer.init()
-	if err := c.replay(o.Changed); err != nil {
-		return nil, err
-	}
-	if c.fingerprint.outdated {
-		return c.startOver(o)
-	}
-	for i := range o.Queues {
-		c.queues = append(c.queues, newQueue(c, i))
-	}
-	c.start()
 	return c, nil
 }
 
+// start begins the work of a cache that has been replayed.
 func (c *Cache) start() {
-	c.running.Go(c.gcLoop)
-	c.running.Go(c.writebackLoop)
+	for i := range c.queues {
+		c.queues[i] = newQueue(c, i)
+	}
 	c.running.Go(c.syncLoop)
+	c.work()
 }
 
 // Queue returns queue i. All of its methods but the ones that say otherwise
@@ -192,9 +203,7 @@ func (c *Cache) Queue(i int) *Queue { return c.queues[i] }
 // ErrAborted.
 func (c *Cache) Close() error {
 	close(c.stop)
-	c.writeback.kick()
-	c.gc.kick()
-	c.syncer.kick()
+	c.rest()
 	c.running.Wait()
 	// With the mark behind the last kset: what is damaged after an orderly end
 	// was not taken by a power cut.
@@ -204,9 +213,10 @@ func (c *Cache) Close() error {
 	return c.failure()
 }
 
+// stopping tells the workers to stop.
 func (c *Cache) stopping() bool {
 	select {
-	case <-c.stop:
+	case <-c.workers.stop:
 		return true
 	default:
 		return false

@@ -153,18 +153,22 @@ func (c *Cache) compareDisk(choice Choice, foreign bool) error {
 	return nil
 }
 
-// firstFingerprint is stored when the cache is opened. What a server that died
-// wrote last the disk may have in a volatile cache only. The caller persists.
+// readDisk takes the fingerprint of a disk that a cache is opened in front of.
+// What a server that died wrote last it may have in a volatile cache only.
+func (c *Cache) readDisk() {
+	if err := c.flushDisk(); err != nil {
+		c.log.Error("cannot take the fingerprint of the backing device", err)
+		c.fingerprint.now = ondisk.Fingerprint{}
+		return
+	}
+	c.takeFingerprint()
+}
+
+// firstFingerprint is stored when the cache is opened. The caller persists.
 func (c *Cache) firstFingerprint() error {
 	if c.fingerprint.outdated {
 		return c.storeFingerprint(ondisk.Fingerprint{State: ondisk.FingerprintChanged})
 	}
-	if err := c.flushDisk(); err != nil {
-		c.log.Error("cannot take the fingerprint of the backing device", err)
-		c.keepFingerprint(ondisk.Fingerprint{})
-		return nil
-	}
-	c.takeFingerprint()
 	if c.fingerprint.now.State != ondisk.FingerprintKnown {
 		c.keepFingerprint(ondisk.Fingerprint{})
 		return nil

@@ -107,7 +107,7 @@ func (c *Cache) gcLoop() {
 	for {
 		select {
 		case <-c.gc.kicked:
-		case <-c.stop:
+		case <-c.workers.stop:
 			return
 		}
 		for more := true; more && !c.stopping(); {

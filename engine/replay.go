@@ -26,10 +26,7 @@ import (
 // none of that, the cache opens all the same, to be read and written back.
 func (c *Cache) replay(choice Choice) error {
 	l := c.layout
-	r := replayer{c: c, dirty: l.KeyTail == l.DirtyTail, fill: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain)), sums: map[uint32][]named{}}
-	r.log[l.KeyTail.Seg] = true
-	c.journal.mu.path = []uint32{l.KeyTail.Seg}
-	c.journal.mu.named = make([]int32, len(l.Chain))
+	r := newReplayer(c)
 	end, err := l.WalkLog(c.mem, l.KeyTail, r.kset)
 	torn := err == errTorn
 	if err != nil && !torn {
@@ -53,17 +50,9 @@ func (c *Cache) replay(choice Choice) error {
 	if torn {
 		c.log.Error(fmt.Sprintf("a power cut took writes that had not been flushed: the log ends at %v", end.Pos), nil)
 	}
-	c.journal.mu.head, c.journal.mu.seq, c.journal.mu.written, c.journal.mu.keys = end.Pos, next, r.ksets, r.keys
-	if !r.dirty {
-		r.clean = mark{ksets: r.ksets, keys: r.keys}
-	}
-	r.clean.pos = l.DirtyTail
-	c.writeback.at, c.tails.mu.cleaned = r.clean, r.clean.ksets
-	c.writeback.passed.Store(r.clean.ksets)
-	for seg, list := range r.sums {
-		if err := c.sumsOf(seg).fill(list); err != nil {
-			return fmt.Errorf("segment %d: %w", seg, err)
-		}
+	r.settle(Head{end.Pos, next})
+	if err := r.fillSums(); err != nil {
+		return err
 	}
 	if err := c.compareDisk(choice, r.foreign); err != nil {
 		return err
@@ -87,6 +76,9 @@ func (c *Cache) replay(choice Choice) error {
 	if err := c.mem.Zero(l.Offset(end.Pos.Seg, end.Pos.Off), rest); err != nil {
 		c.badStore("log", end.Pos.Seg, end.Pos.Off, int(rest), err)
 		c.fail(fmt.Errorf("%w: %w", ErrBadHead, err))
+	}
+	if !c.fingerprint.outdated {
+		c.readDisk()
 	}
 	if err := c.firstFingerprint(); err != nil {
 		return err
@@ -117,6 +109,7 @@ var errTorn = errors.New("a kset without its data")
 
 type replayer struct {
 	c       *Cache
+	live    bool   // the log is being written, so none of it is torn
 	dirty   bool   // dirty_tail has been reached
 	ksets   uint64 // so far
 	keys    uint64 // likewise
@@ -128,11 +121,47 @@ type replayer struct {
 	foreign bool // ksets without a number lie behind dirty_tail
 }
 
+func newReplayer(c *Cache) *replayer {
+	l := c.layout
+	r := &replayer{c: c, dirty: l.KeyTail == l.DirtyTail, fill: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain)), sums: map[uint32][]named{}}
+	r.log[l.KeyTail.Seg] = true
+	c.journal.mu.path = []uint32{l.KeyTail.Seg}
+	c.journal.mu.named = make([]int32, len(l.Chain))
+	return r
+}
+
+// settle: the log has been replayed up to its end.
+func (r *replayer) settle(end Head) {
+	c := r.c
+	c.journal.mu.head, c.journal.mu.seq, c.journal.mu.written, c.journal.mu.keys = end.Pos, end.Seq, r.ksets, r.keys
+	if !r.dirty {
+		r.clean = mark{ksets: r.ksets, keys: r.keys}
+	}
+	r.clean.pos = c.layout.DirtyTail
+	c.writeback.at, c.tails.mu.cleaned = r.clean, r.clean.ksets
+	c.writeback.passed.Store(r.clean.ksets)
+}
+
+// fillSums enters the checksums of what has been replayed.
+func (r *replayer) fillSums() error {
+	for seg, list := range r.sums {
+		t := r.c.sumsOf(seg)
+		if int(t.n.Load()) == len(list) {
+			continue // nothing has been added since the last time
+		}
+		t.clear()
+		if err := t.fill(list); err != nil {
+			return fmt.Errorf("segment %d: %w", seg, err)
+		}
+	}
+	return nil
+}
+
 func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 	if !r.dirty && at == r.c.layout.DirtyTail {
 		r.dirty, r.clean = true, mark{ksets: r.ksets, keys: r.keys}
 	}
-	if r.c.crc && r.dirty && r.c.unsynced(k.Seq) {
+	if r.c.crc && r.dirty && !r.live && r.c.unsynced(k.Seq) {
 		for i := range k.Keys {
 			if k := &k.Keys[i]; k.Gen == r.c.layout.Gens[k.Seg] && k.Flags&(ondisk.KeyZero|ondisk.KeyBad) == 0 && !r.intact(k) {
 				return errTorn

@@ -172,11 +172,16 @@ var errKilled = fmt.Errorf("the server is gone")
 // kill ends the threads wherever they are, then the cache. No request that is
 // under way is answered.
 func (r *rig) kill() error {
+	r.leave()
+	return r.Close()
+}
+
+// leave ends the threads.
+func (r *rig) leave() {
 	for _, l := range r.loops {
 		close(l.quit)
 		<-l.ended
 	}
-	return r.Close()
 }
 
 func (r *rig) write(t testing.TB, off int64, p []byte) {

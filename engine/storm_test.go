@@ -107,6 +107,11 @@ func (g *ledger) settle(p []byte, lba int64) {
 	}
 }
 
+// server carries out requests; a queue that has gone gives errKilled.
+type server interface {
+	do(queue int, r *Request) error
+}
+
 // storm is a set of options for one run.
 type storm struct {
 	queues, clients, segments int
@@ -210,10 +215,10 @@ func (s storm) run(t *testing.T, seed uint64) {
 }
 
 // verify reads the whole device.
-func (s storm) verify(t *testing.T, r *rig, g *ledger, settle bool) {
+func (s storm) verify(t *testing.T, r server, g *ledger, settle bool) {
 	t.Helper()
 	buf := make([]byte, 1<<20)
-	for off := int64(0); off < r.disk.Size(); off += int64(len(buf)) {
+	for off := int64(0); off < s.diskMiB<<20; off += int64(len(buf)) {
 		lba := off / sectorSize
 		low := g.low(lba, len(buf)/sectorSize)
 		for err := error(syscall.EIO); err != nil; {
@@ -232,7 +237,7 @@ func (s storm) verify(t *testing.T, r *rig, g *ledger, settle bool) {
 
 // client owns every MiB whose number is id modulo the number of clients, and
 // writes only there. It reads everywhere.
-func (s storm) client(t *testing.T, r *rig, g *ledger, id int, dice *rand.Rand) {
+func (s storm) client(t *testing.T, r server, g *ledger, id int, dice *rand.Rand) {
 	const unit = 1 << 20
 	units := int(s.diskMiB)
 	for range *stormOps {

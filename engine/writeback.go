@@ -317,7 +317,7 @@ func (c *Cache) writebackLoop() {
 			c.log.Error(fmt.Sprintf("write-back failed, its data stays in the cache, next try in %v", delay), err)
 			select {
 			case <-time.After(delay):
-			case <-c.stop:
+			case <-c.workers.stop:
 			}
 			continue
 		case len(w.stuck) > 0 && was == 0:
@@ -330,14 +330,14 @@ func (c *Cache) writebackLoop() {
 	}
 }
 
-// awaitKick waits for a kick, the cache's end, or the timer if there is one.
+// awaitKick waits for a kick, the end of the work, or the timer if there is one.
 func (c *Cache) awaitKick(timer *time.Timer) {
 	var expired <-chan time.Time
 	if timer != nil {
 		expired = timer.C
 	}
 	select {
-	case <-c.stop:
+	case <-c.workers.stop:
 	case <-c.writeback.kicked:
 	case <-expired:
 	}

@@ -1,0 +1,194 @@
+package engine
+
+import (
+	"fmt"
+	"runtime"
+	"sync"
+
+	"ublk-pcache/ondisk"
+)
+
+// A cache can change hands while it is in use: from the server that serves it
+// to another process, which maps the same region. Nobody may notice more than
+// a pause, and the pause must not grow with the cache, as a replay does.
+//
+// The obvious way is to close the cache and to open it again. What takes time
+// then is to read the log, to find out where it ends, and to wait for the
+// disk: for write-back to finish, for a flush, for the fingerprint. None of
+// that needs the requests to stop. It only needs what is read to stay, and
+// that is a matter of write-back and garbage collection alone: while they
+// rest, the log grows at its head and nothing else on the media changes but
+// free space. So:
+//
+//	the old server                        the new one
+//	Rest: the log only grows from here
+//	                                      Follow: replay up to that head
+//	its queues end, wherever they are
+//	Retire: this is the last head
+//	                                      TakeOver: replay the rest, go on
+//
+// Requests under way when the queues end are not answered; whoever gave them
+// gives them again. Up to Retire the old server may change its mind and Resume,
+// since Follow stores nothing. From there on, and until TakeOver has returned,
+// the cache is that of a server that was killed: Open finds everything.
+//
+// Invariant: between Rest and Resume nothing that replay starts from changes: no
+// generation, neither tail, no fingerprint, nothing on the disk. The sync mark
+// does, since flushes go on. Cache_info must be left alone (SetGCPercent).
+
+// Head is the end of the log.
+type Head struct {
+	Pos ondisk.Position
+	Seq uint64 // of the kset to be written there
+}
+
+func (j *journal) end() Head {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return Head{j.mu.head, j.mu.seq}
+}
+
+// workers are the loops that make room, garbage collection and write-back.
+type workers struct {
+	stop    chan struct{} // closed to stop them; replaced only while none runs
+	running sync.WaitGroup
+	mu      struct {
+		sync.Mutex
+		resting bool
+	}
+}
+
+// Rest stops garbage collection and write-back once they have finished what
+// they are at, and returns the log's head. Requests go on; those that need
+// room wait for Resume. Any goroutine.
+func (c *Cache) Rest() (Head, error) {
+	c.rest()
+	err := c.failure()
+	if err == nil {
+		// Where the region needs a sync, most of the one in TakeOver is done here.
+		if err = c.mem.Sync(); err != nil {
+			c.fail(err)
+		}
+	}
+	return c.journal.end(), err
+}
+
+func (c *Cache) rest() {
+	w := &c.workers
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.mu.resting {
+		return
+	}
+	w.mu.resting = true
+	close(w.stop)
+	c.writeback.kick()
+	c.gc.kick()
+	w.running.Wait()
+}
+
+// Resume ends a rest.
+func (c *Cache) Resume() {
+	c.work()
+	c.gc.kick() // for those who have come to wait
+}
+
+func (c *Cache) work() {
+	w := &c.workers
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.mu.resting = false
+	w.stop = make(chan struct{})
+	w.running.Go(c.gcLoop)
+	w.running.Go(c.writebackLoop)
+}
+
+// Retire ends a cache at rest for the one that follows it. The queues must have
+// ended; requests may be under way. Nothing of the cache may be used afterwards.
+func (c *Cache) Retire() Head {
+	close(c.stop)
+	c.running.Wait()
+	return c.journal.end()
+}
+
+// Follower is a cache that is still another's.
+type Follower struct {
+	c  *Cache
+	r  *replayer
+	at ondisk.Position
+}
+
+// Follow reads the cache in mem, which another process serves and has at rest,
+// with its log up to head. It stores nothing.
+func Follow(mem Memory, disk Disk, o Options, head Head) (*Follower, error) {
+	c, err := newCache(mem, disk, o)
+	if err != nil {
+		return nil, err
+	}
+	f := &Follower{c: c, r: newReplayer(c), at: c.layout.KeyTail}
+	f.r.live = true
+	if err := f.advance(head.Pos); err != nil {
+		return nil, err
+	}
+	if err := c.compareDisk(Refuse, f.r.foreign); err != nil {
+		return nil, err
+	}
+	if c.fingerprint.outdated {
+		return nil, ErrChanged
+	}
+	c.readDisk()
+	return f, nil
+}
+
+// advance replays the log up to a place that it came through.
+func (f *Follower) advance(to ondisk.Position) (err error) {
+	damage := f.c.walk(f.at, to, func(k *ondisk.Kset, after ondisk.Position) bool {
+		err = f.r.kset(f.at, k)
+		f.at = after
+		return err == nil
+	})
+	if damage != nil {
+		err = damage
+	}
+	if err != nil {
+		return fmt.Errorf("replay up to %v: %w", to, err)
+	}
+	return f.r.fillSums()
+}
+
+// TakeOver makes the cache this process's own, when the one that had it has
+// retired at head.
+func (f *Follower) TakeOver(head Head) (*Cache, error) {
+	runtime.LockOSThread() // a fence is for the stores of its own thread
+	defer runtime.UnlockOSThread()
+	if err := f.advance(head.Pos); err != nil {
+		return nil, err
+	}
+	c := f.c
+	f.r.settle(head)
+	if err := f.r.checkSegments(); err != nil {
+		return nil, err
+	}
+	c.heal()
+	f.r.sortSegments()
+	if err := c.firstFingerprint(); err != nil {
+		return nil, err
+	}
+	if err := c.persist(); err != nil {
+		return nil, err
+	}
+	if !c.mem.Durable() {
+		// Of the marks stored since Follow the last must be known, or it would
+		// stay the newest.
+		now, err := ondisk.ReadLayout(c.mem, c.mem.Size())
+		if err != nil {
+			return nil, err
+		}
+		c.layout.SyncMark, c.layout.SyncMarkCopies = now.SyncMark, now.SyncMarkCopies
+	}
+	if err := c.markSynced(ondisk.PrevSeq(head.Seq)); err != nil {
+		c.fail(err)
+	}
+	c.start()
+	return c, nil
+}
