@@ -11,6 +11,7 @@ package backing
 import (
 	"errors"
 	"fmt"
+	"os"
 	"time"
 	"unsafe"
 
@@ -41,6 +42,7 @@ type Device struct {
 	blockSize int
 	serial    string
 	cheap     bool // see ZeroesCheaply
+	inherited bool // fd is open from the beginning, with its flags
 
 	reads *lane
 	other *lane
@@ -59,15 +61,39 @@ func Open(path string) (*Device, error) {
 	return d, nil
 }
 
+// Inherit opens a device again by what another process has it open with, and
+// shares that process's claim to it.
+func Inherit(f *os.File) (*Device, error) {
+	d := &Device{path: f.Name(), inherited: true}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err == nil {
+		d.fd = fd
+		if err = d.open(); err != nil {
+			unix.Close(fd)
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open backing device %s: %w", d.path, err)
+	}
+	return d, nil
+}
+
+// File is what the device is open with, for a process that is to Inherit it.
+// It is the caller's to close.
+func (d *Device) File() (*os.File, error) {
+	fd, err := unix.FcntlInt(uintptr(d.fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate the descriptor of %s: %w", d.path, err)
+	}
+	return os.NewFile(uintptr(fd), d.path), nil
+}
+
 func (d *Device) open() error {
-	var st unix.Stat_t
-	if err := unix.Stat(d.path, &st); errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
-		return ErrMissing
-	} else if err != nil {
+	mode, err := d.kind()
+	if err != nil {
 		return err
 	}
-	var err error
-	switch st.Mode & unix.S_IFMT {
+	switch mode {
 	case unix.S_IFBLK:
 		err = d.openBlock()
 	case unix.S_IFREG:
@@ -81,7 +107,7 @@ func (d *Device) open() error {
 	if d.size == 0 || d.size%int64(d.blockSize) != 0 {
 		return fmt.Errorf("%w: %d bytes are not a positive multiple of its %d-byte blocks", ErrSize, d.size, d.blockSize)
 	}
-	block := st.Mode&unix.S_IFMT == unix.S_IFBLK
+	block := mode == unix.S_IFBLK
 	if d.reads, err = startLane(d.fd, d.path, block); err != nil {
 		return err
 	}
@@ -92,9 +118,27 @@ func (d *Device) open() error {
 	return nil
 }
 
+// kind returns the type of the file, in stat's bits.
+func (d *Device) kind() (uint32, error) {
+	var st unix.Stat_t
+	var err error
+	if d.inherited {
+		err = unix.Fstat(d.fd, &st)
+	} else {
+		err = unix.Stat(d.path, &st)
+	}
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+		return 0, ErrMissing
+	}
+	return st.Mode & unix.S_IFMT, err
+}
+
 const openFlags = unix.O_RDWR | unix.O_CLOEXEC
 
 func (d *Device) openDescriptor(flags int) (err error) {
+	if d.inherited {
+		return nil
+	}
 	for {
 		d.fd, err = unix.Open(d.path, openFlags|flags, 0)
 		if err != unix.EINTR {
@@ -154,6 +198,9 @@ func (d *Device) openFile() error {
 	d.size = st.Size
 	d.blockSize = fileBlock
 	d.cheap = punches(d.fd, d.size)
+	if d.inherited {
+		return nil // the other process uses the same flags
+	}
 	return d.tryDirect()
 }
 

@@ -51,6 +51,40 @@ func aligned(t *testing.T, n int) []byte {
 
 const testSize = 64 << 20
 
+// TestInherit: a device is handed on with its claim, which nobody else can get
+// in between.
+func TestInherit(t *testing.T) {
+	path := tempFile(t, testSize)
+	old := openDevice(t, path)
+	f, err := old.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	heir, err := Inherit(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	if err := old.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(path); !errors.Is(err, ErrInUse) {
+		t.Errorf("opened besides its heir: %v", err)
+	}
+	if heir.Path() != path || heir.Size() != testSize || heir.BlockSize() != 512 {
+		t.Errorf("the heir of %s: %+v", path, heir)
+	}
+	buf, ended := aligned(t, 4096), make(chan error)
+	heir.Read(buf, 0, func(err error) { ended <- err })
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if err := heir.Close(); err != nil {
+		t.Fatal(err)
+	}
+	openDevice(t, path).Close()
+}
+
 func TestFile(t *testing.T) {
 	path := tempFile(t, testSize)
 	d := openDevice(t, path)

@@ -74,6 +74,16 @@ func Open(spec string, mode Mode) (*Region, error) {
 	return r, nil
 }
 
+// Inherit maps a region that is open already, for another process that has it
+// locked: f shares its lock. Path tells the name that f was made with.
+func Inherit(f *os.File) (*Region, error) {
+	r, err := mapFile(f, 0, ReadWrite)
+	if err != nil {
+		return nil, fmt.Errorf("pmem %s: %w", f.Name(), err)
+	}
+	return r, nil
+}
+
 // parseSpec splits PATH[,size=N]; without a size it returns 0.
 func parseSpec(spec string) (path string, size int64, err error) {
 	i := strings.LastIndex(spec, ",size=")

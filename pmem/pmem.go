@@ -101,6 +101,9 @@ func (r *Region) Path() string {
 	return r.file.Name()
 }
 
+// File is what the region is mapped from, for a process that is to Inherit it.
+func (r *Region) File() *os.File { return r.file }
+
 // ReadAt copies from the region; any offset and length, in bytes. It is an
 // [io.ReaderAt]. Bytes that cannot be read give a *FaultError, and then p may
 // be partly overwritten.
