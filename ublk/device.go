@@ -113,6 +113,8 @@ type Device struct {
 	info   devInfo
 	char   int
 	queues []*Queue
+	ready  chan error // a queue has done a step
+	start  chan bool  // whether to fetch
 	ended  chan struct{}
 }
 
@@ -151,13 +153,23 @@ func Add(cfg Config, newHandler NewHandler, fatal func(error)) (*Device, error) 
 		return nil, err
 	}
 	d := &Device{info: info}
-	if err := d.bringUp(newHandler, fatal,
-		func() error { return c.setParams(info.devID, cfg.params()) },
-		func() error { return c.start(info.devID) },
-	); err != nil {
+	if err := d.begin(c, cfg, newHandler, fatal); err != nil {
 		return nil, errors.Join(err, c.delete(info.devID))
 	}
 	return d, nil
+}
+
+func (d *Device) begin(c *control, cfg Config, newHandler NewHandler, fatal func(error)) error {
+	if err := d.check(); err != nil {
+		return err
+	}
+	if err := c.setParams(d.info.devID, cfg.params()); err != nil {
+		return err
+	}
+	if err := d.makeQueues(fatal); err != nil {
+		return err
+	}
+	return d.bringUp(newHandler, func() error { return c.start(d.info.devID) })
 }
 
 const (
@@ -169,7 +181,8 @@ const (
 	// deathPatience is how long a killed process may still look alive.
 	deathPatience = 2 * time.Second
 
-	recoveryStep = 10 * time.Millisecond
+	// recoveryStep is a small part of the pause that an upgrade is.
+	recoveryStep = time.Millisecond
 )
 
 // Recover takes over the device of a server that has died, with the same
@@ -177,54 +190,96 @@ const (
 // Requests that were with the dead server are submitted again. If it fails the
 // device still waits for a server. The other parameters are as for Add.
 func Recover(id int, newHandler NewHandler, fatal func(error)) (*Device, error) {
+	s, err := Prepare(id, fatal)
+	if err != nil {
+		return nil, err
+	}
+	return s.TakeOver(newHandler)
+}
+
+// Successor is ready to take over a device that still has a server.
+type Successor struct {
+	control *control
+	d       *Device
+}
+
+// Prepare does what a recovery can do while the old server is there: it makes
+// the queues' memory, threads and rings. TakeOver, or the end of the process,
+// must follow.
+func Prepare(id int, fatal func(error)) (*Successor, error) {
 	c, err := openControl()
 	if err != nil {
 		return nil, err
 	}
-	defer c.close()
-	if err := c.requireFeatures(); err != nil {
+	s := &Successor{control: c, d: &Device{}}
+	if err := s.prepare(uint32(id), fatal); err != nil {
+		c.close()
 		return nil, err
 	}
-	info, err := c.waitForDeath(uint32(id))
-	if err != nil {
+	return s, nil
+}
+
+func (s *Successor) prepare(id uint32, fatal func(error)) (err error) {
+	if err := s.control.requireFeatures(); err != nil {
+		return err
+	}
+	if s.d.info, err = s.control.info(id); err != nil {
+		return err
+	}
+	if State(s.d.info.state) == Dead {
+		return deviceError("recover", id, ErrNotRecoverable)
+	}
+	if err := s.d.check(); err != nil {
+		return err
+	}
+	return s.d.makeQueues(fatal)
+}
+
+// TakeOver waits for the old server to let go, or to be dead, and continues.
+func (s *Successor) TakeOver(newHandler NewHandler) (*Device, error) {
+	defer s.control.close()
+	d, id := s.d, s.d.info.devID
+	if err := s.control.waitForDeath(id); err != nil {
+		d.abandon()
 		return nil, err
 	}
-	d := &Device{info: info}
-	if err := d.bringUp(newHandler, fatal,
-		func() error { return nil },
-		func() error { return c.endRecovery(info.devID) },
-	); err != nil {
+	if err := d.bringUp(newHandler, func() error { return s.control.endRecovery(id) }); err != nil {
 		return nil, err
 	}
 	return d, nil
 }
 
+// LetGo ends the queues after the turn they are at, and gives the device to
+// the next server as if this one had died. What the handlers hold is submitted
+// there again; what they returned has been answered.
+func (d *Device) LetGo() { d.leave() }
+
 // waitForDeath starts the recovery as soon as the driver lets go of the old
 // server. The driver says EBUSY both for a server that is alive and for one
 // that is not quite dead.
-func (c *control) waitForDeath(id uint32) (devInfo, error) {
+func (c *control) waitForDeath(id uint32) error {
 	begin := time.Now()
 	for {
 		info, err := c.info(id)
 		if err != nil {
-			return devInfo{}, err
+			return err
 		}
 		if State(info.state) == Dead {
-			return devInfo{}, deviceError("recover", id, ErrNotRecoverable)
+			return deviceError("recover", id, ErrNotRecoverable)
 		}
 		err = c.startRecovery(id)
 		if err == nil || State(info.state) != Live && errors.Is(err, unix.EINVAL) {
 			// 6.12 says EINVAL when a recovery has been started before and had
 			// not fetched a whole queue when it failed: there is nothing to reset
 			// then, and the next steps are the same.
-			return info, nil
+			return nil
 		}
 		waited := time.Since(begin)
 		if !errors.Is(err, unix.EBUSY) || waited > recoveryPatience {
-			return devInfo{}, err
+			return err
 		}
 		if waited > deathPatience && State(info.state) == Live && running(int(info.ublksrvPID)) {
-			return devInfo{}, deviceError("recover", id, fmt.Errorf("%w (process %d)", ErrServed, info.ublksrvPID))
+			return deviceError("recover", id, fmt.Errorf("%w (process %d)", ErrServed, info.ublksrvPID))
 		}
 		time.Sleep(recoveryStep)
 	}
@@ -241,24 +296,24 @@ func running(pid int) bool {
 	return !bytes.HasPrefix(state, []byte("Z")) && !bytes.HasPrefix(state, []byte("X"))
 }
 
-// bringUp does what adding and recovering have in common: prepare, let every
-// queue fetch its tags, start. If it fails all of it has been taken back but
-// the device itself.
-func (d *Device) bringUp(newHandler NewHandler, fatal func(error), prepare, start func() error) error {
+// check refuses a device that cannot be served, and prepares the runtime for
+// one that can.
+func (d *Device) check() error {
 	if err := checkFeatures(d.info.flags); err != nil { // the driver drops what it does not know
 		return err
 	}
-	if err := prepareRuntime(int(d.info.nrHwQueues)); err != nil {
-		return err
-	}
-	if err := prepare(); err != nil {
-		return err
-	}
-	var err error
+	return prepareRuntime(int(d.info.nrHwQueues))
+}
+
+// bringUp does what adding and recovering have in common once the queues are
+// made: let every queue fetch its tags, start. If it fails all of it has been
+// taken back but the device itself.
+func (d *Device) bringUp(newHandler NewHandler, start func() error) (err error) {
 	if d.char, err = openChar(d.info.devID); err != nil {
+		d.abandon()
 		return err
 	}
-	if err := d.runQueues(newHandler, fatal); err != nil {
+	if err := d.fetch(newHandler); err != nil {
 		d.leave()
 		return err
 	}
@@ -297,50 +352,65 @@ func openChar(id uint32) (int, error) {
 	}
 }
 
-// runQueues starts the queues' threads and waits until all tags are fetched. It
-// takes two steps: only when all queues have what may not be had, a ring and
-// its messenger, does any of them fetch. A recovery that fails
+// makeQueues starts the queues' threads, and fetch lets them fetch all tags. It
+// takes these two steps because only when all queues have what may not be had,
+// a ring and its messenger, may any of them fetch: a recovery that fails
 // between the first and the last queue's fetches is what the next one, on 6.12,
 // dies of in the kernel (ublk_queue_reinit drops the task of a queue that has
 // none).
-func (d *Device) runQueues(newHandler NewHandler, fatal func(error)) error {
-	d.ended = make(chan struct{})
+func (d *Device) makeQueues(fatal func(error)) error {
 	for i := range int(d.info.nrHwQueues) {
-		q, err := newQueue(i, int(d.info.queueDepth), int(d.info.maxIOBufBytes), d.char, fatal)
+		q, err := newQueue(i, int(d.info.queueDepth), int(d.info.maxIOBufBytes), fatal)
 		if err != nil {
-			close(d.ended)
 			return err
 		}
-		q.handler = newHandler(q)
 		d.queues = append(d.queues, q)
 	}
 	var threads sync.WaitGroup
-	ready := make(chan error, len(d.queues))
-	fetch := make(chan bool, len(d.queues))
+	d.ready = make(chan error, len(d.queues))
+	d.start = make(chan bool, len(d.queues))
+	d.ended = make(chan struct{})
 	for _, q := range d.queues {
-		threads.Go(func() { q.serve(ready, fetch) })
+		threads.Go(func() { q.serve(d.ready, d.start) })
 	}
 	go func() {
 		threads.Wait()
 		close(d.ended)
 	}()
-	step := func() (err error) {
-		for range d.queues {
-			err = errors.Join(err, <-ready)
-		}
-		return err
-	}
-	err := step()
-	for range d.queues {
-		fetch <- err == nil
-	}
+	err := d.await()
 	if err != nil {
-		return err
+		d.abandon()
 	}
-	return step()
+	return err
 }
 
-// leave makes the queues give up a device that has not been started.
+// await returns when every queue has done its step.
+func (d *Device) await() (err error) {
+	for range d.queues {
+		err = errors.Join(err, <-d.ready)
+	}
+	return err
+}
+
+// abandon ends queues that have fetched nothing.
+func (d *Device) abandon() {
+	for range d.queues {
+		d.start <- false
+	}
+	<-d.ended
+}
+
+func (d *Device) fetch(newHandler NewHandler) error {
+	for _, q := range d.queues {
+		q.char, q.handler = d.char, newHandler(q)
+	}
+	for range d.queues {
+		d.start <- true
+	}
+	return d.await()
+}
+
+// leave makes the queues give up the device.
 func (d *Device) leave() {
 	for _, q := range d.queues {
 		q.leave.Store(true)

@@ -73,7 +73,12 @@ type Handler interface {
 // fetch that goes along with the completion may never come back (seen on 6.18
 // and 7.3). So once a first tag has been aborted, a tag ends with its commit,
 // and the last commits are submitted without waiting for anything. When all
-// tags have ended the loop returns nil. There is no other clean way out.
+// tags have ended the loop returns nil.
+//
+// The other clean way out is to leave: the device is meant for another server,
+// which takes it over as from one that died, or has not been started. The
+// commits of the last turn are submitted, and the driver requeues what else the
+// handler holds once the character device is closed.
 //
 // Every other end is fatal, and not only for this queue: when the thread that
 // fetched a tag goes away, the driver cancels the fetch, marks every queue as
@@ -100,7 +105,7 @@ type Queue struct {
 	ring   *uring.Ring
 	waker  *uring.Messenger
 	state  atomic.Uint32
-	leave  atomic.Bool // give up a device that has not been started
+	leave  atomic.Bool // give the device up after this turn
 	ended  int         // tags in state ended
 	aborts bool        // at least one tag has been aborted
 
@@ -132,13 +137,13 @@ const (
 // wakeUp is the user data of a message; fetches carry their tag.
 const wakeUp = 1 << 16
 
-func newQueue(id, depth, maxIO, char int, fatal func(error)) (*Queue, error) {
+func newQueue(id, depth, maxIO int, fatal func(error)) (*Queue, error) {
 	// Nothing is reserved or touched until a request needs it.
 	bufs, err := uring.AlignedBuffer(depth * maxIO)
 	if err != nil {
 		return nil, err
 	}
-	q := &Queue{id: id, char: char, fatal: fatal, bufs: bufs,
+	q := &Queue{id: id, fatal: fatal, bufs: bufs,
 		tags: make([]tag, depth), done: make([]Completion, 0, depth)}
 	for i := range q.tags {
 		q.tags[i].buf = bufs[i*maxIO : (i+1)*maxIO : (i+1)*maxIO]

@@ -73,6 +73,60 @@ func TestKillAndRecover(t *testing.T) {
 	requireNone(t)
 }
 
+// TestLetGo: a server hands its device to the next again and again while
+// clients write and read back.
+func TestLetGo(t *testing.T) {
+	r := start(t, twoQueues)
+	fd := open(t, r.Path())
+	const clients = 8
+	var (
+		wg   sync.WaitGroup
+		stop atomic.Bool
+		all  [clients]*client
+	)
+	for i := range clients {
+		c := newClient(t, fd, i, failFrom/clients)
+		all[i] = c
+		wg.Go(func() {
+			for !stop.Load() {
+				if err := errors.Join(c.write(), c.read(c.piece())); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for range 5 {
+		fatal := func(err error) { panic(err) }
+		next := &ram{mem: r.mem}
+		s, err := Prepare(r.ID(), fatal)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := all[0].writes.Load()
+		for all[0].writes.Load() == before && !t.Failed() {
+			time.Sleep(time.Millisecond)
+		}
+		begin := time.Now()
+		r.LetGo()
+		gone := time.Now()
+		if next.Device, err = s.TakeOver(next.handler); err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("let go in %v, taken over in %v", gone.Sub(begin), time.Since(gone))
+		r = next
+	}
+	stop.Store(true)
+	wg.Wait()
+	for i, c := range all {
+		if err := c.verify(); err != nil {
+			t.Errorf("client %d: %v", i, err)
+		}
+	}
+	unix.Close(fd)
+	finish(t, r.Device)
+}
+
 // TestDeadServer: what is seen of a device whose server was killed, and that
 // it can be removed.
 func TestDeadServer(t *testing.T) {
