@@ -26,7 +26,7 @@ const (
 
 func newAddCmd() *cobra.Command {
 	var o serveOptions
-	var foreground, crc bool
+	var crc bool
 	var gc int
 	cmd := &cobra.Command{
 		Use:   "add -p PMEM -b BACKING",
@@ -54,11 +54,10 @@ what becomes of that:
 			if cmd.Flags().Changed("gc-percent") {
 				o.GCPercent = &gc
 			}
-			o.Foreground = foreground
 			if err := o.check(cmd.Flags().Changed("id")); err != nil {
 				return err
 			}
-			return launch(o, foreground)
+			return launch(o)
 		},
 	}
 	f := cmd.Flags()
@@ -73,7 +72,7 @@ what becomes of that:
 	f.StringVar((*string)(&o.Changed), "changed", "", "what becomes of dirty data if BACKING was written without its cache: overwrite, discard")
 	f.BoolVar(&o.Format, "format", false, "make a new cache even if PMEM is not blank")
 	f.BoolVar(&o.Force, "force", false, "with --format: even if PMEM holds dirty data; without: even if BACKING has another serial")
-	f.BoolVar(&foreground, "foreground", false, "stay, and log to the terminal")
+	f.BoolVar(&o.Foreground, "foreground", false, "stay, and log to the terminal")
 	return cmd
 }
 

@@ -33,7 +33,7 @@ import (
 
 // command is a request to a server.
 type command struct {
-	Do        string `json:"do"` // status, flush, set, del
+	Do        string `json:"do"` // status, flush, set, upgrade, del
 	GCPercent *int   `json:"gc_percent,omitempty"`
 	Force     bool   `json:"force,omitempty"`
 }
@@ -43,6 +43,8 @@ type reply struct {
 	Error  string         `json:"error,omitempty"`
 	Status *engine.Status `json:"status,omitempty"`
 	Left   []string       `json:"left,omitempty"` // del: what is not quite gone
+
+	Upgrade *upgraded `json:"upgrade,omitempty"`
 }
 
 const (
@@ -121,8 +123,14 @@ func (s *server) receive(conn *net.UnixConn) {
 	select {
 	case s.clients <- struct{}{}:
 		go func() {
-			converse(conn, s.obey)
+			r, err := converse(conn, s.obey)
 			<-s.clients
+			switch {
+			case r.Upgrade != nil:
+				os.Exit(0)
+			case errors.Is(err, errRetired):
+				os.Exit(1) // systemd starts another
+			}
 		}()
 	default:
 		answer(conn, reply{}, fmt.Errorf("device %d is busy with %d other commands (wait for one to end)", s.dev.ID, maxClients))
@@ -151,12 +159,12 @@ func refuseStranger(conn *net.UnixConn) error {
 
 // converse serves one client. The context that obey gets ends when the client
 // goes away, or says more than it has to.
-func converse(conn net.Conn, obey func(context.Context, command) (reply, error)) {
+func converse(conn net.Conn, obey func(context.Context, command) (reply, error)) (reply, error) {
 	conn.SetReadDeadline(time.Now().Add(commandTime))
 	cmd, err := readCommand(conn)
 	if err != nil {
 		answer(conn, reply{}, err)
-		return
+		return reply{}, err
 	}
 	conn.SetReadDeadline(time.Time{})
 	ctx, cancel := context.WithCancel(context.Background())
@@ -167,6 +175,7 @@ func converse(conn net.Conn, obey func(context.Context, command) (reply, error))
 	}()
 	r, err := obey(ctx, cmd)
 	answer(conn, r, err)
+	return r, err
 }
 
 // readCommand reads a command and nothing else.
@@ -212,17 +221,22 @@ func (s *server) obey(ctx context.Context, cmd command) (reply, error) {
 			return reply{}, errors.New("nothing to set: there is gc_percent")
 		}
 		return reply{}, s.setGCPercent(*cmd.GCPercent)
+	case "upgrade":
+		return s.upgrade()
 	case "del":
 		left, err := s.remove(cmd.Force)
 		return reply{Status: s.status(), Left: left}, err
 	default:
-		return reply{}, fmt.Errorf("unknown command %.40q: there are status, flush, set, del", cmd.Do)
+		return reply{}, fmt.Errorf("unknown command %.40q: there are status, flush, set, upgrade, del", cmd.Do)
 	}
 }
 
-// setGCPercent keeps out of the way of a removal, which takes the memory away
-// that this writes to.
+// setGCPercent keeps out of the way of an upgrade, whose new server has read the
+// setting already, and of a removal, which takes the memory away that this
+// writes to.
 func (s *server) setGCPercent(n int) error {
+	s.upgrading.Lock()
+	defer s.upgrading.Unlock()
 	s.removal.Lock()
 	defer s.removal.Unlock()
 	if s.removal.done {

@@ -6,13 +6,13 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"os/signal"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 )
@@ -27,31 +27,33 @@ import (
 // exits. So whoever starts a server takes both on one thread and starts the
 // server from that thread.
 
-// launch starts a server for o and returns the device path once it is ready,
-// or why it is not. With foreground, launch becomes the server's parent and
-// returns when that ends.
-func launch(o serveOptions, foreground bool) error {
+// launch starts a server for o and prints the device's path once it is ready,
+// or returns why it is not. With Foreground this process becomes the server,
+// so that whoever started it has it for a child.
+func launch(o serveOptions) error {
 	config, err := json.Marshal(o)
 	if err != nil {
 		return err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	if o.Foreground {
+		runtime.LockOSThread()
+		if err := isolate(self, o.Device.PMEM, o.Device.Backing); err != nil {
+			return err
+		}
+		return fmt.Errorf("execute %s: %w", self, unix.Exec(self, []string{os.Args[0], "serve", string(config)}, os.Environ()))
 	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	defer r.Close()
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
 	cmd := exec.Command(self, "serve", string(config))
 	cmd.ExtraFiles = []*os.File{w}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: !foreground}
-	if foreground {
-		cmd.Stderr = os.Stderr
-		// Ctrl-C reaches both; the server decides when to end.
-		signal.Ignore(os.Interrupt, syscall.SIGTERM)
-	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	started := make(chan error)
 	go func() {
 		// Never unlocked: a thread with these properties ends with its goroutine.
@@ -74,16 +76,13 @@ func launch(o serveOptions, foreground bool) error {
 	path, ready := strings.CutPrefix(string(answer), readyPrefix)
 	switch {
 	case ready:
-		fmt.Println(path)
+		fmt.Print(path)
+		return cmd.Process.Release()
 	case len(answer) > 0:
 		return fmt.Errorf("%s", answer)
 	default:
 		return fmt.Errorf("the server died before it was ready: %v", cmd.Wait())
 	}
-	if foreground {
-		return cmd.Wait()
-	}
-	return cmd.Process.Release()
 }
 
 // readyPrefix begins the answer of a server that is ready; the path of its
@@ -149,17 +148,38 @@ func newServeCmd() *cobra.Command {
 			if err := json.Unmarshal([]byte(args[0]), &o); err != nil {
 				return err
 			}
-			unix.CloseOnExec(readyFD)
-			ready := os.NewFile(readyFD, "ready")
-			s, err := start(o)
+			if o.Foreground && o.Upgrade == nil {
+				s, err := start(o)
+				if err != nil {
+					return err
+				}
+				fmt.Println(s.dev.Device)
+				daemon.SdNotify(false, daemon.SdNotifyReady)
+				s.wait()
+				return nil
+			}
+			ready := inherited(readyFD, "ready")
+			var s *server
+			var err error
+			if o.Upgrade != nil {
+				s, err = succeed(o, ready)
+			} else {
+				s, err = start(o)
+			}
 			if err != nil {
 				fmt.Fprint(ready, oneLine(err))
 				os.Exit(1)
 			}
-			fmt.Fprint(ready, readyPrefix, s.dev.Device)
+			fmt.Fprintln(ready, readyPrefix+s.dev.Device)
 			ready.Close()
 			s.wait()
 			return nil
 		},
 	}
+}
+
+// inherited is a file that was open when this process began.
+func inherited(fd uintptr, name string) *os.File {
+	unix.CloseOnExec(int(fd))
+	return os.NewFile(fd, name)
 }

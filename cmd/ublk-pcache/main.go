@@ -42,7 +42,7 @@ func main() {
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(
 		newAddCmd(), newRecoverCmd(), newDelCmd(), newFlushCmd(),
-		newStatusCmd(), newListCmd(), newSetCmd(),
+		newStatusCmd(), newListCmd(), newSetCmd(), newUpgradeCmd(),
 		newFormatCmd(), newDumpCmd(), newCheckCmd(), newRepairCmd(), newWritebackCmd(),
 		newServeCmd(),
 	)

@@ -44,7 +44,7 @@ data can only be written over what is there now: it has been promised.`,
 				return fmt.Errorf("device %d has a server, process %d: there is nothing to recover (to end it: ublk-pcache del %d)", id, d.PID, id)
 			}
 			d.Queues, d.Depth = info.Queues, info.Depth
-			return launch(serveOptions{Device: *d, Recover: true, Foreground: foreground, Changed: changed}, foreground)
+			return launch(serveOptions{Device: *d, Recover: true, Foreground: foreground, Changed: changed})
 		},
 	}
 	cmd.Flags().StringVar((*string)(&changed), "changed", "", "what becomes of dirty data if the backing device was written meanwhile: overwrite")

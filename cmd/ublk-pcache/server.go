@@ -35,6 +35,10 @@ type serveOptions struct {
 	GCPercent  *int   `json:"gc_percent,omitempty"` // nil: as it is, or the kernel's default
 
 	Changed engine.Choice `json:"changed,omitempty"`
+
+	// Upgrade makes the new server follow the one that starts it, at this end of
+	// the log (see upgrade.go).
+	Upgrade *engine.Head `json:"upgrade,omitempty"`
 }
 
 // server is one running device and everything under it.
@@ -46,18 +50,28 @@ type server struct {
 	cache  *engine.Cache
 	ublk   *ublk.Device
 
-	clients chan struct{} // one for each command that is being served
-	removal struct {
+	foreground bool
+
+	clients   chan struct{} // one for each command that is being served
+	upgrading sync.Mutex
+	removal   struct {
 		sync.Mutex
 		done bool
 	}
 	gone chan struct{} // closed when the device has been removed
 }
 
+func unstarted(o serveOptions) *server {
+	return &server{
+		dev: o.Device, foreground: o.Foreground,
+		clients: make(chan struct{}, maxClients), gone: make(chan struct{}),
+	}
+}
+
 // start brings a device up, or leaves nothing behind. Everything that can be
 // refused is refused before the first byte is written.
 func start(o serveOptions) (_ *server, err error) {
-	s := &server{dev: o.Device, clients: make(chan struct{}, maxClients), gone: make(chan struct{})}
+	s := unstarted(o)
 	if _, err := ublk.Features(); err != nil {
 		return nil, err
 	}
@@ -102,9 +116,9 @@ func start(o serveOptions) (_ *server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s.cache, err = engine.Open(s.region, disk{s.disk}, engine.Options{
-		Queues: s.dev.Queues, WritebackDepth: s.dev.Writeback, Log: logger{s.log}, Changed: o.Changed,
-	})
+	options := s.engineOptions()
+	options.Changed = o.Changed
+	s.cache, err = engine.Open(s.region, disk{s.disk}, options)
 	if err != nil {
 		return nil, s.openError(&o, err)
 	}
@@ -126,15 +140,24 @@ func start(o serveOptions) (_ *server, err error) {
 			return nil, err
 		}
 	}
-	s.dev.ID, s.dev.Device, s.dev.PID = s.ublk.ID(), s.ublk.Path(), os.Getpid()
-	if err := s.dev.save(); err != nil {
-		return nil, err
-	}
-	if err := s.listen(); err != nil {
+	if err := s.announce(); err != nil {
 		return nil, err
 	}
 	s.log.Info("serving", zap.Any("device", s.dev), zap.Bool("recovered", o.Recover))
 	return s, nil
+}
+
+func (s *server) engineOptions() engine.Options {
+	return engine.Options{Queues: s.dev.Queues, WritebackDepth: s.dev.Writeback, Log: logger{s.log}}
+}
+
+// announce lets commands find the server.
+func (s *server) announce() error {
+	s.dev.ID, s.dev.Device, s.dev.PID = s.ublk.ID(), s.ublk.Path(), os.Getpid()
+	if err := s.dev.save(); err != nil {
+		return err
+	}
+	return s.listen()
 }
 
 const (
@@ -162,15 +185,8 @@ func closeOnError(err *error, close func() error) {
 
 // serve makes the block device, or takes over the one of a dead server.
 func (s *server) serve(recover bool) (err error) {
-	handler := func(q *ublk.Queue) ublk.Handler { return newHandler(s.cache.Queue(q.ID()), q) }
-	// Without its loops a device hangs. Ending the process is what lets the
-	// driver keep the requests for the next server.
-	fatal := func(err error) {
-		s.log.Error("a queue has failed, the server ends (ublk-pcache recover continues)", zap.Error(err))
-		os.Exit(1)
-	}
 	if recover {
-		s.ublk, err = ublk.Recover(s.dev.ID, handler, fatal)
+		s.ublk, err = ublk.Recover(s.dev.ID, s.handler, s.fatal)
 		return err
 	}
 	// A discard becomes zeros on the disk, too. If they had to be transferred,
@@ -184,8 +200,18 @@ func (s *server) serve(recover bool) (err error) {
 		Size: s.disk.Size(), BlockSize: s.disk.BlockSize(), ChunkSize: ondisk.StripeSize,
 		MaxDiscard: discard, MaxZeroes: engine.MaxZero,
 		VolatileCache: !s.region.Durable(),
-	}, handler, fatal)
+	}, s.handler, s.fatal)
 	return err
+}
+
+func (s *server) handler(q *ublk.Queue) ublk.Handler { return newHandler(s.cache.Queue(q.ID()), q) }
+
+// fatal ends the server because of a queue. Without its loops a device hangs;
+// the end of the process is what lets the driver keep the requests for the next
+// server.
+func (s *server) fatal(err error) {
+	s.log.Error("a queue has failed, the server ends (ublk-pcache recover continues)", zap.Error(err))
+	os.Exit(1)
 }
 
 // wait returns when the device is gone and everybody who asked for something

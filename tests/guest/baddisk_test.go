@@ -3,7 +3,6 @@
 package guest
 
 import (
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -65,22 +64,6 @@ const (
 	worked    = 24 << 20
 	badSector = 28 << 20
 )
-
-// health is what status --json says that matters here.
-type health struct {
-	Health     string `json:"health"`
-	Error      string `json:"error"`
-	DirtyBytes int64  `json:"dirty_bytes"`
-	ZeroBytes  int64  `json:"zero_bytes"`
-}
-
-func (d device) health(t *testing.T) (h health) {
-	t.Helper()
-	if err := json.Unmarshal([]byte(pcache(t, "status", "--json", d.id)), &h); err != nil {
-		t.Fatal(err)
-	}
-	return h
-}
 
 // awaitHealth waits for the status to be so and to say so.
 func (d device) awaitHealth(t *testing.T, want, says string) {
@@ -209,7 +192,7 @@ func TestBadDisk(t *testing.T) {
 			}
 			f.Close()
 			if c.kill {
-				killServer(t, d)
+				killServer(t, d, unix.SIGKILL)
 			}
 			if c.del {
 				d.mustStayDirty(t, pcache(t, "del", d.id))

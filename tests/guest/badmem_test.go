@@ -3,7 +3,6 @@
 package guest
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -19,29 +18,6 @@ import (
 
 	"ublk-pcache/tests/stamp"
 )
-
-// health is what status says about bad memory.
-type health struct {
-	Health      string `json:"health"`
-	Error       string `json:"error"`
-	PID         int    `json:"pid"`
-	Segments    int    `json:"segments"`
-	BadSegments []int  `json:"bad_segments"`
-	BadMemory   []struct {
-		What    string `json:"what"`
-		Offset  int64  `json:"offset"`
-		Segment int    `json:"segment"`
-		Error   string `json:"error"`
-	} `json:"bad_memory"`
-}
-
-func (d device) health(t *testing.T) (h health) {
-	t.Helper()
-	if err := json.Unmarshal([]byte(pcache(t, "status", "--json", d.id)), &h); err != nil {
-		t.Fatal(err)
-	}
-	return h
-}
 
 // A file is truncated under a cache that is being written to. No request fails as long as there are segments enough, and
 // the server lives and names what is gone. Truncated once more, so that too few are left, it takes no more writes; what

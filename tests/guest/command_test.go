@@ -305,3 +305,28 @@ func mount(t *testing.T, dev string, options ...string) (dir string) {
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	return dir
 }
+
+// health is what status --json says of how a cache is.
+type health struct {
+	Health      string `json:"health"`
+	Error       string `json:"error"`
+	PID         int    `json:"pid"`
+	DirtyBytes  int64  `json:"dirty_bytes"`
+	ZeroBytes   int64  `json:"zero_bytes"`
+	Segments    int    `json:"segments"`
+	BadSegments []int  `json:"bad_segments"`
+	BadMemory   []struct {
+		What    string `json:"what"`
+		Offset  int64  `json:"offset"`
+		Segment int    `json:"segment"`
+		Error   string `json:"error"`
+	} `json:"bad_memory"`
+}
+
+func (d device) health(t *testing.T) (h health) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(pcache(t, "status", "--json", d.id)), &h); err != nil {
+		t.Fatal(err)
+	}
+	return h
+}

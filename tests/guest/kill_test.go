@@ -63,16 +63,21 @@ func (s *storm) while(t *testing.T, most time.Duration, args ...string) {
 // kill kills servers in any way there is.
 func (s *storm) kill(t *testing.T, while string, servers []int) {
 	t.Helper()
-	// The runtime handles all of them but the first, in its own way.
+	// The runtime handles all of them but the first, in its own way: with a trace in the log, as it does for a fault or a
+	// panic of its own.
 	signals := []unix.Signal{unix.SIGKILL, unix.SIGSEGV, unix.SIGABRT, unix.SIGQUIT}
 	for _, pid := range servers {
 		signal := signals[s.rnd.IntN(len(signals))]
-		if kill(t, pid, signal) {
-			s.kills++
-			s.how[unix.SignalName(signal)]++
-			s.how[while]++
+		if end(t, pid, killedBy(signal)) {
+			s.count(unix.SignalName(signal), while)
 		}
 	}
+}
+
+func (s *storm) count(how, while string) {
+	s.kills++
+	s.how[how]++
+	s.how[while]++
 }
 
 // servers are the processes that serve, or are about to.
@@ -95,13 +100,52 @@ func recoveryMayBeKilled(t *testing.T) bool {
 	return !strings.HasPrefix(must(t, "uname", "-r"), "6.12.")
 }
 
-// The server is killed in the middle of writes and recovered, again and again: while it does nothing else, while it
-// flushes, while it is told to collect more or less garbage, while it is asked to go, and while it recovers. One half of
-// the device carries a mounted file system in which files are made and synced, the other is written raw and never
-// flushed. No request fails, and everything that was acknowledged is there, during all this and afterwards; of the
-// servers nothing is left behind, and each has as many descriptors as the first.
+// The server is killed in the middle of writes and recovered, again and again: while it does nothing else, for lack of
+// memory, while it flushes, while it is told to collect more or less garbage, while it is asked to go, and while it
+// recovers. Of the servers nothing is left behind, and each has as many descriptors as the first.
 func TestServerKilled(t *testing.T) {
-	quiet, check := quietKernel(t), leavesNothing(t)
+	check := leavesNothing(t)
+	storm, recoverToo := newStorm(t), recoveryMayBeKilled(t)
+	underLoad(t, func(d device) {
+		open := descriptors(t, d.entry(t).PID)
+		for round := 0; storm.kills < *stormKills && !t.Failed(); round++ {
+			storm.sleep(500*time.Millisecond, 2*time.Second) // of undisturbed work
+			switch round % 5 {
+			case 0:
+				if end(t, d.entry(t).PID, outOfMemory) {
+					storm.count("out of memory", "nothing else")
+				}
+			case 1:
+				storm.kill(t, "nothing else", servers(t))
+			case 2:
+				storm.while(t, 300*time.Millisecond, "flush", d.id)
+			case 3:
+				storm.while(t, 300*time.Millisecond, "set", d.id, fmt.Sprintf("gc_percent=%d", storm.rnd.IntN(91)))
+			case 4:
+				storm.while(t, 300*time.Millisecond, "del", d.id) // in vain: it is in use
+			}
+			for recoverToo && storm.rnd.IntN(2) == 0 {
+				storm.while(t, time.Second, "recover", d.id)
+			}
+			if len(servers(t)) == 0 {
+				start := time.Now()
+				pcache(t, "recover", d.id)
+				t.Logf("round %d: recovered in %v", round, time.Since(start).Round(time.Millisecond))
+			}
+			if n := descriptors(t, d.entry(t).PID); n != open {
+				t.Errorf("the server of round %d has %d descriptors, the first one had %d", round, n, open)
+			}
+		}
+	})
+	check(storm.kills)
+}
+
+// underLoad runs disturb while one half of a device carries a mounted file system in which files are made and synced, and
+// the other is written raw and never flushed. No request may fail, and everything that was acknowledged must be there,
+// during all this and afterwards.
+func underLoad(t *testing.T, disturb func(d device)) {
+	t.Helper()
+	quiet := quietKernel(t)
 	wipe(t, disk)
 	d := add(t, "-p", dax, "-b", disk, "-q", "2")
 	fs, raw := slice(t, d, "fs", 0, 1<<30), slice(t, d, "raw", 1<<30, 1<<30)
@@ -138,32 +182,7 @@ func TestServerKilled(t *testing.T) {
 		}
 	}()
 
-	storm, recoverToo := newStorm(t), recoveryMayBeKilled(t)
-	open := descriptors(t, d.entry(t).PID)
-	for round := 0; storm.kills < *stormKills && !t.Failed(); round++ {
-		storm.sleep(500*time.Millisecond, 2*time.Second) // of undisturbed work
-		switch round % 4 {
-		case 0:
-			storm.kill(t, "nothing else", servers(t))
-		case 1:
-			storm.while(t, 300*time.Millisecond, "flush", d.id)
-		case 2:
-			storm.while(t, 300*time.Millisecond, "set", d.id, fmt.Sprintf("gc_percent=%d", storm.rnd.IntN(91)))
-		case 3:
-			storm.while(t, 300*time.Millisecond, "del", d.id) // in vain: it is in use
-		}
-		for recoverToo && storm.rnd.IntN(2) == 0 {
-			storm.while(t, time.Second, "recover", d.id)
-		}
-		if len(servers(t)) == 0 {
-			start := time.Now()
-			pcache(t, "recover", d.id)
-			t.Logf("round %d: recovered in %v", round, time.Since(start).Round(time.Millisecond))
-		}
-		if n := descriptors(t, d.entry(t).PID); n != open {
-			t.Errorf("the server of round %d has %d descriptors, the first one had %d", round, n, open)
-		}
-	}
+	disturb(d)
 	close(stop)
 	users.Wait()
 
@@ -186,7 +205,6 @@ func TestServerKilled(t *testing.T) {
 	must(t, "umount", dir)
 	must(t, "dmsetup", "remove", "fs", "raw")
 	d.del(t)
-	check(storm.kills)
 	quiet()
 }
 
@@ -242,17 +260,17 @@ func TestKilledComingAndGoing(t *testing.T) {
 	quiet()
 }
 
-// killServer kills the server of a device, see kill.
+// killServer kills the server of a device, see end.
 func killServer(t *testing.T, d device, signal unix.Signal) {
 	t.Helper()
-	if pid := d.entry(t).PID; !kill(t, pid, signal) {
+	if pid := d.entry(t).PID; !end(t, pid, killedBy(signal)) {
 		t.Fatalf("server %d has ended by itself", pid)
 	}
 }
 
-// kill kills without warning and waits until the process is no more, which is not the end of its last requests. If it
-// has ended by itself there is none to kill.
-func kill(t *testing.T, pid int, signal unix.Signal) bool {
+// end makes a process die and waits until it is no more, which is not the end of its last requests. If it has ended by
+// itself there is none to end.
+func end(t *testing.T, pid int, die func(pid int) error) bool {
 	t.Helper()
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) {
@@ -262,15 +280,33 @@ func kill(t *testing.T, pid int, signal unix.Signal) bool {
 		t.Fatalf("server %d: %v", pid, err)
 	}
 	defer unix.Close(pidfd)
-	if err := unix.PidfdSendSignal(pidfd, signal, nil, 0); errors.Is(err, unix.ESRCH) {
+	if err := die(pid); errors.Is(err, unix.ESRCH) || errors.Is(err, os.ErrNotExist) {
 		return false
 	} else if err != nil {
-		t.Fatalf("kill server %d: %v", pid, err)
+		t.Fatalf("end server %d: %v", pid, err)
 	}
 	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(patience.Milliseconds())); n != 1 {
-		t.Fatalf("server %d still runs after %v: %v", pid, signal, err)
+		t.Fatalf("server %d still runs: %v", pid, err)
 	}
 	return true
+}
+
+func killedBy(signal unix.Signal) func(pid int) error {
+	return func(pid int) error { return unix.Kill(pid, signal) }
+}
+
+// outOfMemory lets the kernel's killer go round. It spares servers, so this one is first made the one to choose.
+func outOfMemory(pid int) error {
+	score := fmt.Sprintf("/proc/%d/oom_score_adj", pid)
+	if now, err := os.ReadFile(score); err != nil {
+		return err
+	} else if string(now) != "-1000\n" {
+		return fmt.Errorf("%s is %q, not -1000", score, now)
+	}
+	if err := os.WriteFile(score, []byte("1000"), 0); err != nil {
+		return err
+	}
+	return os.WriteFile("/proc/sysrq-trigger", []byte("f"), 0)
 }
 
 // keptFiles bounds the room that makeFiles takes; beyond it, old files are overwritten.

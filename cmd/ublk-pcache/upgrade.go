@@ -1,0 +1,268 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+
+	"ublk-pcache/backing"
+	"ublk-pcache/engine"
+	"ublk-pcache/pmem"
+	"ublk-pcache/ublk"
+)
+
+// A running server is replaced by a child of its own: so the new one is where
+// the old one is, in its mount namespace, its control group and its standing
+// with systemd, and inherits the descriptors of disk and pmem, which nobody
+// else can claim in between. Everything that takes time is done before the
+// requests stop (engine/handover.go):
+//
+//	old                                   new
+//	cache at rest
+//	starts the new one ────────────────▶  maps, replays, makes rings
+//	                    ◀──── prepared    waits at the gate
+//	queues end, device released
+//	the log's last head ───────────────▶  replays the rest, takes the device
+//	                    ◀──────── live    requests go on
+//	                    ◀─────── ready    state file and socket are the new one's
+//	answers the command, ends
+//
+// Up to "queues end" whatever goes wrong with the new server, its death
+// included, costs nothing: the old one goes on. From there on it is as if the
+// old one had been killed: the device waits, and recover continues it. The old
+// one then ends with an error, and systemd, if it is there, recovers at once.
+//
+// The driver has a command for this (QUIESCE_DEV), which is not used: it only
+// asks a server to do what is done here anyway, and cannot be relied on to ask
+// (on 6.18 and 7.3, with all tags busy, it returns without having told anybody).
+
+// The descriptors of a new server, besides readyFD.
+const (
+	gateFD = readyFD + 1 + iota
+	inheritedPmemFD
+	inheritedDiskFD
+)
+
+// What a new server says on readyFD, a line each, before readyPrefix.
+const (
+	prepared = "prepared"
+	live     = "live"
+)
+
+// upgradePatience is how long a new server may take for each of its two parts.
+// Meanwhile the cache frees no space.
+const upgradePatience = time.Minute
+
+func newUpgradeCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "upgrade ID",
+		Short: "Replace a running server by the program that is installed now",
+		Long: `Replace a running server by the program that is installed now, where the
+server was started from. Requests wait for a moment, which is printed, and
+none fails.
+
+If the new server does not get ready, the old one goes on, and the message says
+why. If it fails after that, the device waits for 'ublk-pcache recover'.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			id, err := deviceID(args[0])
+			if err != nil {
+				return err
+			}
+			r, err := ask(id, command{Do: "upgrade"})
+			if err != nil {
+				return err
+			}
+			fmt.Printf("device %d is served by process %d, requests waited for %v\n", id, r.Upgrade.PID, r.Upgrade.Pause.Round(time.Millisecond))
+			return nil
+		},
+	}
+}
+
+// upgraded is how an upgrade went.
+type upgraded struct {
+	PID   int           `json:"pid"`
+	Pause time.Duration `json:"pause_ns"`
+}
+
+// errRetired is for a server that has given its device away in vain.
+var errRetired = errors.New("the new server failed")
+
+// upgrade replaces this server by a new one. Unless the error is another than
+// errRetired, all that is left to do is to end.
+func (s *server) upgrade() (reply, error) {
+	if !s.upgrading.TryLock() {
+		return reply{}, fmt.Errorf("device %d: an upgrade is under way already", s.dev.ID)
+	}
+	defer s.upgrading.Unlock()
+	head, err := s.cache.Rest()
+	if err != nil {
+		s.cache.Resume()
+		return reply{}, fmt.Errorf("device %d cannot be handed over: %w", s.dev.ID, err)
+	}
+	n, err := s.startNext(head)
+	if err == nil {
+		err = n.expect(prepared)
+	}
+	// Held until the end of the process, if it comes to that.
+	s.removal.Lock()
+	if err == nil && s.removal.done {
+		err = errors.New("the device has been removed meanwhile")
+	}
+	if err != nil {
+		n.kill()
+		if !s.removal.done {
+			s.cache.Resume()
+		}
+		s.removal.Unlock()
+		return reply{}, fmt.Errorf("device %d: the new server did not get ready, the old one goes on: %w", s.dev.ID, err)
+	}
+	began := time.Now()
+	s.ublk.LetGo()
+	err = json.NewEncoder(n.gate).Encode(s.cache.Retire())
+	if err == nil {
+		err = n.expect(live)
+	}
+	pause := time.Since(began)
+	if err == nil {
+		err = n.expect(readyPrefix + s.dev.Device)
+	}
+	if err != nil {
+		n.kill()
+		s.log.Error("the new server has failed, the device waits (ublk-pcache recover continues)", zap.Error(err))
+		return reply{}, fmt.Errorf("%w: %w (device %d waits: ublk-pcache recover %d)", errRetired, err, s.dev.ID, s.dev.ID)
+	}
+	s.log.Info("replaced", zap.Int("by", n.cmd.Process.Pid), zap.Duration("pause", pause))
+	return reply{Upgrade: &upgraded{PID: n.cmd.Process.Pid, Pause: pause}}, nil
+}
+
+// next is a new server, as the old one sees it.
+type next struct {
+	cmd     *exec.Cmd
+	answers *os.File
+	lines   *bufio.Reader
+	gate    *os.File
+}
+
+// startNext starts a new server that waits at the gate. What it returns can be
+// killed, also with an error.
+func (s *server) startNext(head engine.Head) (*next, error) {
+	n := &next{}
+	self, err := os.Executable()
+	if err != nil {
+		return n, err
+	}
+	config, err := json.Marshal(serveOptions{Device: s.dev, Upgrade: &head, Foreground: s.foreground})
+	if err != nil {
+		return n, err
+	}
+	disk, err := s.disk.File()
+	if err != nil {
+		return n, err
+	}
+	defer disk.Close()
+	var told, heard *os.File
+	if n.answers, told, err = os.Pipe(); err != nil {
+		return n, err
+	}
+	defer told.Close()
+	n.lines = bufio.NewReader(n.answers)
+	if heard, n.gate, err = os.Pipe(); err != nil {
+		return n, err
+	}
+	defer heard.Close()
+	cmd := exec.Command(self, "serve", string(config))
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.ExtraFiles = []*os.File{told, heard, s.region.File(), disk}
+	if err := cmd.Start(); err != nil {
+		return n, err
+	}
+	n.cmd = cmd
+	return n, nil
+}
+
+// expect waits for a line. Whatever else the new server says is its error.
+func (n *next) expect(want string) error {
+	n.answers.SetReadDeadline(time.Now().Add(upgradePatience))
+	line, err := n.lines.ReadString('\n')
+	switch {
+	case strings.TrimSuffix(line, "\n") == want:
+		return nil
+	case line != "":
+		rest, _ := io.ReadAll(n.lines)
+		return errors.New(oneLine(errors.New(line + string(rest))))
+	case err == io.EOF:
+		n.cmd.Process.Kill() // unless it has ended
+		return fmt.Errorf("it ended without a word: %v", n.cmd.Wait())
+	default:
+		return fmt.Errorf("it says nothing: %w", err)
+	}
+}
+
+// kill ends a new server, as far as there is one.
+func (n *next) kill() {
+	if n.cmd != nil {
+		n.cmd.Process.Kill()
+		n.cmd.Wait()
+	}
+	n.answers.Close()
+	n.gate.Close()
+}
+
+// succeed makes this process the server that follows the one that started it,
+// and says on tell how far it is. A process that fails here has nothing to take
+// back: its end is enough.
+func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
+	s := unstarted(o)
+	if err := s.openLog(o.Foreground); err != nil {
+		return nil, err
+	}
+	if err := protect(s.dev.Queues); err != nil {
+		return nil, err
+	}
+	if s.disk, err = backing.Inherit(inherited(inheritedDiskFD, s.dev.Backing)); err != nil {
+		return nil, err
+	}
+	if s.region, err = pmem.Inherit(inherited(inheritedPmemFD, s.dev.PMEM)); err != nil {
+		return nil, err
+	}
+	follower, err := engine.Follow(s.region, disk{s.disk}, s.engineOptions(), *o.Upgrade)
+	if err != nil {
+		return nil, fmt.Errorf("cache %s: %w", s.dev.PMEM, err)
+	}
+	device, err := ublk.Prepare(s.dev.ID, s.fatal)
+	if err != nil {
+		return nil, err
+	}
+	fmt.Fprintln(tell, prepared)
+	var head engine.Head
+	if err := json.NewDecoder(inherited(gateFD, "gate")).Decode(&head); err != nil {
+		return nil, fmt.Errorf("the old server has changed its mind: %w", err)
+	}
+	if s.cache, err = follower.TakeOver(head); err != nil {
+		return nil, fmt.Errorf("cache %s: %w", s.dev.PMEM, err)
+	}
+	if s.ublk, err = device.TakeOver(s.handler); err != nil {
+		return nil, err
+	}
+	fmt.Fprintln(tell, live)
+	if err := s.announce(); err != nil {
+		return nil, err
+	}
+	// While the old server, which systemd knows, is there: its end must not be
+	// taken for the service's. And from here, since a message whose sender has
+	// gone belongs to nobody.
+	daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", os.Getpid()))
+	s.log.Info("serving, in place of another server", zap.Any("device", s.dev))
+	return s, nil
+}

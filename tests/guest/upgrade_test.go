@@ -1,0 +1,92 @@
+//go:build vm
+
+package guest
+
+import (
+	"math/rand/v2"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// upgrades is how often the server is replaced.
+const upgrades = 5
+
+// The server is replaced in the middle of writes, again and again. In between the installed program is one that does not
+// work: as long as the old server can go on it does, and after that the device waits to be recovered.
+func TestUpgrade(t *testing.T) {
+	const good = "/share/ublk-pcache"
+	rnd := rand.New(rand.NewPCG(*seed, 0))
+	pause := func() { time.Sleep(time.Duration(500+rnd.IntN(1500)) * time.Millisecond) }
+	underLoad(t, func(d device) {
+		for range upgrades {
+			pause()
+			before := d.entry(t).PID
+			out := pcache(t, "upgrade", d.id)
+			t.Log(strings.TrimSpace(out))
+			if after := d.entry(t); after.PID == before || after.State != "live" || !strings.Contains(out, "requests waited for ") {
+				t.Errorf("upgrade printed %q, process %d became %+v", out, before, after)
+			}
+			requireEnd(t, before)
+		}
+
+		server := d.entry(t).PID
+		for _, c := range []struct{ program, says string }{
+			{"exit 3", "ended without a word: exit status 3"},
+			{"echo not today >&3", "not today"},
+			{"kill -9 $$", "signal: killed"},
+		} {
+			install(t, c.program)
+			r := run(t, good, "upgrade", d.id)
+			t.Log(strings.TrimSpace(r.stderr))
+			if r.code != 1 || !strings.Contains(r.stderr, c.says) || !strings.Contains(r.stderr, "the old one goes on") || strings.Count(r.stderr, "\n") != 1 {
+				t.Errorf("with %q for a program: %+v", c.program, r)
+			}
+			if e := d.entry(t); e.PID != server || e.State != "live" {
+				t.Errorf("after an upgrade that failed: %+v, want process %d", e, server)
+			}
+			pause() // the load must go on
+		}
+
+		install(t, "echo prepared >&3; read head <&4; echo sorry >&3")
+		r := run(t, good, "upgrade", d.id)
+		t.Log(strings.TrimSpace(r.stderr))
+		if !regexp.MustCompile(`^ublk-pcache: the new server failed: sorry \(.*ublk-pcache recover `+d.id+`\)\n$`).MatchString(r.stderr) || r.code != 1 {
+			t.Errorf("with a program that fails too late: %+v", r)
+		}
+		requireEnd(t, server)
+		if err := installProgram(); err != nil {
+			t.Fatal(err)
+		}
+		pcache(t, "recover", d.id)
+		pause()
+		pcache(t, "upgrade", d.id)
+	})
+}
+
+// install puts a shell script where the program is installed. The test binary's TestMain has put the real one there.
+func install(t *testing.T, script string) {
+	t.Helper()
+	const path = "/tmp/bin/ublk-pcache"
+	if err := os.WriteFile(path+".new", []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { installProgram() })
+}
+
+// requireEnd waits for the end of a process that is about to end.
+func requireEnd(t *testing.T, pid int) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); unix.Kill(pid, 0) == nil; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("process %d does not end", pid)
+		}
+	}
+}
