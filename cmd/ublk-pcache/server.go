@@ -58,13 +58,12 @@ type server struct {
 		sync.Mutex
 		done bool
 	}
-	gone chan struct{} // closed when the device has been removed
 }
 
 func unstarted(o serveOptions) *server {
 	return &server{
 		dev: o.Device, foreground: o.Foreground,
-		clients: make(chan struct{}, maxClients), gone: make(chan struct{}),
+		clients: make(chan struct{}, maxClients),
 	}
 }
 
@@ -214,25 +213,51 @@ func (s *server) fatal(err error) {
 	os.Exit(1)
 }
 
+// endStep is how often a server that was told to end looks whether the device is
+// still in use. On a kernel before 7.0 each look goes through all processes.
+const endStep = 250 * time.Millisecond
+
 // wait returns when the device is gone and everybody who asked for something
-// has an answer. A signal asks for the device to go, in vain while it is in use.
+// has an answer. A signal asks for the device to go; that happens as soon as
+// nobody uses it.
 func (s *server) wait() {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	signal.Ignore(syscall.SIGHUP)
-	for {
+	var again <-chan time.Time
+	for told := false; ; told = true {
 		select {
-		case <-s.gone:
+		case <-s.ublk.Done():
+			s.lost()
 			for range maxClients {
 				s.clients <- struct{}{}
 			}
 			return
 		case <-signals:
-			if _, err := s.remove(false); err != nil {
-				s.log.Warn("told to end, but cannot", zap.Error(err))
-			}
+		case <-again:
 		}
+		if _, err := s.remove(false); err != nil && !told {
+			s.log.Warn("told to end, which has to wait", zap.Error(err))
+		}
+		again = time.After(endStep)
 	}
+}
+
+// lost is called when all queues have ended, which may be nobody's doing here. A
+// device that another process has stopped is gone for good; one that it has
+// quiesced waits for the next server.
+func (s *server) lost() {
+	s.removal.Lock() // held by a removal, and to the end by an upgrade
+	done := s.removal.done
+	s.removal.Unlock()
+	if done {
+		return
+	}
+	if info, err := ublk.Lookup(s.dev.ID); err == nil && info.State != ublk.Dead {
+		s.fatal(errors.New("another process has quiesced the device"))
+	}
+	s.log.Error("another process has stopped the device, the server ends")
+	s.remove(true)
 }
 
 const (
@@ -263,8 +288,7 @@ func (s *server) remove(force bool) (left []string, err error) {
 	if err := s.ublk.Stop(force); err != nil {
 		return nil, s.dev.removalError(err)
 	}
-	s.removal.done = true
-	defer close(s.gone)
+	s.removal.done = true // whatever comes now
 	defer time.AfterFunc(removalPatience, s.cache.Abort).Stop()
 	if err = s.cache.Close(); errors.Is(err, engine.ErrAborted) {
 		err = nil
