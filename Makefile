@@ -7,10 +7,16 @@ SHELL := /bin/bash
 # The race detector is linked by gcc; the program itself never is.
 export CGO_ENABLED = 0
 
-.PHONY: build demo test vet unit race arm64 vm soak
+.PHONY: build install demo test vet unit race arm64 vm soak
 
 build:
 	go build -o bin/ublk-pcache ./cmd/ublk-pcache
+
+# The unit and the rule call the program by this path.
+install: build
+	install -D -m 755 -t $(DESTDIR)/usr/sbin bin/ublk-pcache
+	install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system systemd/ublk-pcache@.service
+	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d systemd/61-ublk-pcache.rules
 
 demo: build
 	@install -m 755 tests/demo.sh bin/demo.sh

@@ -88,6 +88,9 @@ func TestGuest(t *testing.T) {
 func build(t *testing.T, share string) {
 	t.Helper()
 	goBuild(t, "build", "-o", share+"/ublk-pcache", "ublk-pcache/cmd/ublk-pcache")
+	if out, err := exec.Command("make", "-C", "..", "install", "DESTDIR="+share+"/installed").CombinedOutput(); err != nil {
+		t.Fatalf("make install: %v\n%s", err, out)
+	}
 	for _, s := range everything {
 		goBuild(t, "test", "-c", "-tags", "vm", "-o", filepath.Join(share, s.binary()), "ublk-pcache/"+s.pkg)
 	}

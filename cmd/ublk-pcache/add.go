@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"ublk-pcache/engine"
 	"ublk-pcache/ondisk"
@@ -25,9 +26,8 @@ const (
 )
 
 func newAddCmd() *cobra.Command {
-	var o serveOptions
-	var crc bool
-	var gc int
+	var a addOptions
+	o := &a.o
 	cmd := &cobra.Command{
 		Use:   "add -p PMEM -b BACKING",
 		Short: "Put a cache in front of a disk and print the new device's path",
@@ -48,32 +48,51 @@ what becomes of that:
   discard    given up. Only where the change was noticed.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if cmd.Flags().Changed("data-crc") {
-				o.DataCRC = &crc
-			}
-			if cmd.Flags().Changed("gc-percent") {
-				o.GCPercent = &gc
-			}
-			if err := o.check(cmd.Flags().Changed("id")); err != nil {
+			o, err := a.options(cmd.Flags())
+			if err != nil {
 				return err
 			}
 			return launch(o)
 		},
 	}
 	f := cmd.Flags()
+	a.define(f)
+	f.StringVar((*string)(&o.Changed), "changed", "", "what becomes of dirty data if BACKING was written without its cache: overwrite, discard")
+	f.BoolVar(&o.Format, "format", false, "make a new cache even if PMEM is not blank")
+	f.BoolVar(&o.Force, "force", false, "with --format: even if PMEM holds dirty data; without: even if BACKING has another serial")
+	f.BoolVar(&o.Foreground, "foreground", false, "stay, and log to the terminal")
+	return cmd
+}
+
+// addOptions are those that describe a device and its cache.
+type addOptions struct {
+	o   serveOptions
+	crc bool
+	gc  int
+}
+
+func (a *addOptions) define(f *pflag.FlagSet) {
+	o := &a.o
 	f.StringVarP(&o.Device.PMEM, "pmem", "p", "", "persistent memory: /dev/daxN.N, FILE, or FILE,size=SIZE")
 	f.StringVarP(&o.Device.Backing, "backing", "b", "", "backing device or file")
 	f.IntVarP(&o.Device.ID, "id", "n", -1, "number of the device (default: the first free one)")
 	f.IntVarP(&o.Device.Queues, "queues", "q", min(defaultQueues, runtime.NumCPU()), "number of queues, each a thread")
 	f.IntVarP(&o.Device.Depth, "depth", "d", 128, "requests in flight per queue")
 	f.IntVar(&o.Device.Writeback, "writeback-depth", engine.DefaultWritebackDepth, "writes of up to 1 MiB in flight to the disk when dirty data is written back")
-	f.BoolVar(&crc, "data-crc", false, "keep checksums of the data (new caches; default: on for plain files)")
-	f.IntVar(&gc, "gc-percent", ondisk.DefaultGCPercent, "how full garbage collection lets the cache become, 0 to 90 (old caches: as it is, unless given)")
-	f.StringVar((*string)(&o.Changed), "changed", "", "what becomes of dirty data if BACKING was written without its cache: overwrite, discard")
-	f.BoolVar(&o.Format, "format", false, "make a new cache even if PMEM is not blank")
-	f.BoolVar(&o.Force, "force", false, "with --format: even if PMEM holds dirty data; without: even if BACKING has another serial")
-	f.BoolVar(&o.Foreground, "foreground", false, "stay, and log to the terminal")
-	return cmd
+	f.BoolVar(&a.crc, "data-crc", false, "keep checksums of the data (new caches; default: on for plain files)")
+	f.IntVar(&a.gc, "gc-percent", ondisk.DefaultGCPercent, "how full garbage collection lets the cache become, 0 to 90 (old caches: as it is, unless given)")
+}
+
+// options returns what was given.
+func (a *addOptions) options(f *pflag.FlagSet) (serveOptions, error) {
+	o := a.o
+	if f.Changed("data-crc") {
+		o.DataCRC = &a.crc
+	}
+	if f.Changed("gc-percent") {
+		o.GCPercent = &a.gc
+	}
+	return o, o.check(f.Changed("id"))
 }
 
 // check refuses options that cannot work, and makes paths independent of the

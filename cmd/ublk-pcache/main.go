@@ -44,7 +44,7 @@ func main() {
 		newAddCmd(), newRecoverCmd(), newDelCmd(), newFlushCmd(),
 		newStatusCmd(), newListCmd(), newSetCmd(), newUpgradeCmd(),
 		newFormatCmd(), newDumpCmd(), newCheckCmd(), newRepairCmd(), newWritebackCmd(),
-		newServeCmd(),
+		newRunCmd(), newIsBackingCmd(), newServeCmd(),
 	)
 	if err := root.Execute(); err != nil {
 		fmt.Fprintln(os.Stderr, "ublk-pcache:", oneLine(err))

@@ -18,6 +18,9 @@ import (
 func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
 	nothing := func() error { return nil }
 	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
+	if o.Existing && errors.Is(err, ondisk.ErrNotFormatted) {
+		return nil, fmt.Errorf("%s holds no cache; if it is to begin with a new one: ublk-pcache format %s", s.dev.PMEM, s.dev.PMEM)
+	}
 	if !o.Recover && (errors.Is(err, ondisk.ErrNotFormatted) || o.Format) {
 		return nothing, s.format(o)
 	}

@@ -41,13 +41,25 @@ data can only be written over what is there now: it has been promised.`,
 				return err
 			}
 			if d.alive() {
-				return fmt.Errorf("device %d has a server, process %d: there is nothing to recover (to end it: ublk-pcache del %d)", id, d.PID, id)
+				return d.servedError()
 			}
-			d.Queues, d.Depth = info.Queues, info.Depth
-			return launch(serveOptions{Device: *d, Recover: true, Foreground: foreground, Changed: changed})
+			o := recovery(d, info)
+			o.Foreground, o.Changed = foreground, changed
+			return launch(o)
 		},
 	}
 	cmd.Flags().StringVar((*string)(&changed), "changed", "", "what becomes of dirty data if the backing device was written meanwhile: overwrite")
 	cmd.Flags().BoolVar(&foreground, "foreground", false, "stay, and log to the terminal")
 	return cmd
+}
+
+// recovery is how to continue a device.
+func recovery(d *device, info ublk.Info) serveOptions {
+	o := serveOptions{Device: *d, Recover: true}
+	o.Device.Queues, o.Device.Depth = info.Queues, info.Depth
+	return o
+}
+
+func (d *device) servedError() error {
+	return fmt.Errorf("device %d has a server, process %d: there is nothing to recover (to end it: ublk-pcache del %d)", d.ID, d.PID, d.ID)
 }

@@ -31,6 +31,7 @@ type serveOptions struct {
 	Foreground bool   `json:"foreground"`
 	Format     bool   `json:"format"`
 	Force      bool   `json:"force"`
+	Existing   bool   `json:"existing"`             // make no new cache
 	DataCRC    *bool  `json:"data_crc,omitempty"`   // nil: as it is, or the default for the kind of region
 	GCPercent  *int   `json:"gc_percent,omitempty"` // nil: as it is, or the kernel's default
 
