@@ -285,7 +285,11 @@ func end(t *testing.T, pid int, die func(pid int) error) bool {
 	} else if err != nil {
 		t.Fatalf("end server %d: %v", pid, err)
 	}
-	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(patience.Milliseconds())); n != 1 {
+	n, err := 0, error(unix.EINTR)
+	for err == unix.EINTR {
+		n, err = unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(patience.Milliseconds()))
+	}
+	if n != 1 {
 		t.Fatalf("server %d still runs: %v", pid, err)
 	}
 	return true

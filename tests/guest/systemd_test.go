@@ -165,7 +165,7 @@ func startSystemd(t *testing.T) *systemd {
 	}
 	must(t, "mkdir", "-p", "/srv")
 	// It says much, and all of it counts.
-	if err := os.WriteFile("/proc/sys/kernel/printk_devkmsg", []byte("on"), 0); err != nil {
+	if err := os.WriteFile("/proc/sys/kernel/printk_devkmsg", []byte("on\n"), 0); err != nil {
 		t.Fatal(err)
 	}
 	s := &systemd{cmd: exec.Command("unshare", "--mount", "sh", "-c", bringUp)}

@@ -43,6 +43,9 @@ func TestUpgrade(t *testing.T) {
 			install(t, c.program)
 			r := run(t, good, "upgrade", d.id)
 			t.Log(strings.TrimSpace(r.stderr))
+			if err := installProgram(); err != nil {
+				t.Fatal(err)
+			}
 			if r.code != 1 || !strings.Contains(r.stderr, c.says) || !strings.Contains(r.stderr, "the old one goes on") || strings.Count(r.stderr, "\n") != 1 {
 				t.Errorf("with %q for a program: %+v", c.program, r)
 			}
