@@ -156,15 +156,21 @@ func (c *Cache) relogStuck() (passed bool, err error) {
 	w.retryNow()
 	parts := c.takeDue(nil)
 	oldest := w.at.keys
-	var keys []ondisk.Key
 	for _, p := range parts {
 		w.stuck = append(w.stuck, stuck{p, time.Now().Add(p.wait)})
 		oldest = min(oldest, p.key.keys)
-		keys = c.keysOf(keys, &p)
 	}
-	// As many keys again, or fewer, would only let the log grow, unless it
+	// As many keys again, or more, would only let the log grow, unless it
 	// cannot be read there.
-	if w.at.keys-oldest <= uint64(len(keys)) && c.hurt.Load() == nil {
+	tooMany := func(n int) bool { return w.at.keys-oldest <= uint64(n) && c.hurt.Load() == nil }
+	if tooMany(len(parts)) { // each has one or more, and their checksums take time
+		return false, nil
+	}
+	var keys []ondisk.Key
+	for i := range parts {
+		keys = c.keysOf(keys, &parts[i])
+	}
+	if tooMany(len(keys)) {
 		return false, nil
 	}
 	at, err := c.relog(keys)
