@@ -136,7 +136,7 @@ func newLife(x *explorer, seed uint64) *life {
 	dice := rand.New(rand.NewPCG(seed, 0))
 	l := &life{explorer: x, seed: seed, durable: dice.IntN(3) > 0, queues: 1 + dice.IntN(3)}
 	l.crc = !l.durable || dice.IntN(2) == 0
-	l.segments = uint32(1 + logReserve(l.queues) + l.queues + dice.IntN(3))
+	l.segments = uint32(segmentsFor(l.queues) + dice.IntN(3))
 	if dice.IntN(3) == 0 {
 		l.holes.Store(1 + dice.Int32N(3))
 		l.segments += uint32(l.holes.Load())

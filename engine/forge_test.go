@@ -102,8 +102,8 @@ func newForgery(prog []byte) *forgery {
 		f.block = 4096
 	}
 	f.sectors = forgeSectors &^ int64(f.block/sectorSize-1)
-	// With one queue, four segments are the least.
-	n := 4 + int(b>>5)%3
+	// With one queue, five segments are the least.
+	n := 5 + int(b>>5)%3
 	f.makeChain(n, f.byte())
 	f.seq = pick[uint64](f.byte(), 1, 0, 1<<48-3, 77)
 	// The rest of the segment behind the log's end is searched for a

@@ -92,7 +92,7 @@ func TestDiskHangs(t *testing.T) {
 // answers later is nobody's. Nothing acknowledged is lost.
 func TestAbort(t *testing.T) {
 	mem := pmem.Heap(ondisk.MinSize)
-	formatSmall(t, mem, 5, false, 90)
+	formatSmall(t, mem, 6, false, 90)
 	disk, hangs := hangingDisk(64 << 20)
 	defer disk.Close()
 	r := newRig(t, mem, disk, 2)

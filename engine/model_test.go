@@ -48,9 +48,9 @@ type modelRead struct {
 const (
 	// modelSectors are two stripes and a bit.
 	modelSectors = 2*stripeSectors + 1000
-	// modelSegments is as few as three queues can do with. A log, a segment
-	// for each of them, and the reserve: five writes of 4 MiB fill it.
-	modelSegments = 6
+	// modelSegments is as few as three queues can do with: a log, a segment
+	// for each of them, one to spare, and the reserve: few writes of 4 MiB fill it.
+	modelSegments = 7
 	modelQueues   = 3
 )
 

@@ -35,8 +35,9 @@ type segment struct {
 func logReserve(queues int) int { return 1 + (queues+7)/8 }
 
 // segmentsFor returns how many segments that many queues need so that none ever
-// waits for another: each fills one, and the log one more.
-func segmentsFor(queues int) int { return queues + 1 + logReserve(queues) }
+// waits for another: each fills one, and the log one more; and one may be held
+// for as long as the disk refuses a sector of it.
+func segmentsFor(queues int) int { return queues + 2 + logReserve(queues) }
 
 // MaxQueues returns how many queues a cache of so many segments can have. 0 is
 // a cache that is too small for any.
