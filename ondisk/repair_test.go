@@ -315,10 +315,12 @@ func (p *patient) spared(blows []blow, givenUp func(kset int) bool) []bool {
 				place := p.l.Offset(key.Seg, key.SegOff+s*512)
 				bad := hit
 				for _, b := range blows {
-					// With a checksum, one bad byte is all of it.
-					if p.crc {
+					switch {
+					case p.crc: // one bad byte is all of it
 						bad = bad || b.hits(p.l.Offset(key.Seg, key.SegOff), int64(key.Len))
-					} else {
+					case b.kind == "poison": // it takes a page away
+						bad = bad || b.hits(place&^4095, 4096)
+					default:
 						bad = bad || b.hits(place, 512)
 					}
 				}

@@ -27,22 +27,29 @@ import (
 
 var controlSeed = flag.Uint64("control.seed", 0, "random seed of the commands (default: from the clock)")
 
-// controlled is a server that can do everything but be removed.
+// controlled is a server that can do everything but be removed or replaced.
 func controlled(tb testing.TB) (obey func(context.Context, command) (reply, error)) {
 	tb.Helper()
 	mem := pmem.NewFake(ondisk.MinSize)
 	if err := ondisk.Format(mem, ondisk.FormatOptions{GCPercent: ondisk.DefaultGCPercent}); err != nil {
 		tb.Fatal(err)
 	}
-	disk := backing.NewFake(16<<20, 512, 1)
-	cache, err := engine.Open(mem, heapDisk{disk}, engine.Options{Queues: 1, Log: logger{zap.NewNop()}})
+	path := filepath.Join(tb.TempDir(), "disk")
+	if err := os.WriteFile(path, make([]byte, 16<<20), 0o600); err != nil {
+		tb.Fatal(err)
+	}
+	dev, err := backing.Open(path)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	tb.Cleanup(func() { cache.Close(); disk.Close() })
-	s := &server{cache: cache}
+	cache, err := engine.Open(mem, disk{dev}, engine.Options{Queues: 1, Log: logger{zap.NewNop()}})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { cache.Close(); dev.Close() })
+	s := &server{cache: cache, disk: dev}
 	return func(ctx context.Context, cmd command) (reply, error) {
-		if cmd.Do == "del" {
+		if cmd.Do == "del" || cmd.Do == "upgrade" {
 			return reply{}, nil
 		}
 		return s.obey(ctx, cmd)
