@@ -251,7 +251,7 @@ func (c *Cache) Abort() {
 		return
 	}
 	close(c.aborted)
-	c.gc.kick()
+	c.wakeWriters()
 	for _, q := range c.queues {
 		q.wake()
 	}

@@ -27,6 +27,8 @@ import (
 //	Retire: this is the last head
 //	                                      TakeOver: replay the rest, go on
 //
+// What the log does not tell goes with the last head: the segments that are bad.
+//
 // Requests under way when the queues end are not answered; whoever gave them
 // gives them again. Up to Retire the old server may change its mind and Resume,
 // since Follow stores nothing. From there on, and until TakeOver has returned,
@@ -40,6 +42,12 @@ import (
 type Head struct {
 	Pos ondisk.Position
 	Seq uint64 // of the kset to be written there
+}
+
+// Retired is what a cache leaves to the one that follows it.
+type Retired struct {
+	Head
+	Bad []uint32 // segments with bad memory
 }
 
 func (j *journal) end() Head {
@@ -60,7 +68,8 @@ type workers struct {
 
 // Rest stops garbage collection and write-back once they have finished what
 // they are at, and returns the log's head. Requests go on; those that need
-// room wait for Resume. Any goroutine.
+// room wait for Resume. It can be called again, to learn whether the cache has
+// failed since. Any goroutine.
 func (c *Cache) Rest() (Head, error) {
 	c.rest()
 	err := c.failure()
@@ -105,10 +114,11 @@ func (c *Cache) work() {
 
 // Retire ends a cache at rest for the one that follows it. The queues must have
 // ended; requests may be under way. Nothing of the cache may be used afterwards.
-func (c *Cache) Retire() Head {
+// With an error nobody may follow: a sync that failed would not fail again.
+func (c *Cache) Retire() (Retired, error) {
 	close(c.stop)
 	c.running.Wait()
-	return c.journal.end()
+	return Retired{c.journal.end(), c.segments.badList()}, c.failure()
 }
 
 // Follower is a cache that is still another's.
@@ -157,19 +167,24 @@ func (f *Follower) advance(to ondisk.Position) (err error) {
 }
 
 // TakeOver makes the cache this process's own, when the one that had it has
-// retired at head.
-func (f *Follower) TakeOver(head Head) (*Cache, error) {
+// retired.
+func (f *Follower) TakeOver(old Retired) (*Cache, error) {
 	runtime.LockOSThread() // a fence is for the stores of its own thread
 	defer runtime.UnlockOSThread()
-	if err := f.advance(head.Pos); err != nil {
+	if err := f.advance(old.Pos); err != nil {
 		return nil, err
 	}
 	c := f.c
-	f.r.settle(head)
+	f.r.settle(old.Head)
 	if err := f.r.checkSegments(); err != nil {
 		return nil, err
 	}
 	c.heal()
+	for _, seg := range old.Bad {
+		if int(seg) < len(c.segments.all) {
+			c.retire(seg)
+		}
+	}
 	f.r.sortSegments()
 	if err := c.firstFingerprint(); err != nil {
 		return nil, err
@@ -186,7 +201,7 @@ func (f *Follower) TakeOver(head Head) (*Cache, error) {
 		}
 		c.layout.SyncMark, c.layout.SyncMarkCopies = now.SyncMark, now.SyncMarkCopies
 	}
-	if err := c.markSynced(ondisk.PrevSeq(head.Seq)); err != nil {
+	if err := c.markSynced(ondisk.PrevSeq(old.Seq)); err != nil {
 		c.fail(err)
 	}
 	c.start()

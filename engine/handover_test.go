@@ -128,8 +128,12 @@ func (s storm) handOver(t *testing.T, seed uint64) {
 		}
 		r.mu.Lock()
 		old.leave()
-		head = old.Retire()
-		c, err := f.TakeOver(head)
+		last, err := old.Retire()
+		if err != nil {
+			t.Fatal(err)
+		}
+		head = last.Head
+		c, err := f.TakeOver(last)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -407,10 +407,14 @@ func (q *Queue) storeNext(r *Request, take bool) (k ondisk.Key, ok bool) {
 }
 
 // wait puts r in line. The collector looks after everybody there: it makes
-// room, and it answers for a cache that has failed.
+// room, and it answers for a cache that has failed. It may rest, so a cache that
+// was aborted meanwhile is looked at here.
 func (q *Queue) wait(r *Request) {
 	r.stage = stageWrite
 	q.c.space.park(r)
+	if q.c.failure() == ErrAborted {
+		q.c.wakeWriters()
+	}
 	q.c.gc.kick()
 }
 

@@ -240,7 +240,7 @@ func (r *replayer) sortSegments() {
 		case refs == 0:
 			r.c.bumpGeneration(seg)
 			s.addFree(seg)
-		case r.fill[i] < ondisk.SegmentData:
+		case r.fill[i] < ondisk.SegmentData && !s.all[i].bad.Load():
 			s.resumable = append(s.resumable, resumable{seg, r.fill[i]})
 		}
 	}

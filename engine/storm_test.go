@@ -202,8 +202,10 @@ func (s storm) run(t *testing.T, seed uint64) {
 	if err := r.kill(); err != nil {
 		t.Fatal(err)
 	}
-	disk = disk.Crash()
-	defer disk.Close()
+	after := disk.Crash()
+	disk.Close()
+	defer after.Close()
+	disk = after
 	buf := make([]byte, 1<<20)
 	for off := int64(0); off < disk.Size(); off += int64(len(buf)) {
 		disk.ReadAt(buf, off)

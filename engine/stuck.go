@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -34,10 +35,11 @@ type stuck struct {
 }
 
 // putBack keeps the parts that were stuck before for another time, after a
-// round that has moved nothing.
-func (w *writeback) putBack(parts []part) {
+// round that has moved nothing because of err.
+func (w *writeback) putBack(parts []part, err error) {
 	for _, p := range parts {
 		if p.wait > 0 {
+			p.err = cmp.Or(p.err, err)
 			w.stuck = append(w.stuck, stuck{p, time.Now().Add(p.wait)})
 		}
 	}
@@ -161,8 +163,8 @@ func (c *Cache) relogStuck() (passed bool, err error) {
 		oldest = min(oldest, p.key.keys)
 	}
 	// As many keys again, or more, would only let the log grow, unless it
-	// cannot be read there.
-	tooMany := func(n int) bool { return w.at.keys-oldest <= uint64(n) && c.hurt.Load() == nil }
+	// cannot be read there and is about to begin anew.
+	tooMany := func(n int) bool { return w.at.keys-oldest <= uint64(n) && (c.hurt.Load() == nil || w.sweep.on) }
 	if tooMany(len(parts)) { // each has one or more, and their checksums take time
 		return false, nil
 	}

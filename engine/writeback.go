@@ -186,6 +186,11 @@ func (w *writeback) demand(until uint64) {
 // It stays dirty, and write-back goes on trying.
 func (c *Cache) Flush(ctx context.Context) error {
 	w := flushWaiter{done: make(chan error, 1)}
+	select {
+	case <-c.stop: // the cache may be another's by now
+		return ErrStopped
+	default:
+	}
 	c.writeback.mu.Lock()
 	// In this order: what is stuck is logged again before dirty_tail passes its
 	// old keys, so a head that was read first might lie before the new ones.
@@ -265,9 +270,7 @@ func (c *Cache) writebackLoop() {
 		if written != seen {
 			seen, since = written, now
 		}
-		if w.nextTurn() {
-			w.retryNow()
-		}
+		again := w.nextTurn()
 		if w.pressed.Swap(false) && len(w.stuck) > 0 && c.failure() == nil {
 			passed, err := c.relogStuck()
 			if err != nil {
@@ -277,6 +280,9 @@ func (c *Cache) writebackLoop() {
 			if passed {
 				c.gc.kick()
 			}
+		}
+		if again {
+			w.retryNow()
 		}
 		idleAt, dirty := since.Add(idleAfter), w.at.ksets < written
 		collect := dirty && (w.at.ksets < w.want.Load() || !now.Before(idleAt))
@@ -365,12 +371,12 @@ func (c *Cache) round(collect bool) error {
 	if err := c.persist(); err != nil {
 		err = fmt.Errorf("sync the log for write-back: %w", err)
 		c.fail(err)
-		w.putBack(w.parts[:retried])
+		w.putBack(w.parts[:retried], err)
 		return err
 	}
 	slices.SortFunc(w.parts, func(a, b part) int { return cmp.Compare(a.off, b.off) })
 	if err := c.writeParts(); err != nil {
-		w.putBack(w.parts)
+		w.putBack(w.parts, err)
 		return err
 	}
 	// Before dirty_tail moves: after that a part's place may soon be another's.

@@ -52,6 +52,7 @@ type server struct {
 	ublk   *ublk.Device
 
 	foreground bool
+	signals    chan os.Signal // that ask for the device to go
 
 	clients   chan struct{} // one for each command that is being served
 	upgrading sync.Mutex
@@ -62,10 +63,16 @@ type server struct {
 }
 
 func unstarted(o serveOptions) *server {
-	return &server{
+	s := &server{
 		dev: o.Device, foreground: o.Foreground,
+		signals: make(chan os.Signal, 1),
 		clients: make(chan struct{}, maxClients),
 	}
+	// From the beginning: a server that has taken a device over is not to die of
+	// one.
+	signal.Notify(s.signals, os.Interrupt, syscall.SIGTERM)
+	signal.Ignore(syscall.SIGHUP)
+	return s
 }
 
 // start brings a device up, or leaves nothing behind. Everything that can be
@@ -222,9 +229,6 @@ const endStep = 250 * time.Millisecond
 // has an answer. A signal asks for the device to go; that happens as soon as
 // nobody uses it.
 func (s *server) wait() {
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	signal.Ignore(syscall.SIGHUP)
 	var again <-chan time.Time
 	for told := false; ; told = true {
 		select {
@@ -234,7 +238,7 @@ func (s *server) wait() {
 				s.clients <- struct{}{}
 			}
 			return
-		case <-signals:
+		case <-s.signals:
 		case <-again:
 		}
 		if _, err := s.remove(false); err != nil && !told {
@@ -291,7 +295,9 @@ func (s *server) remove(force bool) (left []string, err error) {
 	}
 	s.removal.done = true // whatever comes now
 	defer time.AfterFunc(removalPatience, s.cache.Abort).Stop()
-	if err = s.cache.Close(); errors.Is(err, engine.ErrAborted) {
+	failed := s.cache.Status().State == engine.Failed
+	// What is wrong with the cache already is no reason for its device to stay.
+	if err = s.cache.Close(); failed || errors.Is(err, engine.ErrAborted) {
 		err = nil
 	}
 	deleted, ok := inTime(s.ublk.Delete)

@@ -105,9 +105,19 @@ func (s *server) upgrade() (reply, error) {
 		return reply{}, fmt.Errorf("device %d: an upgrade is under way already", s.dev.ID)
 	}
 	defer s.upgrading.Unlock()
+	if err := s.ublk.CanLetGo(); err != nil {
+		return reply{}, fmt.Errorf("device %d: %w (del and add it, or end its server and recover)", s.dev.ID, err)
+	}
+	if waiting := s.disk.Waiting(); waiting > hangsAfter {
+		return reply{}, fmt.Errorf("device %d: backing device %s has not answered for %v, the old server goes on", s.dev.ID, s.dev.Backing, waiting.Round(time.Second))
+	}
 	head, err := s.cache.Rest()
 	if err != nil {
-		s.cache.Resume()
+		s.removal.Lock()
+		defer s.removal.Unlock()
+		if !s.removal.done {
+			s.cache.Resume()
+		}
 		return reply{}, fmt.Errorf("device %d cannot be handed over: %w", s.dev.ID, err)
 	}
 	n, err := s.startNext(head)
@@ -119,6 +129,9 @@ func (s *server) upgrade() (reply, error) {
 	if err == nil && s.removal.done {
 		err = errors.New("the device has been removed meanwhile")
 	}
+	if err == nil {
+		_, err = s.cache.Rest() // it may have failed meanwhile
+	}
 	if err != nil {
 		n.kill()
 		if !s.removal.done {
@@ -129,7 +142,10 @@ func (s *server) upgrade() (reply, error) {
 	}
 	began := time.Now()
 	s.ublk.LetGo()
-	err = json.NewEncoder(n.gate).Encode(s.cache.Retire())
+	last, err := s.cache.Retire()
+	if err == nil {
+		err = json.NewEncoder(n.gate).Encode(last)
+	}
 	if err == nil {
 		err = n.expect(live)
 	}
@@ -209,11 +225,12 @@ func (n *next) expect(want string) error {
 	}
 }
 
-// kill ends a new server, as far as there is one.
+// kill ends a new server, as far as there is one. It may be waiting for the disk
+// and so not end at once, but does nothing any more.
 func (n *next) kill() {
 	if n.cmd != nil {
 		n.cmd.Process.Kill()
-		n.cmd.Wait()
+		go n.cmd.Wait()
 	}
 	n.answers.Close()
 	n.gate.Close()
@@ -245,11 +262,11 @@ func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 		return nil, err
 	}
 	fmt.Fprintln(tell, prepared)
-	var head engine.Head
-	if err := json.NewDecoder(inherited(gateFD, "gate")).Decode(&head); err != nil {
+	var last engine.Retired
+	if err := json.NewDecoder(inherited(gateFD, "gate")).Decode(&last); err != nil {
 		return nil, fmt.Errorf("the old server has changed its mind: %w", err)
 	}
-	if s.cache, err = follower.TakeOver(head); err != nil {
+	if s.cache, err = follower.TakeOver(last); err != nil {
 		return nil, fmt.Errorf("cache %s: %w", s.dev.PMEM, err)
 	}
 	if s.ublk, err = device.TakeOver(s.handler); err != nil {
