@@ -455,7 +455,8 @@ func (r *repairer) leftOf(d *Damage) (left Ranges) {
 		switch {
 		case err == nil && le.Uint64(buf[8:]) == ksetMagic:
 			off += KsetHeaderSize
-		case err == nil && k.Validate(uint32(len(r.l.Chain))) == nil && k.Gen == r.l.Gens[k.Seg] && le.Uint32(buf[36:]) == 0:
+		case err == nil && k.Validate(uint32(len(r.l.Chain))) == nil && k.Gen == r.l.Gens[k.Seg] && le.Uint32(buf[36:]) == 0 &&
+			(r.l.Identity == nil || k.Off+uint64(k.Len) <= uint64(r.l.Identity.BackingSize)):
 			if k.Flags&KeyClean == 0 {
 				left.Add(int64(k.Off), int64(k.Len))
 			}
