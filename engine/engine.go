@@ -359,25 +359,11 @@ var errStopWalk = errors.New("far enough")
 // walk visits the ksets of [from, to), both of which are places that the log
 // came through, until visit returns false. after is where the kset ends.
 func (c *Cache) walk(from, to ondisk.Position, visit func(k *ondisk.Kset, after ondisk.Position) bool) *ondisk.Damage {
-	if from == to {
-		return nil
-	}
-	end, err := c.layout.WalkLog(c.mem, from, func(at ondisk.Position, k *ondisk.Kset) error {
-		after := ondisk.Position{Seg: at.Seg, Off: at.Off + k.Size()}
-		if k.Last {
-			after = ondisk.Position{Seg: k.Next}
-		}
-		if !visit(k, after) || after == to {
+	damage, _ := c.layout.WalkTo(c.mem, from, to, func(k *ondisk.Kset, after ondisk.Position) error {
+		if !visit(k, after) {
 			return errStopWalk
 		}
 		return nil
 	})
-	switch {
-	case err == errStopWalk:
-		return nil
-	case end.Damage != nil:
-		return end.Damage
-	default:
-		return &ondisk.Damage{At: end.Pos, Cause: fmt.Errorf("%w: it ends there, before %v", ErrLogLost, to)}
-	}
+	return damage
 }

@@ -23,8 +23,6 @@ var (
 
 // Errors of the cache's own work.
 var (
-	// ErrLogLost: a part of the log that was read before is gone.
-	ErrLogLost = errors.New("the log cannot be read")
 	// ErrUnaligned: dirty data that the backing device cannot take because its
 	// blocks are larger, from a cache that was filled in front of another one.
 	ErrUnaligned = errors.New("dirty data does not fill the blocks of the backing device")

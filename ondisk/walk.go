@@ -76,6 +76,36 @@ func (l *Layout) WalkLog(r io.ReaderAt, from Position, visit func(at Position, k
 	return end, nil
 }
 
+// WalkTo visits the ksets of [from, to) of a log that is being written, both of
+// which are places that it came through, until visit returns an error. What it
+// cannot get past is damage; it does not look at what lies behind, where somebody
+// may be writing.
+func (l *Layout) WalkTo(r io.ReaderAt, from, to Position, visit func(k *Kset, after Position) error) (*Damage, error) {
+	if from == to {
+		return nil, nil
+	}
+	w := &walker{l: l, r: r}
+	w.start(from)
+	cause, err := w.run(func(at Position, k *Kset) error {
+		after := k.after(at)
+		if err := visit(k, after); err != nil {
+			return err
+		}
+		if after == to {
+			return errFound
+		}
+		return nil
+	})
+	switch err {
+	case nil:
+		return &Damage{At: w.pos, Cause: cause}, nil
+	case errFound:
+		return nil, nil
+	default:
+		return nil, err
+	}
+}
+
 // walkOn is WalkLog that goes on behind damage, wherever the log is found to.
 func (l *Layout) walkOn(r io.ReaderAt, from Position, visit func(at Position, k *Kset) error) {
 	begun := map[Position]bool{}
