@@ -1,7 +1,10 @@
 package engine
 
 import (
+	"context"
+	"errors"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -75,4 +78,59 @@ func TestKeyTailBeforeGenerations(t *testing.T) {
 	if err := r.kill(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestOlderKeyTail: with the newer copy of key_tail lost, the log is read from
+// where the other one says. What overwrote data that is still in the cache has
+// gone from it since, and the data does not come back for that.
+func TestOlderKeyTail(t *testing.T) {
+	const megabyte, kept = 1 << 20 >> sectorShift, 48 << 20 >> sectorShift
+	m := pmem.NewFake(ondisk.MinSize)
+	formatSmall(t, m, 8, false, 0)
+	disk := backing.NewFake(64<<20, sectorSize, 1)
+	defer disk.Close()
+	badBlocks(disk, kept, 1)
+	r := newRig(t, m, disk, 2)
+	begin := r.tails.keyTail()
+	write := func(queue int, lba int64, sectors int, version uint64) {
+		t.Helper()
+		if err := r.do(queue, &Request{Op: Write, Off: lba * sectorSize, Buf: stamped(lba, sectors, version)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(0, 0, 8, 1)
+	write(1, 0, 8, 2)
+	overwritten := r.index.span(0, 8).partsLocked(nil, func(extent) bool { return true })[0].seg
+	for i := range int64(16) { // the second queue leaves its segment
+		write(1, (16+i)*megabyte, megabyte, 2)
+	}
+	write(0, kept, 1, 3) // in the segment of the first write; the disk refuses it
+	if err := r.Flush(context.Background()); !errors.Is(err, syscall.EIO) {
+		t.Fatal(err)
+	}
+	within(t, "collecting the overwritten segment", func() {
+		for r.segments.all[overwritten].gen.Load() == r.layout.Gens[overwritten] {
+			time.Sleep(time.Millisecond)
+		}
+	})
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+	l, err := ondisk.ReadLayout(m, m.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var buf [ondisk.PositionSize]byte
+	at := l.KeyTailCopies.Newest.Next()
+	store(t, m, buf[:], ondisk.EncodePosition(buf[:], ondisk.KeyTail, at, begin))
+	r = newRig(t, m, disk, 2)
+	for lba := range int64(8) {
+		if v := r.version(t, lba); v != 2 {
+			t.Errorf("sector %d has version %d", lba, v)
+		}
+	}
+	if v := r.version(t, kept); v != 3 {
+		t.Errorf("sector %d has version %d", kept, v)
+	}
+	r.kill()
 }

@@ -818,6 +818,7 @@ type reading struct {
 	overlap bool // keys share data
 	log     map[uint32]bool
 	keys    []readKey // the living ones, in the log's order
+	dead    []readKey // the others
 	known   map[int64]*readSector
 }
 
@@ -825,6 +826,7 @@ type readKey struct {
 	ondisk.Key
 	dirty bool
 	crc   int // 1 right, -1 wrong, 0 not looked at yet
+	after int // living ones that come before it in the log
 }
 
 func (k *readKey) span() (from, to int64) {
@@ -957,6 +959,7 @@ func (r *reading) key(k *ondisk.Key, dirty bool) error {
 		int64(k.Seg) >= int64(len(r.layout.Chain)), int64(k.SegOff)+int64(k.Len) > ondisk.SegmentData:
 		return fmt.Errorf("%+v is impossible", *k)
 	case k.Gen < r.layout.Gens[k.Seg]:
+		r.dead = append(r.dead, readKey{Key: *k, after: len(r.keys)})
 		return nil
 	case k.Gen > r.layout.Gens[k.Seg], end > uint64(r.disk)*sectorSize:
 		return fmt.Errorf("%+v is not of this cache", *k)
@@ -973,8 +976,15 @@ func (r *reading) sector(s int64) *readSector {
 	}
 	w := &readSector{}
 	r.known[s] = w
-	for i := len(r.keys) - 1; i >= 0 && w.key == nil; i-- {
-		if from, to := r.keys[i].span(); from <= s && s < to {
+	covers := func(k *readKey) bool { from, to := k.span(); return from <= s && s < to }
+	buried := 0
+	for i := range r.dead {
+		if covers(&r.dead[i]) {
+			buried = r.dead[i].after
+		}
+	}
+	for i := len(r.keys) - 1; i >= buried && w.key == nil; i-- {
+		if covers(&r.keys[i]) {
 			w.key = &r.keys[i]
 		}
 	}

@@ -10,9 +10,11 @@ import (
 )
 
 // replay rebuilds the index from the log: later keys override earlier ones,
-// and what lies before dirty_tail, or is flagged clean, is clean. A key whose
-// generation has passed is dead and not even looked at: its data may be
-// somebody else's by now.
+// and what lies before dirty_tail, or is flagged clean, is clean. The data of a
+// key whose generation has passed may be somebody else's by now: that key is
+// dead. But it overrides earlier ones as well, whose data may still be there: a
+// key that died was on the disk before. There are such keys where only an older
+// copy of key_tail can be read, or where the kernel was cut off in its gc.
 //
 // The data itself is not looked at, except for what no sync of the region has
 // covered: whoever uses it verifies it.
@@ -185,12 +187,19 @@ func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 
 func (r *replayer) key(k *ondisk.Key) error {
 	c := r.c
+	beyond := int64(k.Off)+int64(k.Len) > c.disk.Size()
 	switch gen := c.layout.Gens[k.Seg]; {
+	case k.Gen < gen && beyond:
+		return nil
 	case k.Gen < gen:
+		s, _ := c.keySpan(k)
+		s.sh.Lock()
+		s.cutLocked()
+		s.sh.Unlock()
 		return nil
 	case k.Gen > gen:
 		return fmt.Errorf("%w: %d of segment %d, which is at %d", ErrKeyGeneration, k.Gen, k.Seg, gen)
-	case int64(k.Off)+int64(k.Len) > c.disk.Size():
+	case beyond:
 		return fmt.Errorf("%w: data up to %d, device of %d bytes", ErrDiskTooSmall, k.Off+uint64(k.Len), c.disk.Size())
 	}
 	c.segments.all[k.Seg].refs.Add(1)
