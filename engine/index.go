@@ -122,6 +122,9 @@ func (s span) cutLocked() {
 // each other.
 func (s span) setLocked(e extent) {
 	e.off, e.n = s.off, s.n
+	if s.replaceLocked(e) {
+		return
+	}
 	s.cutLocked()
 	s.sh.countLocked(e, 1)
 	c := s.seekLocked(s.end())
@@ -140,6 +143,27 @@ func (s span) setLocked(e extent) {
 		}
 	}
 	insert(&s.sh.slab, s.root, e)
+}
+
+// replaceLocked puts e in the place of an extent with the same bounds, and
+// reports whether that is all there is to do. Most writes are such, to blocks
+// that were written before: they come down the tree once instead of four times.
+func (s span) replaceLocked(e extent) bool {
+	c := s.seekLocked(s.off)
+	if !c.ok() || c.at().off != e.off || c.at().n != e.n {
+		return false
+	}
+	if before, ok := c.before(); ok && before.abuts(e) {
+		return false
+	}
+	if after, ok := c.after(); ok && e.abuts(after) {
+		return false
+	}
+	old := c.at()
+	s.sh.sectorsLocked(*old, -int64(old.n))
+	s.sh.sectorsLocked(e, int64(e.n))
+	*old = e
+	return true
 }
 
 // place is where the sectors of a key are: the segment, and the distance from

@@ -246,8 +246,9 @@ func seek(s *slab, root uint32, off uint16) cursor {
 	if c.depth == 0 {
 		return c
 	}
-	if before := c; before.prev() && before.at().end() > off {
-		return before
+	if e, ok := c.before(); ok && e.end() > off {
+		c.prev()
+		return c
 	}
 	if !c.ok() {
 		c.nextLeaf()
@@ -311,6 +312,31 @@ func (c *cursor) prev() bool {
 		return true
 	}
 	return false
+}
+
+// before returns the extent before the cursor's place, if there is one.
+func (c *cursor) before() (e extent, ok bool) {
+	p := &c.path[c.depth-1]
+	if p.i > 0 {
+		return *c.slab.at(p.id).at(p.i - 1), true
+	}
+	if there := *c; there.prev() {
+		return *there.at(), true
+	}
+	return extent{}, false
+}
+
+// after returns the extent after the cursor's, if there is one.
+func (c *cursor) after() (e extent, ok bool) {
+	p := &c.path[c.depth-1]
+	if nd := c.slab.at(p.id); p.i+1 < nd.n() {
+		return *nd.at(p.i + 1), true
+	}
+	there := *c
+	if there.next(); there.ok() {
+		return *there.at(), true
+	}
+	return extent{}, false
 }
 
 // insert adds an extent that overlaps none.
