@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -143,15 +144,73 @@ func Features() (uint64, error) {
 
 // stopUnused stops a device, unless it is in use or force is set.
 //
+// Whether it is in use can only be told while nobody is just opening it, and so
+// the kernel does when it looks for partitions, right after the start. If the
+// server has died under that, the kernel's read waits for the next server, and
+// whoever asks about the disk waits for the read, deaf to signals. Nobody else
+// gets in meanwhile, so that looking around is enough; the stop then makes the
+// read fail, and with it the waiting end.
+func (c *control) stopUnused(id uint32, force bool) error {
+	if force {
+		return c.stop(id)
+	}
+	served, err := c.served(id)
+	if err != nil {
+		return err
+	}
+	if !served {
+		if err := lookUnused(id); err != nil {
+			return deviceError("stop", id, err)
+		}
+	}
+	stopped := make(chan error, 1)
+	go func() { stopped <- c.stopIfUnused(id) }()
+	for {
+		select {
+		case err := <-stopped:
+			return err
+		case <-time.After(openPatience):
+			if err := stopUnopened(id); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// openPatience is much more than opening a disk takes that is served.
+const openPatience = time.Second
+
+// stopUnopened stops a device that somebody has been opening for long, if that is
+// for want of a server. This takes a control of its own: the other one waits.
+func stopUnopened(id uint32) error {
+	c, err := openControl()
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	served, err := c.served(id)
+	if err != nil || served {
+		return err
+	}
+	if err := lookUnused(id); err != nil {
+		return deviceError("stop", id, err)
+	}
+	return c.stop(id)
+}
+
+func (c *control) served(id uint32) (bool, error) {
+	info, err := c.info(id)
+	return State(info.state) != Quiesced, err
+}
+
+// stopIfUnused stops a device or returns ErrInUse.
+//
 // Since 7.0 the driver can do that in one step. Before, we look first: at an
 // exclusive claim (a mount, swap, a device on top) by trying to make one, at
 // ordinary openers by going through all processes' descriptors. Somebody can
 // come in between, and a process in another mount namespace may call the disk
 // differently; that leaves them where force would.
-func (c *control) stopUnused(id uint32, force bool) error {
-	if force {
-		return c.stop(id)
-	}
+func (c *control) stopIfUnused(id uint32) error {
 	have, err := c.features()
 	if err != nil {
 		return err
@@ -176,7 +235,39 @@ func checkUnused(disk string) error {
 		return fmt.Errorf("open %s: %w", disk, err)
 	}
 	unix.Close(fd)
+	return checkOpeners(disk)
+}
 
+// lookUnused returns ErrInUse for a disk of which the system tells without asking
+// the disk that it is mounted, claimed by a device on top, swapped to or open.
+func lookUnused(id uint32) error {
+	disk := diskPath(id)
+	on := func(name string) bool { return name == disk || strings.HasPrefix(name, disk+"p") }
+	block := "/sys/block/" + filepath.Base(disk)
+	for _, pattern := range []string{block + "/holders/*", block + "/*/holders/*"} {
+		if holders, _ := filepath.Glob(pattern); len(holders) > 0 {
+			return fmt.Errorf("%w (%s is on top of %s)", ErrInUse, filepath.Base(holders[0]), disk)
+		}
+	}
+	tables, err := filepath.Glob("/proc/[0-9]*/mounts")
+	if err != nil {
+		return err
+	}
+	for _, table := range append(tables, "/proc/swaps") {
+		text, err := os.ReadFile(table) // an error means that the process has ended meanwhile
+		if err != nil {
+			continue
+		}
+		for line := range strings.Lines(string(text)) {
+			if f := strings.Fields(line); len(f) > 0 && on(f[0]) {
+				return fmt.Errorf("%w (%s is in %s)", ErrInUse, f[0], table)
+			}
+		}
+	}
+	return checkOpeners(disk)
+}
+
+func checkOpeners(disk string) error {
 	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
 	if err != nil {
 		return err

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -169,6 +171,40 @@ func TestDeadServer(t *testing.T) {
 	if err := Remove(s.id, false); !errors.Is(err, ErrNoDevice) {
 		t.Errorf("Remove of no device: %v", err)
 	}
+}
+
+// TestRemoveUnderPartitionScan: a device can be removed whose server died while
+// the kernel was looking for partitions. Where it does that in START_DEV, before
+// 6.18, there is no device yet.
+func TestRemoveUnderPartitionScan(t *testing.T) {
+	if have, err := Features(); err != nil || have&featureSafeStopDev == 0 {
+		t.Logf("features %#x, %v: no such device", have, err)
+		return
+	}
+	s := spawn(t, "mute", store(t))
+	for { // until the kernel waits for an answer
+		text, err := os.ReadFile(fmt.Sprintf("/sys/block/ublkb%d/inflight", s.id))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasPrefix(strings.TrimSpace(string(text)), "0") {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	s.Process.Kill()
+	s.Wait()
+	removed := make(chan error, 1)
+	go func() { removed <- Remove(s.id, false) }()
+	select {
+	case err := <-removed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("Remove waits for the partition scan")
+	}
+	requireNone(t)
 }
 
 // TestRecoverShortOfDescriptors: a recovery that fails leaves the disk waiting

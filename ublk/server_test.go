@@ -57,6 +57,8 @@ func serveProcess(args []string) error {
 		r.Device, err = Add(cfg, func(q *Queue) Handler {
 			return &ramdisk{q: q, mem: r.mem, late: make(chan Request, q.Depth())} // nobody finishes those
 		}, fatal)
+	case "mute":
+		r.Device, err = Add(twoQueues, func(*Queue) Handler { return mute{} }, fatal)
 	case "recover":
 		var id int
 		if id, err = strconv.Atoi(args[2]); err != nil {
@@ -79,6 +81,12 @@ func serveProcess(args []string) error {
 	}
 	return r.Delete()
 }
+
+// mute is a handler that answers nothing.
+type mute struct{}
+
+func (mute) Submit(*Request)                     {}
+func (mute) Turn(done []Completion) []Completion { return done }
 
 type server struct {
 	*exec.Cmd
