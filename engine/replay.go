@@ -187,9 +187,8 @@ func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 
 func (r *replayer) key(k *ondisk.Key) error {
 	c := r.c
-	beyond := int64(k.Off)+int64(k.Len) > c.disk.Size()
 	switch gen := c.layout.Gens[k.Seg]; {
-	case k.Gen < gen && beyond:
+	case k.Gen < gen && int64(k.Off) >= c.disk.Size():
 		return nil
 	case k.Gen < gen:
 		s, _ := c.keySpan(k)
@@ -199,7 +198,7 @@ func (r *replayer) key(k *ondisk.Key) error {
 		return nil
 	case k.Gen > gen:
 		return fmt.Errorf("%w: %d of segment %d, which is at %d", ErrKeyGeneration, k.Gen, k.Seg, gen)
-	case beyond:
+	case int64(k.Off)+int64(k.Len) > c.disk.Size():
 		return fmt.Errorf("%w: data up to %d, device of %d bytes", ErrDiskTooSmall, k.Off+uint64(k.Len), c.disk.Size())
 	}
 	c.segments.all[k.Seg].refs.Add(1)
