@@ -70,6 +70,7 @@ soak:
 	go test -count=1 -timeout 0 -v ./engine -run '^TestLinearizable$$' -linear.rounds=500
 	go test -count=1 -tags vm -timeout 0 -v ./tests -run 'TestPowerCutOfFiles$$' -cut.rounds=50
 	go test -count=1 -timeout 0 ./cmd/ublk-pcache -run '^$$' -fuzz FuzzControl -fuzztime 5m
+	$(storm) -guest '^TestUpgrade$$' -guest.flag=-upgrades=20
 	$(storm) -guest '^TestServerKilled$$' -guest.flag=-storm.kills=150
 	$(storm) -guest '^TestKilledComingAndGoing$$' -guest.flag=-storm.kills=200
 	$(storm) -guest '^(TestAddAndDelLeaveNothing|TestServerStaysTheSame)$$' -guest.flag=-leak.cycles=200

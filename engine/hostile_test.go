@@ -39,6 +39,7 @@ var (
 
 // TestKnownForgeries opens each of them in every kind of cache.
 func TestKnownForgeries(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop()
 	for i, known := range forgeries {
 		t.Run(known.name, func(t *testing.T) {

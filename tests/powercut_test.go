@@ -52,7 +52,7 @@ func TestPowerCut(t *testing.T) {
 					t.Fatal(err)
 				}
 				if n < len(chain.sides)-1 {
-					l.requests = 200 + rnd.Int64N(3000)
+					l.requests = 200 + rnd.Int64N(1500)
 				}
 				l.args = []string{
 					"guest.test", "-test.v", "-test.run=^TestAroundPowerCuts$", fmt.Sprintf("-seed=%d", rnd.Uint64()|1),

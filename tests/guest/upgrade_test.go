@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"flag"
 	"math/rand/v2"
 	"os"
 	"regexp"
@@ -13,8 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// upgrades is how often the server is replaced.
-const upgrades = 5
+var upgrades = flag.Int("upgrades", 3, "how often the server is replaced")
 
 // The server is replaced in the middle of writes, again and again. In between the installed program is one that does not
 // work: as long as the old server can go on it does, and after that the device waits to be recovered.
@@ -23,7 +23,7 @@ func TestUpgrade(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(*seed, 0))
 	pause := func() { time.Sleep(time.Duration(500+rnd.IntN(1500)) * time.Millisecond) }
 	underLoad(t, func(d device) {
-		for range upgrades {
+		for range *upgrades {
 			pause()
 			before := d.entry(t).PID
 			out := pcache(t, "upgrade", d.id)
