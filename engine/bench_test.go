@@ -350,7 +350,6 @@ func BenchmarkReplay(b *testing.B) {
 		x.end(b)
 		b.ResetTimer()
 		for left := b.N; left > 0; left -= keys {
-			x.disk.close()
 			x.start(b, 1)
 			b.StopTimer()
 			x.end(b)

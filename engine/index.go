@@ -122,7 +122,7 @@ func (s span) cutLocked() {
 // each other.
 func (s span) setLocked(e extent) {
 	e.off, e.n = s.off, s.n
-	if s.replaceLocked(e) {
+	if s.setAtOnceLocked(e) {
 		return
 	}
 	s.cutLocked()
@@ -145,18 +145,44 @@ func (s span) setLocked(e extent) {
 	insert(&s.sh.slab, s.root, e)
 }
 
-// replaceLocked puts e in the place of an extent with the same bounds, and
-// reports whether that is all there is to do. Most writes are such, to blocks
-// that were written before: they come down the tree once instead of four times.
-func (s span) replaceLocked(e extent) bool {
-	c := s.seekLocked(s.off)
-	if !c.ok() || c.at().off != e.off || c.at().n != e.n {
+// setAtOnceLocked does what setLocked is to do and reports true, or nothing, where
+// one way down the tree is not enough: where extents are cut, or joined with the
+// one behind. Writers and replay mostly overwrite the same blocks, come to new
+// ones, or go on where they left off.
+func (s span) setAtOnceLocked(e extent) bool {
+	c := descend(&s.sh.slab, s.root, s.off)
+	if c.depth == 0 {
 		return false
 	}
+	before, follows := c.before()
+	if follows && before.off == e.off && before.n == e.n {
+		c.prev()
+		return s.replaceLocked(c, e)
+	}
+	if follows && before.end() > e.off {
+		return false
+	}
+	if after, ok := c.from(0); ok && (after.off < e.end() || e.abuts(after)) {
+		return false
+	}
+	if follows && before.abuts(e) {
+		c.prev()
+		c.at().n += e.n
+		s.sh.sectorsLocked(e, int64(e.n))
+		return true
+	}
+	c.insert(e)
+	s.sh.countLocked(e, 1)
+	return true
+}
+
+// replaceLocked puts e in the place of an extent with the same bounds, unless it
+// is to be joined with a neighbour.
+func (s span) replaceLocked(c cursor, e extent) bool {
 	if before, ok := c.before(); ok && before.abuts(e) {
 		return false
 	}
-	if after, ok := c.after(); ok && e.abuts(after) {
+	if after, ok := c.from(1); ok && e.abuts(after) {
 		return false
 	}
 	old := c.at()

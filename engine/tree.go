@@ -326,14 +326,15 @@ func (c *cursor) before() (e extent, ok bool) {
 	return extent{}, false
 }
 
-// after returns the extent after the cursor's, if there is one.
-func (c *cursor) after() (e extent, ok bool) {
+// from returns the extent n, 0 or 1, behind the cursor's place, if there is one.
+func (c *cursor) from(n int) (e extent, ok bool) {
 	p := &c.path[c.depth-1]
-	if nd := c.slab.at(p.id); p.i+1 < nd.n() {
-		return *nd.at(p.i + 1), true
+	if nd := c.slab.at(p.id); p.i+n < nd.n() {
+		return *nd.at(p.i + n), true
 	}
 	there := *c
-	if there.next(); there.ok() {
+	there.path[c.depth-1].i += n
+	if there.nextLeaf(); there.ok() {
 		return *there.at(), true
 	}
 	return extent{}, false
@@ -348,8 +349,11 @@ func insert(s *slab, root uint32, e extent) {
 		s.at(id).insert(0, e)
 		return
 	}
-	c.insertAt(c.depth-1, c.path[c.depth-1].i, e)
+	c.insert(e)
 }
+
+// insert adds an extent at the cursor's place, where descend has put it for that.
+func (c *cursor) insert(e extent) { c.insertAt(c.depth-1, c.path[c.depth-1].i, e) }
 
 // insertAt puts e at place i of the node at depth d. A root that is full gets
 // a larger size. A node of the largest gives its upper half to a new right
