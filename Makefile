@@ -7,7 +7,7 @@ SHELL := /bin/bash
 # The race detector is linked by gcc; the program itself never is.
 export CGO_ENABLED = 0
 
-.PHONY: build install demo test vet unit race arm64 vm soak
+.PHONY: build install demo test vet unit race arm64 vm soak bench bench-report
 
 build:
 	go build -o bin/ublk-pcache ./cmd/ublk-pcache
@@ -75,3 +75,13 @@ soak:
 	$(storm) -guest '^TestKilledComingAndGoing$$' -guest.flag=-storm.kills=200
 	$(storm) -guest '^(TestAddAndDelLeaveNothing|TestServerStaysTheSame)$$' -guest.flag=-leak.cycles=200
 	$(storm) -guest '^TestBadDisk$$' -guest.flag=-disk.hang=60s
+
+# Each round runs all of them once, so that what slows the machine down for a while slows down everything alike.
+bench:
+	@mkdir -p bin
+	{ echo "date: $$(date -u +%F)"; echo "kernel: $$(uname -sr)"; echo "go: $$(go env GOVERSION)"; \
+	  for round in 1 2 3 4 5; do go test -run '^$$' -bench . -benchtime 0.2s -timeout 30m ./engine; done; } | tee bin/bench.txt
+
+bench-report:
+	go run ./tests/bench bin/bench.txt > bin/benchmarks.md
+	mv bin/benchmarks.md docs/benchmarks.md
