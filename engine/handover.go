@@ -157,6 +157,7 @@ func (f *Follower) advance(to ondisk.Position) (err error) {
 		f.at = after
 		return err == nil
 	})
+	f.r.index.finish()
 	if damage != nil {
 		err = damage
 	}

@@ -30,6 +30,7 @@ func (c *Cache) replay(choice Choice) error {
 	l := c.layout
 	r := newReplayer(c)
 	end, err := l.WalkLog(c.mem, l.KeyTail, r.kset)
+	r.index.finish()
 	torn := err == errTorn
 	if err != nil && !torn {
 		return err
@@ -116,6 +117,7 @@ type replayer struct {
 	ksets   uint64 // so far
 	keys    uint64 // likewise
 	clean   mark   // before dirty_tail
+	index   spread
 	fill    []uint32
 	log     []bool
 	sums    map[uint32][]named
@@ -192,9 +194,7 @@ func (r *replayer) key(k *ondisk.Key) error {
 		return nil
 	case k.Gen < gen:
 		s, _ := c.keySpan(k)
-		s.sh.Lock()
-		s.cutLocked()
-		s.sh.Unlock()
+		r.index.add(k, placed{s: s, dead: true})
 		return nil
 	case k.Gen > gen:
 		return fmt.Errorf("%w: %d of segment %d, which is at %d", ErrKeyGeneration, k.Gen, k.Seg, gen)
@@ -213,9 +213,7 @@ func (r *replayer) key(k *ondisk.Key) error {
 		})
 	}
 	s, p := c.keySpan(k)
-	s.sh.Lock()
-	s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: flags})
-	s.sh.Unlock()
+	r.index.add(k, placed{s: s, e: extent{seg: p.seg, pos: s.off + p.delta, flags: flags}})
 	return nil
 }
 
