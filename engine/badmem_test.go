@@ -135,7 +135,6 @@ func (s *scene) copies(l *ondisk.Layout) map[string][2]int64 {
 // TestBadMemoryAtRest takes each structure away from a cache that is then
 // opened. What the cache says and what check says name the same place.
 func TestBadMemoryAtRest(t *testing.T) {
-	t.Parallel()
 	for _, crc := range []bool{false, true} {
 		for _, durable := range []bool{false, true} {
 			t.Run(fmt.Sprintf("crc=%t,durable=%t", crc, durable), func(t *testing.T) { newScene(t, crc, durable).atRest(t) })
@@ -349,7 +348,6 @@ func (l *load) read(r *rig, i int, known []BadPlace) error {
 
 // TestBadMemoryUnderLoad takes each structure away from a cache that works.
 func TestBadMemoryUnderLoad(t *testing.T) {
-	t.Parallel()
 	seed := *stormSeed
 	if seed == 0 {
 		seed = rand.Uint64()
@@ -501,7 +499,6 @@ func TestBadMemoryUnderLoad(t *testing.T) {
 // TestHiddenKeys: what keys that cannot be read named is not served from segments
 // that have been used again since, and these are, all but the bad one.
 func TestHiddenKeys(t *testing.T) {
-	t.Parallel()
 	mem := pmem.NewFake(ondisk.MinSize)
 	formatSmall(t, mem, 6, false, 70)
 	disk := backing.NewFake(64<<20, 512, 1)

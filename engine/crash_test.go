@@ -54,7 +54,6 @@ const (
 )
 
 func TestCrashStates(t *testing.T) {
-	t.Parallel()
 	x := &explorer{t: t, seed: *crashSeed, want: *crashStates, failed: make(chan struct{})}
 	if x.seed == 0 {
 		x.seed = rand.Uint64()

@@ -132,7 +132,6 @@ func open(t *testing.T, mem Memory, disk *backing.Fake) *Cache {
 // TestLogCrossesSegments writes single sectors, each in a turn of its own,
 // until the log has gone on in other segments, reopening now and then.
 func TestLogCrossesSegments(t *testing.T) {
-	t.Parallel()
 	mem := pmem.Heap(ondisk.MinSize)
 	formatSmall(t, mem, 31, false, 70)
 	disk := backing.NewFake(4<<20, 512, 1)
@@ -320,7 +319,6 @@ func TestFailedFlushKeepsDirtyTail(t *testing.T) {
 // TestFullCache fills a cache whose disk does not answer: writers wait, reads
 // go on, and with the disk everything goes on in order.
 func TestFullCache(t *testing.T) {
-	t.Parallel()
 	mem := pmem.Heap(ondisk.MinSize)
 	formatSmall(t, mem, 6, false, 90)
 	disk, heal := stuckDisk(256 << 20)
@@ -641,7 +639,6 @@ func (m *slowMemory) ReadAt(p []byte, off int64) (int, error) {
 // TestReaderPinsSegment: while one queue is in the middle of a copy, the other
 // writes the whole cache several times over.
 func TestReaderPinsSegment(t *testing.T) {
-	t.Parallel()
 	m := &slowMemory{Region: pmem.Heap(ondisk.MinSize), reached: make(chan struct{}), goOn: make(chan struct{})}
 	const segments = 6
 	formatSmall(t, m.Region, segments, false, 70)
@@ -728,7 +725,6 @@ func stuckDisk(size int64) (disk *backing.Fake, heal func()) {
 // the kernel may leave one, stops writers but not readers, and goes on by
 // itself once there is room.
 func TestLogFull(t *testing.T) {
-	t.Parallel()
 	mem := pmem.Heap(ondisk.MinSize)
 	formatSmall(t, mem, 20, false, 70)
 	disk, heal := stuckDisk(64 << 20)

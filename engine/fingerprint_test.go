@@ -575,7 +575,6 @@ func testSeed(t *testing.T) uint64 {
 // for changed. One that somebody did is seen to be, unless the round was
 // writing to an area just then.
 func TestFingerprintCrashes(t *testing.T) {
-	t.Parallel()
 	seed := testSeed(t)
 	for _, durable := range []bool{true, false} {
 		for _, off := range []int64{superblock, elsewhere} {
@@ -623,7 +622,6 @@ func TestFingerprintCrashes(t *testing.T) {
 // changed disk is opened: what is out of date never comes back, and dirty data
 // is given up only where that was the choice.
 func TestChangedDiskCrashes(t *testing.T) {
-	t.Parallel()
 	seed := testSeed(t)
 	for _, durable := range []bool{true, false} {
 		for _, c := range []struct {

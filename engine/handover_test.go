@@ -73,7 +73,6 @@ func (m *firstPage) WriteAt(p []byte, off int64) (int, error) {
 // fail, every read must be right, and what the last server knows must be what
 // a replay finds.
 func TestHandOver(t *testing.T) {
-	t.Parallel()
 	seed := *stormSeed
 	if seed == 0 {
 		seed = rand.Uint64()

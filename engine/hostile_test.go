@@ -39,7 +39,6 @@ var (
 
 // TestKnownForgeries opens each of them in every kind of cache.
 func TestKnownForgeries(t *testing.T) {
-	t.Parallel()
 	w := newWorkshop()
 	for i, known := range forgeries {
 		t.Run(known.name, func(t *testing.T) {

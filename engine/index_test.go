@@ -182,7 +182,6 @@ func TestIndexAgainstArray(t *testing.T) {
 // ways of filling and emptying an index that cost most. Memory that is free
 // again is kept, so it is divided by as many extents as there ever were.
 func TestIndexBytes(t *testing.T) {
-	t.Parallel()
 	const seed = 1
 	dice := rand.New(rand.NewPCG(seed, 0))
 	var most int64

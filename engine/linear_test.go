@@ -145,7 +145,6 @@ const (
 // server dies in the middle of its stores; on durable memory the power fails
 // as often.
 func TestLinearizable(t *testing.T) {
-	t.Parallel()
 	seed := *linearSeed
 	if seed == 0 {
 		seed = rand.Uint64()

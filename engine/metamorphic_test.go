@@ -84,7 +84,6 @@ type outcome struct {
 // TestMetamorphic makes the same requests under two settings that have nothing
 // in common. What can be read must be the same.
 func TestMetamorphic(t *testing.T) {
-	t.Parallel()
 	dir := t.TempDir()
 	checkCases(t, *metaCases, func(t *rapid.T) {
 		steps := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) step {

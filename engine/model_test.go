@@ -55,7 +55,6 @@ const (
 )
 
 func TestModel(t *testing.T) {
-	t.Parallel()
 	checkCases(t, *modelCases, func(t *rapid.T) {
 		m := newModel(t)
 		defer m.close()

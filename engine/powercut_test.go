@@ -145,7 +145,6 @@ func (r *rig) version(t *testing.T, lba int64) uint64 {
 // TestPowerCutPages: what was flushed is there whichever pages survive, and
 // the rest is as if it had never been written, or had all been.
 func TestPowerCutPages(t *testing.T) {
-	t.Parallel()
 	seed := *stormSeed
 	if seed == 0 {
 		seed = rand.Uint64()
@@ -203,7 +202,6 @@ func TestPowerCutPages(t *testing.T) {
 // TestPowerCutTailFirst: a round's new dirty_tail must not be durable before
 // what it relies on.
 func TestPowerCutTailFirst(t *testing.T) {
-	t.Parallel()
 	disk := backing.NewFake(256<<20, 512, 1)
 	defer func() { disk.Close() }()
 	m := newPageCache()

@@ -12,7 +12,6 @@ import (
 // TestReplayInOrder replays a log of many batches in which every sector was
 // written dozens of times, in writes that overlap.
 func TestReplayInOrder(t *testing.T) {
-	t.Parallel()
 	const sectors, stripes, writes = 256, 6, 16_000
 	mem := pmem.Heap(ondisk.MinSize)
 	formatSmall(t, mem, 16, false, 90)

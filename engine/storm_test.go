@@ -126,7 +126,6 @@ type storm struct {
 // cache that is always full, kills the server at random moments, cuts the
 // power of the disk with it, and checks every sector of every read.
 func TestStorm(t *testing.T) {
-	t.Parallel()
 	seed := *stormSeed
 	if seed == 0 {
 		seed = rand.Uint64()

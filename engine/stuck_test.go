@@ -29,7 +29,6 @@ func badBlocks(disk *backing.Fake, lba, n int64) {
 // rest is written, the cache can be filled many times over, the sector's data
 // is there all the time and after a restart, and on the disk once it is mended.
 func TestBadSector(t *testing.T) {
-	t.Parallel()
 	for _, crc := range []bool{false, true} {
 		for _, zero := range []bool{false, true} {
 			t.Run(fmt.Sprintf("crc=%t,zero=%t", crc, zero), func(t *testing.T) { badSector(t, crc, zero) })
@@ -227,7 +226,6 @@ func TestDamageIsLoggedAgain(t *testing.T) {
 // TestDamageSurvivesKill: data that was damaged when it was logged again is not
 // taken for data that a power cut has torn. What was written behind it is there.
 func TestDamageSurvivesKill(t *testing.T) {
-	t.Parallel()
 	m := newPageCache()
 	formatSmall(t, m, 6, true, 70)
 	disk := backing.NewFake(64<<20, 512, 1)
