@@ -345,6 +345,7 @@ func (l *life) open(mem Memory, disk Disk) (*Cache, error) {
 // reopen opens a cache with its threads and settles what is found.
 func (l *life) reopen(mem *recorder, disk *backing.Fake, h *history, live bool) (*rig, error) {
 	mem.mu.live.Mend()
+	mem.orphan()
 	c, err := l.open(mem, windowDisk{fakeDisk{disk}})
 	if err != nil {
 		return nil, err

@@ -49,6 +49,9 @@ const (
 	beforeSync
 )
 
+// nobody is the owner of what a dead server has stored.
+const nobody = 0
+
 // stored is one store. Its data is not changed any more.
 type stored struct {
 	serial uint64
@@ -79,6 +82,17 @@ func (m *recorder) freeze(f func(moment)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	f(moment{m.durable, m.mu.sure.Clone(), m.mu.sum, slices.Clone(m.mu.open)})
+}
+
+// orphan is called when the server has died. What it had not fenced a power cut
+// may still take, but it has left the processors and comes before all that is
+// stored later.
+func (m *recorder) orphan() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := range m.mu.open {
+		m.mu.open[i].owner = nobody
+	}
 }
 
 func (m *recorder) Durable() bool { return m.durable }
@@ -137,7 +151,7 @@ func (m *recorder) store(off int64, data []byte) error {
 	m.mu.serial++
 	s := stored{m.mu.serial, goroutine(), off, data}
 	for i := range m.mu.open {
-		if o := &m.mu.open[i]; m.durable && o.owner != s.owner && o.off < s.end() && s.off < o.end() {
+		if o := &m.mu.open[i]; m.durable && o.owner != s.owner && o.owner != nobody && o.off < s.end() && s.off < o.end() {
 			panic(fmt.Sprintf("%s is stored over %s of another goroutine, which has not fenced it", s, *o))
 		}
 	}
