@@ -65,6 +65,16 @@ func (s span) end() uint16 { return s.off + s.n }
 // seekLocked places a cursor at the first extent that ends after off.
 func (s span) seekLocked(off uint16) cursor { return seek(&s.sh.slab, s.root, off) }
 
+// coverLocked returns the extent that has all of the span, if one has.
+func (s span) coverLocked() (e extent, ok bool) {
+	c := descend(&s.sh.slab, s.root, s.off)
+	if c.depth == 0 {
+		return e, false
+	}
+	e, ok = c.before()
+	return e, ok && e.end() >= s.end()
+}
+
 func (sh *shard) countLocked(e extent, sign int64) {
 	sh.extents += sign
 	sh.sectorsLocked(e, sign*int64(e.n))

@@ -480,6 +480,11 @@ func (q *Queue) lookup(s span, r *Request) (hits []extent, joined bool) {
 	s.sh.Lock()
 	defer s.sh.Unlock()
 	hits = q.pieces[:0]
+	if e, ok := s.coverLocked(); ok && e.flags&extLoading == 0 { // as most are
+		q.c.segments.all[e.seg].pins.Add(1)
+		q.pieces = append(hits, s.clip(e))
+		return q.pieces, false
+	}
 	for c := s.seekLocked(s.off); c.ok() && c.at().off < s.end(); c.next() {
 		e := s.clip(*c.at())
 		if e.flags&extLoading != 0 {
