@@ -26,6 +26,7 @@ type pageCache struct {
 	off    bool             // the power is off: nothing is stored any more
 	synced map[int64][]byte // content at the last sync of the pages written since
 	onSync func()           // called before each Sync
+	power  sync.RWMutex     // read-locked by who reads: a cut changes what is there
 }
 
 var errPowerOff = errors.New("the power is off")
@@ -44,6 +45,12 @@ func (m *pageCache) noteLocked(off, n int64) {
 }
 
 func (m *pageCache) Durable() bool { return false }
+
+func (m *pageCache) ReadAt(p []byte, off int64) (int, error) {
+	m.power.RLock()
+	defer m.power.RUnlock()
+	return m.Region.ReadAt(p, off)
+}
 
 func (m *pageCache) WriteAt(p []byte, off int64) (int, error) {
 	m.mu.Lock()
@@ -83,6 +90,8 @@ func (m *pageCache) Sync() error {
 // cut cuts the power and returns the region as it is found afterwards: of the
 // pages written since the last sync those survive that keep says.
 func (m *pageCache) cut(keep func(page int64) bool) *pageCache {
+	m.power.Lock()
+	defer m.power.Unlock()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, p := range slices.Sorted(maps.Keys(m.synced)) {
