@@ -53,11 +53,21 @@ func runCommand(t *testing.T, cmd *exec.Cmd) result {
 	case errors.Is(err, exec.ErrWaitDelay):
 		t.Errorf("%s ended but left its output open", line)
 	case ctx.Err() != nil:
-		t.Fatalf("%s: no end after %v\n%s%s", line, patience, out.String(), errs.String())
+		t.Fatalf("%s: no end after %v\n%s%s%s", line, patience, out.String(), errs.String(), blocked())
 	case limited.ProcessState == nil:
 		t.Fatalf("%s: %v", line, err)
 	}
 	return result{code: limited.ProcessState.ExitCode(), stdout: out.String(), stderr: errs.String(), commandLine: line}
+}
+
+// blocked tells which threads of the machine wait where in the kernel, for what does not end.
+func blocked() string {
+	out, _ := exec.Command("sh", "-c", `for t in /proc/[0-9]*/task/[0-9]*; do
+		case "$(cat $t/comm $t/stat | tr '\n' ' ')" in
+		*") D "*|ublk-pcache*) echo "$t $(cut -d ' ' -f 2,3 $t/stat)"; cat $t/stack;;
+		esac
+	done 2>/dev/null`).CombinedOutput()
+	return string(out)
 }
 
 // begin starts a program; end waits for it.
@@ -76,7 +86,7 @@ func begin(t *testing.T, args ...string) (end func() result) {
 		cmd.Wait()
 		line := strings.Join(args, " ")
 		if ctx.Err() != nil {
-			t.Fatalf("%s: no end after %v\n%s%s", line, patience, out.String(), errs.String())
+			t.Fatalf("%s: no end after %v\n%s%s%s", line, patience, out.String(), errs.String(), blocked())
 		}
 		return result{code: cmd.ProcessState.ExitCode(), stdout: out.String(), stderr: errs.String(), commandLine: line}
 	}

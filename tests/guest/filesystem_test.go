@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 )
 
 // A file system on the cache, with fio verifying every block on two queues, is whole after unmounting and is still
@@ -29,10 +30,13 @@ func TestFileSystems(t *testing.T) {
 			}
 			must(t, append(fs.make, d.path)...)
 			dir := mount(t, d.path)
+			start := time.Now()
 			must(t, "fio", "--name=verified", "--directory="+dir, "--size=48M", "--rw=randrw", "--bsrange=4k-64k",
 				"--ioengine=io_uring", "--iodepth=32", "--direct=1", "--numjobs=2", "--cpus_allowed=0,1", "--cpus_allowed_policy=split",
 				"--verify=crc32c", "--verify_fatal=1", "--group_reporting")
+			written := time.Now()
 			before := checksums(t, dir)
+			t.Logf("written in %v, read in %v", written.Sub(start), time.Since(written))
 			must(t, "umount", dir)
 			must(t, append(fs.check, d.path)...)
 			d.del(t)

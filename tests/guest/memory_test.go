@@ -5,7 +5,6 @@ package guest
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -152,8 +151,7 @@ func TestLowMemory(t *testing.T) {
 	select {
 	case <-ended:
 	case <-time.After(patience):
-		stacks, _ := exec.Command("sh", "-c", fmt.Sprintf("tail -n 99 /proc/%d/task/*/stack /proc/%d/task/*/stack", d.entry(t).PID, os.Getpid())).CombinedOutput()
-		t.Fatalf("no end after %v; the server's memory: %s, the user's: %s\n%s", patience, small.read(t, "memory.events"), user.read(t, "memory.events"), stacks)
+		t.Fatalf("no end after %v; the server's memory: %s, the user's: %s\n%s", patience, small.read(t, "memory.events"), user.read(t, "memory.events"), blocked())
 	}
 	cgroup(root).write(t, "cgroup.procs", fmt.Sprint(os.Getpid()))
 	for range 20 { // so that the server has its garbage collections, too
