@@ -50,7 +50,7 @@ func read(name string) (*measured, error) {
 			continue // go test's own lines
 		}
 		for _, c := range res.Config {
-			m.machine[c.Key] = string(c.Value)
+			m.machine[c.Key] = strings.TrimSpace(string(c.Value))
 		}
 		full := res.Name.String()
 		if i := strings.LastIndexByte(full, '-'); i >= 0 {
@@ -169,5 +169,5 @@ func (m *measured) goals(b *strings.Builder, replay float64) {
 	goal("allocations of a write or read hit", m.median("allocs/op", "Write/crc=false/"+four+"1")+m.median("allocs/op", "Read/crc=false/"+four+"1"), "≤", 0)
 	goal("lookup and copy, 10^7 extents against 10^4",
 		m.ns("Index/lookup+copy/extents=10000000")/m.ns("Index/lookup+copy/extents=10000"), "≤", 1.5)
-	goal("replay, million keys/s on one core", replay, "≥", 5)
+	goal("replay, million keys/s on all CPUs; the goal is for one of them", replay, "≥", 5)
 }
