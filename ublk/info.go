@@ -242,7 +242,6 @@ func checkUnused(disk string) error {
 // the disk that it is mounted, claimed by a device on top, swapped to or open.
 func lookUnused(id uint32) error {
 	disk := diskPath(id)
-	on := func(name string) bool { return name == disk || strings.HasPrefix(name, disk+"p") }
 	block := "/sys/block/" + filepath.Base(disk)
 	for _, pattern := range []string{block + "/holders/*", block + "/*/holders/*"} {
 		if holders, _ := filepath.Glob(pattern); len(holders) > 0 {
@@ -259,7 +258,7 @@ func lookUnused(id uint32) error {
 			continue
 		}
 		for line := range strings.Lines(string(text)) {
-			if f := strings.Fields(line); len(f) > 0 && on(f[0]) {
+			if f := strings.Fields(line); len(f) > 0 && isOn(f[0], disk) {
 				return fmt.Errorf("%w (%s is in %s)", ErrInUse, f[0], table)
 			}
 		}
@@ -274,11 +273,14 @@ func checkOpeners(disk string) error {
 	}
 	for _, link := range links {
 		target, err := os.Readlink(link) // an error means that it was closed meanwhile
-		if err == nil && (target == disk || strings.HasPrefix(target, disk+"p")) {
+		if err == nil && isOn(target, disk) {
 			return fmt.Errorf("%w (process %s has %s open)", ErrInUse, strings.Split(link, "/")[2], target)
 		}
 	}
 	return nil
 }
+
+// isOn reports whether a path is that of the disk or of one of its partitions.
+func isOn(path, disk string) bool { return path == disk || strings.HasPrefix(path, disk+"p") }
 
 func diskPath(id uint32) string { return fmt.Sprintf("/dev/ublkb%d", id) }

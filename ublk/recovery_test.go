@@ -182,7 +182,7 @@ func TestRemoveUnderPartitionScan(t *testing.T) {
 		return
 	}
 	s := spawn(t, "mute", store(t))
-	for { // until the kernel waits for an answer
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) { // until the kernel waits for an answer
 		text, err := os.ReadFile(fmt.Sprintf("/sys/block/ublkb%d/inflight", s.id))
 		if err != nil {
 			t.Fatal(err)
@@ -190,7 +190,9 @@ func TestRemoveUnderPartitionScan(t *testing.T) {
 		if !strings.HasPrefix(strings.TrimSpace(string(text)), "0") {
 			break
 		}
-		time.Sleep(time.Millisecond)
+		if time.Now().After(deadline) {
+			t.Fatal("the kernel does not look for partitions")
+		}
 	}
 	s.Process.Kill()
 	s.Wait()
