@@ -29,7 +29,7 @@ type placed struct {
 }
 
 const (
-	// spreadBatch is how many keys are handed over at a time: 36 KiB.
+	// spreadBatch is how many keys are handed over at a time: 32 KiB.
 	spreadBatch = 1024
 	// spreadAhead is how many batches the log is read ahead of a lane.
 	spreadAhead = 4

@@ -88,8 +88,7 @@ const (
 		"`make bench` runs the benchmarks, `make bench-report` writes this page from what they printed.\n" +
 		"A number is the median of %d runs, which took turns.\n\n" +
 		"%s CPUs (%s), %s, %s, %s.\n\n"
-	hits = "## Hits, without a driver\n\n" +
-		"What the thread of a queue does for a %s, over 256 MiB at random, in turns of a batch. Write-back rests, so that\n" +
+	hits = "What the thread of a queue does for a %s, over 256 MiB at random, in turns of a batch. Write-back rests, so that\n" +
 		"it costs no part of it. *Bare* is the same %s, with nothing to find and nothing to log. Nanoseconds for an\n" +
 		"operation, and how much that is of the bare one.\n\n" +
 		"| bytes | batch | threads | bare | | without data crc | | with data crc | | allocations |\n|--:|--:|--:|--:|-|--:|--:|--:|--:|--:|\n"
@@ -110,15 +109,12 @@ func (m *measured) report(w io.Writer) error {
 	var b strings.Builder
 	runs := len(m.values["Index/lookup/extents=10000"]["sec/op"])
 	fmt.Fprintf(&b, intro, runs, m.cpus, m.machine["cpu"], m.machine["kernel"], m.machine["go"], m.machine["date"])
+	b.WriteString("## Hits, without a driver\n\n")
 	for _, op := range []struct{ name, bare, what, same string }{
 		{"Write", "BareStore", "write", "stores to consecutive places and one fence for a batch"},
 		{"Read", "BareLoad", "read", "copies from random places"},
 	} {
-		text := fmt.Sprintf(hits, op.what, op.same)
-		if op.name == "Read" {
-			_, text, _ = strings.Cut(text, "\n\n")
-		}
-		b.WriteString(text)
+		fmt.Fprintf(&b, hits, op.what, op.same)
 		for _, size := range sizes {
 			for _, batch := range []int{1, 16} {
 				for threads := 1; threads <= 2; threads++ {
