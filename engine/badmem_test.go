@@ -410,10 +410,7 @@ func TestBadMemoryUnderLoad(t *testing.T) {
 			return segment(free) + ondisk.SegmentHeader, 8
 		}, Degraded, nil, "data to be stored"},
 		{"data", func(s *scene, r *rig) (int64, int64) {
-			newest := r.index.span(sceneLoad+63*loadBlock, loadBlock)
-			newest.sh.Lock()
-			defer newest.sh.Unlock()
-			e := newest.partsLocked(nil, func(extent) bool { return true })[0]
+			e := r.extents(sceneLoad+63*loadBlock, loadBlock)[0]
 			return r.layout.Offset(e.seg, uint32(e.pos)<<sectorShift), 4096
 		}, Degraded, nil, "data"},
 		{"the last segments", at(segment(5), all-segment(5)), Degraded, nil, ""},

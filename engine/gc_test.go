@@ -100,10 +100,7 @@ func TestOlderKeyTail(t *testing.T) {
 	}
 	write(0, 0, 8, 1)
 	write(1, 0, 8, 2)
-	s := r.index.span(0, 8)
-	s.sh.Lock()
-	overwritten := s.partsLocked(nil, func(extent) bool { return true })[0].seg
-	s.sh.Unlock()
+	overwritten := r.extents(0, 8)[0].seg
 	for i := range int64(16) { // the second queue leaves its segment
 		write(1, (16+i)*megabyte, megabyte, 2)
 	}

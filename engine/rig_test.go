@@ -184,6 +184,14 @@ func (r *rig) leave() {
 	}
 }
 
+// extents returns what the index has of some sectors of one stripe.
+func (r *rig) extents(lba int64, sectors int) []extent {
+	s := r.index.span(lba, sectors)
+	s.sh.Lock()
+	defer s.sh.Unlock()
+	return s.partsLocked(nil, func(extent) bool { return true })
+}
+
 func (r *rig) write(t testing.TB, off int64, p []byte) {
 	t.Helper()
 	if err := r.do(0, &Request{Op: Write, Off: off, Buf: p}); err != nil {

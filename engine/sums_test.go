@@ -13,10 +13,7 @@ import (
 // spoil flips a bit of the cached data of a sector.
 func spoil(t *testing.T, r *rig, lba int64) {
 	t.Helper()
-	s := r.index.span(lba, 1)
-	s.sh.Lock()
-	found := s.partsLocked(nil, func(extent) bool { return true })
-	s.sh.Unlock()
+	found := r.extents(lba, 1)
 	if len(found) != 1 {
 		t.Fatalf("sector %d is not cached", lba)
 	}
