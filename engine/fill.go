@@ -45,6 +45,13 @@ func (t *fillTable) get(id uint32) *fill {
 	return t.all[id]
 }
 
+// made returns all fills there are.
+func (t *fillTable) made() []*fill {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.all
+}
+
 func (q *Queue) newFill() *fill {
 	if f := q.freeFill; f != nil {
 		q.freeFill = f.next
@@ -99,9 +106,8 @@ const abandoned = 1 << 30
 // lets those who wait for their fills hear of it. The fills stay the disk's.
 // The queue starts no others afterwards.
 func (q *Queue) abandonFills() {
-	q.c.fills.mu.RLock()
-	defer q.c.fills.mu.RUnlock()
-	for _, f := range q.c.fills.all {
+	// Giving up takes the lock of a shard, under which a fill may be made.
+	for _, f := range q.c.fills.made() {
 		if f.q != q || f.r == nil {
 			continue
 		}

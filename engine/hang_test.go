@@ -232,3 +232,45 @@ func TestFlushTriesItself(t *testing.T) {
 		})
 	}
 }
+
+// TestAbandonHoldsNothing: a queue that gives up its reads may have to wait for
+// a shard whose holder needs a new fill, so it must not keep fills from being
+// made meanwhile.
+func TestAbandonHoldsNothing(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 20, false, 70)
+	disk, hangs := hangingDisk(64 << 20)
+	defer disk.Close()
+	c, err := Open(mem, fakeDisk{disk}, Options{Queues: 2, Log: &testLog{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	hangs.Store(true)
+	woken := make(chan struct{})
+	c.queues[1].OnWake(func() { close(woken) })
+	for _, r := range []struct {
+		queue int
+		off   int64
+	}{{0, 0}, {1, 0}, {0, ondisk.StripeSize}} { // the second waits for what the first is reading
+		c.queues[r.queue].Submit(&Request{Op: Read, Off: r.off, Buf: make([]byte, 4096)})
+	}
+	awaitHeld(disk, 2)
+
+	second := &c.index.shards[1]
+	second.Lock()
+	abandoned := make(chan struct{})
+	go func() {
+		defer close(abandoned)
+		c.queues[0].abandonFills()
+	}()
+	<-woken // the first has been given up, the second cannot be yet
+	within(t, "making a fill while another queue gives up its own", func() { c.queues[1].newFill() })
+	second.Unlock()
+	<-abandoned
+
+	hangs.Store(false)
+	disk.Release()
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
