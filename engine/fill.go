@@ -160,7 +160,8 @@ func (q *Queue) takeFills(r *Request) {
 // fillKeysLocked puts the keys of the stored fills in front of the batch, as
 // far as the index still waits for them and the writes leave them room in the
 // kset, and returns how many. The caller holds the journal's lock, so no write
-// can take what was found free here before it is entered.
+// can take what was found free here before it is entered: one that was logged
+// before has its shards locked until it is in the index.
 func (q *Queue) fillKeysLocked() int {
 	writes := len(q.keys)
 	var parts [64]extent

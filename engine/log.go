@@ -23,15 +23,17 @@ import (
 //	fence                                      (1)
 //	store the kset
 //	fence                                      (2)
-//	enter its keys into the index
+//	lock the index where its keys belong
+//
+// It then releases the journal and enters the keys (entering.go).
 //
 // (1) is executed by the thread that stored the data, so it covers the data
 // as well as the mark: a kset never names bytes that are not there, and the
 // log never runs on. (2) makes the kset durable before any reader can find
 // its keys, before the next kset is begun, and before anybody is told.
-// Because the index is entered under the same lock, its order is the log's.
-// The price is two fences and the index updates under one lock, a few
-// microseconds for a whole turn of requests.
+// Because the index is locked under the same lock, its order is the log's. The
+// price is two fences and a few hundred bytes under one lock for a whole turn of
+// requests.
 //
 // Where the kset leaves no room for a full one behind it, the log goes on in
 // another segment, and there is no third fence for that either: in place of
@@ -72,7 +74,7 @@ type journal struct {
 var errLogFull = errors.New("no free segment for the log")
 
 // head returns where the log ends and how many ksets lie before that. All of
-// them are in the index.
+// them are in the index, or will be before its lock can be had.
 func (j *journal) head() (ondisk.Position, uint64) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -118,35 +120,35 @@ func (j *journal) last() uint64 {
 // the disk had before any of these writes. After errLogFull the batch is as it
 // was, without the fills.
 func (c *Cache) commit(q *Queue) error {
-	j := &c.journal
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	fills := q.fillKeysLocked()
-	n := min(len(q.keys), ondisk.MaxKeys)
-	if n == 0 {
-		return nil
-	}
-	if err := c.appendLocked(q.keys[:n]); err != nil {
+	fills, n, err := c.logKeys(q)
+	if err != nil {
 		for i := range q.keys[:fills] {
 			c.drop(q.keys[i].Seg)
 		}
 		q.keys = q.keys[:copy(q.keys, q.keys[fills:])]
 		return err
 	}
-	for i := range q.keys[:n] {
-		c.enter(&q.keys[i])
-	}
+	q.entering.enter(c, q.keys[:n])
 	q.keys = q.keys[:copy(q.keys, q.keys[n:])]
 	q.committed += uint64(n - fills)
 	return nil
 }
 
-// enter makes the index point at a key.
-func (c *Cache) enter(k *ondisk.Key) {
-	s, p := c.keySpan(k)
-	s.sh.Lock()
-	s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: keyState(k, true)})
-	s.sh.Unlock()
+// logKeys writes a kset of the first n keys of the queue's batch, of which fills
+// are those of fills. Without an error it leaves the shards of the n locked.
+func (c *Cache) logKeys(q *Queue) (fills, n int, err error) {
+	j := &c.journal
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	fills = q.fillKeysLocked()
+	if n = min(len(q.keys), ondisk.MaxKeys); n == 0 {
+		return 0, 0, nil
+	}
+	if err := c.appendLocked(q.keys[:n]); err != nil {
+		return fills, 0, err
+	}
+	q.entering.lockShards(c.index, q.keys[:n])
+	return fills, n, nil
 }
 
 // keyState returns the state of a key's extent; dirty says whether the key

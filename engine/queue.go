@@ -27,9 +27,10 @@ type Queue struct {
 	// bytes, 0 for none yet. Every Zero of the queue names it.
 	zeros struct{ off, n uint32 }
 
-	keys   []ondisk.Key // stored, not committed yet; oldest first
-	filled []*fill      // read from the disk, waiting for the commit
-	turn   []*Request   // finished once their keys are committed
+	keys     []ondisk.Key // stored, not committed yet; oldest first
+	entering entering     // those that have just been logged
+	filled   []*fill      // read from the disk, waiting for the commit
+	turn     []*Request   // finished once their keys are committed
 
 	// Keys of writes, ever. The batch holds stored - committed of them.
 	stored, committed uint64

@@ -1,0 +1,57 @@
+package engine
+
+import "ublk-pcache/ondisk"
+
+// entering brings the keys of a kset into the index after the journal's lock has
+// been released.
+//
+// The obvious way, to enter them while that is held, has every queue wait for
+// the index updates of all others, which are more work than all the rest that
+// is done under it. To enter them after it has been released, each for itself,
+// exchanges the order of two ksets, or shows write-back the end of a log whose
+// keys the index does not have yet: they would pass for overwritten.
+//
+// So the locks of all their shards are taken while the journal's is still held,
+// and each is given back when its keys are in. Whoever has seen the kset in the
+// log, be it the next commit or write-back, then waits where it looks for the
+// keys, and only there. This cannot end in a circle: more than one shard's lock
+// is only taken under the journal's, and who holds a shard's asks for no lock
+// but that of the fills, under which nobody asks for any.
+//
+// A queue has one, since it does one commit at a time.
+type entering struct {
+	// The keys of each shard form a list in the order of the log. Numbers are
+	// those of keys in the kset plus 1, and 0 is none.
+	first []uint8 // one key for each shard
+	last  [shardCount]uint8
+	next  [ondisk.MaxKeys]uint8
+}
+
+// lockShards locks the shards of the keys. The caller holds the journal's lock.
+func (e *entering) lockShards(x *index, keys []ondisk.Key) {
+	for i := range keys {
+		shard, k := keys[i].Off/ondisk.StripeSize%shardCount, uint8(i+1)
+		if last := e.last[shard]; last != 0 {
+			e.next[last-1] = k
+		} else {
+			x.shards[shard].Lock()
+			e.first = append(e.first, k)
+		}
+		e.next[i], e.last[shard] = 0, k
+	}
+}
+
+// enter makes the index point at the keys, and unlocks the shards.
+func (e *entering) enter(c *Cache, keys []ondisk.Key) {
+	for _, k := range e.first {
+		shard := keys[k-1].Off / ondisk.StripeSize % shardCount
+		for ; k != 0; k = e.next[k-1] {
+			key := &keys[k-1]
+			s, p := c.keySpan(key)
+			s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: keyState(key, true)})
+		}
+		e.last[shard] = 0
+		c.index.shards[shard].Unlock()
+	}
+	e.first = e.first[:0]
+}
