@@ -125,10 +125,8 @@ func install(t *testing.T, file, folder string) {
 
 func goBuild(t *testing.T, args ...string) {
 	t.Helper()
-	cmd := exec.Command("go", args...)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("go %s: %v\n%s", strings.Join(args, " "), err, out)
+	if err := vm.Build(args...); err != nil {
+		t.Fatal(err)
 	}
 }
 

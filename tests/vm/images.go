@@ -30,7 +30,7 @@ var recipeFetch string
 var userland = []string{
 	"base-files", "bash", "coreutils", "dash", "diffutils", "findutils", "gawk", "grep", "gzip", "hostname", "libc-bin",
 	"mount", "ncurses-base", "procps", "psmisc", "sed", "strace", "tar", "util-linux", "xz-utils",
-	"daxctl", "dmsetup", "e2fsprogs", "fio", "kmod", "ndctl", "nvme-cli", "systemd", "udev", "xfsprogs",
+	"bcache-tools", "daxctl", "dmsetup", "e2fsprogs", "fio", "kmod", "ndctl", "nvme-cli", "systemd", "udev", "xfsprogs",
 }
 
 // moduleFolders are the parts of a kernel's module tree that go into a guest, with whatever they depend on.

@@ -128,10 +128,8 @@ func (m *Machine) boot(c Config, root string, kernel kernelImage) error {
 
 // initramfs writes the initramfs of this boot, so that the agent in it is always the one in the source.
 func (m *Machine) initramfs(kernel kernelImage) error {
-	build := exec.Command("go", "build", "-o", m.run+"/agent", "ublk-pcache/tests/vm/agent")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build the agent: %w\n%s", err, out)
+	if err := Build("build", "-o", m.run+"/agent", "ublk-pcache/tests/vm/agent"); err != nil {
+		return err
 	}
 	modules, err := kernel.initramfs()
 	if err != nil {
