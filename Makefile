@@ -7,7 +7,7 @@ SHELL := /bin/bash
 # The race detector is linked by gcc; the program itself never is.
 export CGO_ENABLED = 0
 
-.PHONY: build install demo test vet unit race arm64 vm soak bench bench-report
+.PHONY: build install demo test vet unit race arm64 vm soak bench bench-vm bench-report
 
 build:
 	go build -o bin/ublk-pcache ./cmd/ublk-pcache
@@ -82,6 +82,10 @@ bench:
 	{ echo "date: $$(date -u +%F)"; echo "kernel: $$(uname -sr)"; echo "go: $$(go env GOVERSION)"; \
 	  for round in 1 2 3 4 5; do go test -run '^$$' -bench . -benchtime 0.2s -timeout 30m ./engine; done; } | tee bin/bench.txt
 
+# About an hour on a quiet machine.
+bench-vm:
+	@mkdir -p bin
+	go run ./tests/vmbench | tee bin/bench-vm.txt
+
 bench-report:
-	go run ./tests/bench bin/bench.txt > bin/benchmarks.md
-	mv bin/benchmarks.md docs/benchmarks.md
+	go run ./tests/bench bin/bench.txt bin/bench-vm.txt docs

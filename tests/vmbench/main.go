@@ -1,0 +1,89 @@
+// Command vmbench measures, in one boot of a test machine, the cache and what somebody would run instead of it, and
+// prints what it finds as the lines of Go benchmarks (golang.org/x/perf/benchfmt). What it does in there is in guest.
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"ublk-pcache/tests/vm"
+)
+
+// kernel is the suite whose kernel has dm-pcache in its source.
+const kernel = "trixie-backports"
+
+// limit is for all of it: an hour is usual on two cores.
+const limit = 4 * time.Hour
+
+func main() {
+	rounds := flag.Int("rounds", 5, "how often to measure each")
+	only := flag.String("only", "", "measure only targets that match this `regexp`")
+	flag.Parse()
+	if err := run(fmt.Sprintf("-rounds=%d", *rounds), "-only="+*only); err != nil {
+		fmt.Fprintln(os.Stderr, "vmbench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(flags ...string) error {
+	dir, err := os.MkdirTemp("", "ublk-pcache-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	share, state := dir+"/share", dir+"/state"
+	for _, d := range []string{share, state} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			return err
+		}
+	}
+	if err := fill(share); err != nil {
+		return err
+	}
+	m, err := vm.Boot(vm.Config{
+		Suite: kernel, State: state, Share: share,
+		Pmem: 1<<30 - 2<<20,
+		Disks: []vm.Disk{
+			{Size: 4 << 30, BlockSize: 512},
+			{Size: 4 << 30, BlockSize: 512, IOPS: 400}, // what a hard disk does with some elevator
+		},
+	})
+	if err != nil {
+		return err
+	}
+	code, err := m.Run(limit, os.Stdout, os.Stderr, nil, append([]string{"measure"}, flags...)...)
+	if err != nil {
+		return err
+	}
+	if code != 0 {
+		m.Kill()
+		return fmt.Errorf("measuring ended with exit status %d\n%s", code, m.Console())
+	}
+	return m.Halt()
+}
+
+// fill puts what is measured, and what measures it, into the machine's shared folder.
+func fill(share string) error {
+	for name, pkg := range map[string]string{"ublk-pcache": "ublk-pcache/cmd/ublk-pcache", "measure": "ublk-pcache/tests/vmbench/guest"} {
+		if err := vm.Build("build", "-o", filepath.Join(share, name), pkg); err != nil {
+			return err
+		}
+	}
+	for _, compile := range []func(suite string) (string, error){vm.Module, vm.TestServer} {
+		file, err := compile(kernel)
+		if err != nil {
+			return err
+		}
+		data, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(share, filepath.Base(file)), data, 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
+}
