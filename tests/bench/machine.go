@@ -1,0 +1,148 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+)
+
+// What make bench-vm found: caches, and what they are held against, on a real kernel.
+
+// caches are in the order of the tables; ours is the first.
+var caches = []string{"ublk-pcache", "dm-pcache", "dm-writecache", "bcache"}
+
+// with returns the caches and some more.
+func with(more ...string) []string { return append(caches[:len(caches):len(caches)], more...) }
+
+// A hit is a job of fio that needs nothing but the cache.
+type hit struct {
+	name        string
+	depth, jobs int
+	what        string
+}
+
+var hits = []hit{
+	{"randread", 1, 1, "4K random read"}, {"randread", 1, 2, "4K random read"},
+	{"randread", 32, 1, "4K random read"}, {"randread", 32, 2, "4K random read"},
+	{"randwrite", 1, 1, "4K random write"}, {"randwrite", 1, 2, "4K random write"},
+	{"randwrite", 32, 1, "4K random write"}, {"randwrite", 32, 2, "4K random write"},
+	{"mixed", 32, 2, "4K random, 70 % reads"},
+	{"fsync", 1, 1, "4K random write, fsync after each"},
+	{"seqread", 8, 1, "128K sequential read"},
+	{"seqwrite", 8, 1, "128K sequential write"},
+}
+
+func (h hit) String() string { return fmt.Sprintf("%s, depth %d × %d", h.what, h.depth, h.jobs) }
+
+// hit returns one of a target's numbers.
+func (m *measured) hit(h hit, target, unit string) float64 {
+	return m.median(unit, "Hit/job=%s/depth=%d/jobs=%d/target=%s", h.name, h.depth, h.jobs, target)
+}
+
+// ratio is how many times the requests per second of another target ours does.
+func (m *measured) ratio(h hit, ours, other string) float64 {
+	return m.hit(h, ours, "IO/s") / m.hit(h, other, "IO/s")
+}
+
+const machineIntro = "## On a real kernel\n\n" +
+	"In one boot of the test machine (docs/testing.md), %d rounds: two emulated CPUs, %s, 1 GiB of pmem on an emulated NVDIMM, an\n" +
+	"emulated NVMe disk of 4 GiB; fio, io_uring, O_DIRECT; %s. *null* answers requests at once and does nothing else, served by\n" +
+	"package ublk; *kublk* is the same of the kernel's own C test server; *disk* is the disk alone.\n\n" +
+	"Emulation slows a processor down by some dozens, memory and disk by much less, and makes each instruction cost about the\n" +
+	"same. So these ratios compare instructions and system calls more than memory, a cache looks worse against its disk than it\n" +
+	"would be, and a tail latency says more about the emulator's host than about the target.\n\n"
+
+func (m *measured) machineReport(b *strings.Builder) {
+	rounds := len(m.values["Restart/target="+caches[0]]["sec"])
+	fmt.Fprintf(b, machineIntro, rounds, m.machine["kernel"], m.machine["date"])
+
+	b.WriteString("### Hits\n\nAll of 128 MiB in the cache. Requests per second, and ours as a multiple of dm-pcache's and of the null target's.\n\n")
+	everything := with("null", "kublk-null", "disk")
+	table(b, append([]string{"job"}, append(everything, "÷ dm-pcache", "÷ null")...))
+	for _, h := range hits {
+		fmt.Fprintf(b, "| %v |", h)
+		for _, t := range everything {
+			fmt.Fprintf(b, " %.0f |", m.hit(h, t, "IO/s"))
+		}
+		fmt.Fprintf(b, " %.2f | %.2f |\n", m.ratio(h, caches[0], "dm-pcache"), m.ratio(h, caches[0], "null"))
+	}
+	b.WriteString("\n![Hits](hits.svg)\n\nTime from request to completion, in microseconds: median and 99th percentile.\n\n")
+	table(b, append([]string{"job"}, everything...))
+	for _, h := range hits {
+		fmt.Fprintf(b, "| %v |", h)
+		for _, t := range everything {
+			fmt.Fprintf(b, " %.0f, %.0f |", m.hit(h, t, "p50-sec")*1e6, m.hit(h, t, "p99-sec")*1e6)
+		}
+		b.WriteString("\n")
+	}
+	b.WriteString("\nCPU time a request, in microseconds: of the whole machine with fio in it, and in brackets of the server alone.\n\n")
+	table(b, append([]string{"job"}, everything...))
+	for _, h := range hits {
+		fmt.Fprintf(b, "| %v |", h)
+		for _, t := range everything {
+			fmt.Fprintf(b, " %.0f", m.hit(h, t, "cpu-sec/IO")*1e6)
+			if t == caches[0] || strings.HasSuffix(t, "null") {
+				fmt.Fprintf(b, " (%.0f)", m.hit(h, t, "server-sec/IO")*1e6)
+			}
+			b.WriteString(" |")
+		}
+		b.WriteString("\n")
+	}
+
+	b.WriteString("\n### More than fits\n\nThe disk is four times as large as the cache. Requests per second; 99th percentile and longest time of one, in ms.\n\n")
+	table(b, append([]string{"job"}, with("disk")...))
+	for _, j := range []struct{ name, what string }{
+		{"zipfread", "4K reads of the whole disk, Zipf 1.1, depth 32, cache empty at first"},
+		{"overflow", "128K sequential writes, half more than the cache has, depth 8"},
+		{"full", "then 4K random writes to the whole disk, depth 32"},
+	} {
+		fmt.Fprintf(b, "| %s |", j.what)
+		for _, t := range with("disk") {
+			value := func(unit string) float64 { return m.median(unit, "Large/job=%s/target=%s", j.name, t) }
+			fmt.Fprintf(b, " %.0f; %.0f, %.0f |", value("IO/s"), value("p99-sec")*1e3, value("max-sec")*1e3)
+		}
+		b.WriteString("\n")
+	}
+
+	b.WriteString("\n### A slow disk\n\nIn front of a disk that does 400 requests a second: 4096 random writes of 4 KiB within 64 MiB, depth 32, in seconds.\n\n")
+	table(b, append([]string{""}, with("disk")...))
+	for _, row := range []struct{ what, unit string }{{"until all are acknowledged", "burst-sec"}, {"until the disk has them", "drained-sec"}} {
+		fmt.Fprintf(b, "| %s |", row.what)
+		for _, t := range with("disk") {
+			fmt.Fprintf(b, " %.1f |", m.median(row.unit, "Burst/target=%s", t))
+		}
+		b.WriteString("\n")
+	}
+	b.WriteString("\n![A slow disk](drain.svg)\n\n### Coming back, and memory\n\nSeconds until the device is there again after the jobs above, without having been written back.\n\n")
+	table(b, caches)
+	b.WriteString("|")
+	for _, t := range caches {
+		fmt.Fprintf(b, " %.2f |", m.median("sec", "Restart/target=%s", t))
+	}
+	memory := func(unit string) float64 { return m.median(unit, "Memory/target=%s", caches[0]) / (1 << 20) }
+	fmt.Fprintf(b, "\n\nThe server then has %.0f MiB of memory of its own, %.1f of them the index, for %.0f MiB in the cache. Most of the rest are the\n"+
+		"buffers of its queues, which were all in use.\n\n", memory("anonymous-B"), memory("index-B"), memory("cached-B"))
+}
+
+// table begins a table with one column of words and others of numbers.
+func table(b *strings.Builder, columns []string) {
+	fmt.Fprintf(b, "| %s |\n|-%s|\n", strings.Join(columns, " | "), strings.Repeat("|--:", len(columns)-1))
+}
+
+func (m *measured) machineGoals(g *goals) {
+	worst := func(ours, other string, of ...hit) float64 {
+		least := m.ratio(of[0], ours, other)
+		for _, h := range of[1:] {
+			least = min(least, m.ratio(h, ours, other))
+		}
+		return least
+	}
+	read1, read32, write1, write32 := hits[0], hits[3], hits[4], hits[7]
+	fsync := hits[9]
+	g.add("hits at depth 32 × 2, against the null target, reads and writes", worst(caches[0], "null", read32, write32), "≥", 0.85)
+	g.add("the null target against the kernel's own, at depth 1 and at depth 32 × 2", worst("null", "kublk-null", read1, write1, read32, write32), "≥", 1)
+	g.add("hits at depth 32 × 2, against dm-pcache", worst(caches[0], "dm-pcache", read32, write32), "≥", 1)
+	g.add("hits at depth 1, against dm-pcache", worst(caches[0], "dm-pcache", read1, write1), "≥", 0.8)
+	g.add("hits at depth 1, against the null target", worst(caches[0], "null", read1, write1), "≥", 0.85)
+	g.add("fsync after every write, against dm-pcache and dm-writecache",
+		min(m.ratio(fsync, caches[0], "dm-pcache"), m.ratio(fsync, caches[0], "dm-writecache")), "≥", 1)
+}

@@ -1,0 +1,123 @@
+// Command bench writes docs/benchmarks.md, and the plots in it, from what the benchmarks printed, so that no number in
+// there was typed by anybody. A number is the median of all runs in a file.
+package main
+
+import (
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/perf/benchfmt"
+)
+
+func main() {
+	if len(os.Args) != 4 {
+		fmt.Fprintln(os.Stderr, "usage: bench OUTPUT-OF-BENCH OUTPUT-OF-BENCH-VM FOLDER")
+		os.Exit(2)
+	}
+	if err := report(os.Args[1], os.Args[2], os.Args[3]); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+const intro = "# Benchmarks\n\n" +
+	"`make bench` and `make bench-vm` measure, `make bench-report` writes this page and its plots from what they printed.\n" +
+	"A number is the median of all rounds. In a round everything takes its turn, so only numbers of one table compare.\n\n"
+
+// report writes nothing unless all results are there.
+func report(nativeFile, machineFile, folder string) error {
+	native, err := read(nativeFile)
+	if err != nil {
+		return err
+	}
+	machine, err := read(machineFile)
+	if err != nil {
+		return err
+	}
+	var page strings.Builder
+	page.WriteString(intro)
+	machine.machineReport(&page)
+	native.nativeReport(&page)
+	goals := goals{}
+	machine.machineGoals(&goals)
+	native.nativeGoals(&goals)
+	goals.write(&page)
+	if missing := append(native.missing, machine.missing...); len(missing) > 0 {
+		return fmt.Errorf("no result of %s", strings.Join(missing, ", "))
+	}
+	if err := machine.plot(folder); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(folder, "benchmarks.md"), []byte(page.String()), 0o644)
+}
+
+// measured is what benchmarks said, by their names and then by unit.
+type measured struct {
+	machine map[string]string
+	cpus    string
+	values  map[string]map[string][]float64
+	missing []string // names that the report asked for in vain
+}
+
+func read(name string) (*measured, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	m := &measured{machine: map[string]string{}, values: map[string]map[string][]float64{}}
+	r := benchfmt.NewReader(f, name)
+	for r.Scan() {
+		res, ok := r.Result().(*benchfmt.Result)
+		if !ok {
+			continue // go test's own lines
+		}
+		for _, c := range res.Config {
+			m.machine[c.Key] = strings.TrimSpace(string(c.Value))
+		}
+		full := res.Name.String()
+		if i := strings.LastIndexByte(full, '-'); i >= 0 {
+			if _, err := strconv.Atoi(full[i+1:]); err == nil {
+				full, m.cpus = full[:i], full[i+1:]
+			}
+		}
+		if m.values[full] == nil {
+			m.values[full] = map[string][]float64{}
+		}
+		for _, v := range res.Values {
+			m.values[full][v.Unit] = append(m.values[full][v.Unit], v.Value)
+		}
+	}
+	return m, r.Err()
+}
+
+// median returns the median of a benchmark's values, NaN if it has none.
+func (m *measured) median(unit, format string, args ...any) float64 {
+	name := fmt.Sprintf(format, args...)
+	v := slices.Sorted(slices.Values(m.values[name][unit]))
+	if len(v) == 0 {
+		m.missing = append(m.missing, name+" "+unit)
+		return math.NaN()
+	}
+	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
+}
+
+// goals is the table of what was wanted.
+type goals struct{ rows strings.Builder }
+
+func (g *goals) add(what string, is float64, sign string, want float64) {
+	met := "missed"
+	if sign == "≤" && is <= want || sign == "≥" && is >= want {
+		met = "met"
+	}
+	fmt.Fprintf(&g.rows, "| %s | %.2f | %s %g, %s |\n", what, is, sign, want, met)
+}
+
+func (g *goals) write(b *strings.Builder) {
+	b.WriteString("## Goals\n\n| what | measured | goal |\n|-|--:|--:|\n" + g.rows.String())
+}
