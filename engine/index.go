@@ -22,7 +22,7 @@ const (
 	stripeSectors = ondisk.StripeSize >> sectorShift
 	// shardCount locks: enough that two queues with 128 requests each seldom
 	// meet at one, few enough that a status command may visit them all.
-	shardCount = 256
+	shardCount = 256 // a number of one fits into 8 bits
 )
 
 type shard struct {

@@ -18,21 +18,25 @@ import (
 type spread struct {
 	batches [][]placed // being filled, by lane
 	lanes   []chan []placed
+	spare   chan []placed // batches that have been entered
 	ended   sync.WaitGroup
 }
 
 // placed is what a key does to the index.
 type placed struct {
-	s    span
-	e    extent
-	dead bool // it only overrides
+	s     span
+	e     extent
+	shard uint8
+	dead  bool // it only overrides
 }
 
 const (
-	// spreadBatch is how many keys are handed over at a time: 32 KiB.
-	spreadBatch = 1024
+	// spreadBatch is how many keys are handed over at a time, 512 KiB of them:
+	// enough that each shard of a lane gets some dozens at once, few enough to
+	// stay in a processor's cache until they are entered.
+	spreadBatch = 16 << 10
 	// spreadAhead is how many batches the log is read ahead of a lane.
-	spreadAhead = 4
+	spreadAhead = 2
 )
 
 // add does p to the sectors of a key, now or later.
@@ -40,7 +44,8 @@ func (sp *spread) add(k *ondisk.Key, p placed) {
 	if sp.batches == nil {
 		sp.batches = make([][]placed, runtime.NumCPU())
 	}
-	i := k.Off / ondisk.StripeSize % uint64(len(sp.batches))
+	p.shard = uint8(k.Off / ondisk.StripeSize % shardCount)
+	i := int(p.shard) % len(sp.batches)
 	sp.batches[i] = append(sp.batches[i], p)
 	if len(sp.batches[i]) < spreadBatch {
 		return
@@ -49,17 +54,27 @@ func (sp *spread) add(k *ondisk.Key, p placed) {
 		sp.start()
 	}
 	sp.lanes[i] <- sp.batches[i]
-	sp.batches[i] = make([]placed, 0, spreadBatch)
+	select {
+	case batch := <-sp.spare:
+		sp.batches[i] = batch[:0]
+	default:
+		sp.batches[i] = make([]placed, 0, spreadBatch)
+	}
 }
 
 func (sp *spread) start() {
 	sp.lanes = make([]chan []placed, len(sp.batches))
+	sp.spare = make(chan []placed, len(sp.lanes)*(spreadAhead+1))
 	for i := range sp.lanes {
 		lane := make(chan []placed, spreadAhead)
 		sp.lanes[i] = lane
 		sp.ended.Go(func() {
 			for batch := range lane {
 				enterAll(batch)
+				select {
+				case sp.spare <- batch:
+				default: // the last ones, which nobody will fill again
+				}
 			}
 		})
 	}
@@ -76,18 +91,38 @@ func (sp *spread) finish() {
 		close(sp.lanes[i])
 	}
 	sp.ended.Wait()
-	sp.batches, sp.lanes = nil, nil
+	sp.batches, sp.lanes, sp.spare = nil, nil, nil
 }
 
+// enterAll enters a batch shard by shard, each in the log's order: what the next
+// key of a shard needs is then still in the processor's cache.
 func enterAll(batch []placed) {
+	var ends [shardCount]int
 	for i := range batch {
-		p := &batch[i]
-		p.s.sh.Lock()
-		if p.dead {
-			p.s.cutLocked()
-		} else {
-			p.s.setLocked(p.e)
+		ends[batch[i].shard]++
+	}
+	at := 0
+	for shard, n := range ends {
+		ends[shard], at = at, at+n
+	}
+	order := make([]uint32, len(batch))
+	for i := range batch {
+		end := &ends[batch[i].shard]
+		order[*end] = uint32(i)
+		*end++
+	}
+	for begin := 0; begin < len(batch); {
+		sh := batch[order[begin]].s.sh
+		end := ends[batch[order[begin]].shard]
+		sh.Lock()
+		for _, i := range order[begin:end] {
+			if p := &batch[i]; p.dead {
+				p.s.cutLocked()
+			} else {
+				p.s.setLocked(p.e)
+			}
 		}
-		p.s.sh.Unlock()
+		sh.Unlock()
+		begin = end
 	}
 }

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"ublk-pcache/backing"
@@ -9,8 +10,40 @@ import (
 	"ublk-pcache/pmem"
 )
 
-// TestReplayInOrder replays a log of many batches in which every sector was
-// written dozens of times, in writes that overlap.
+// TestSpread: keys that are spread, more of them than all lanes hold at once,
+// make the index that they make one after the other.
+func TestSpread(t *testing.T) {
+	const stripes, sectors = 600, 1024
+	seed := rand.Uint64()
+	dice := rand.New(rand.NewPCG(seed, 0))
+	parallel, plain := newIndex(stripes*ondisk.StripeSize), newIndex(stripes*ondisk.StripeSize)
+	var sp spread
+	for i := range uint32(20 * spreadBatch) {
+		lba := dice.Int64N(stripes)*stripeSectors + dice.Int64N(sectors)
+		n := 1 + dice.IntN(64)
+		p := placed{e: extent{seg: i}, dead: dice.IntN(8) == 0}
+		p.s = parallel.span(lba, n)
+		sp.add(&ondisk.Key{Off: uint64(lba * sectorSize)}, p)
+		p.s = plain.span(lba, n)
+		enterAll([]placed{p})
+	}
+	sp.finish()
+	for shard := range shardCount {
+		var got, want []extent
+		for s := range parallel.stripes(shard) {
+			got = s.partsLocked(got, func(extent) bool { return true })
+		}
+		for s := range plain.stripes(shard) {
+			want = s.partsLocked(want, func(extent) bool { return true })
+		}
+		if !slices.Equal(got, want) {
+			t.Fatalf("seed %d: shard %d has %d extents, which are not the %d they should be", seed, shard, len(got), len(want))
+		}
+	}
+}
+
+// TestReplayInOrder replays a log in which every sector was written dozens of
+// times, in writes that overlap.
 func TestReplayInOrder(t *testing.T) {
 	const sectors, stripes, writes = 256, 6, 16_000
 	mem := pmem.Heap(ondisk.MinSize)
