@@ -271,6 +271,36 @@ func TestPowerCutOverwrite(t *testing.T) {
 	r.kill()
 }
 
+// TestPowerCutAgain: a kset without its data is dropped, and the segment that
+// nothing names any more gets a new generation. If the power is cut at that
+// moment, and the kset is there again, it must not be taken for one that died of
+// old age, which would hide what it was to overwrite.
+func TestPowerCutAgain(t *testing.T) {
+	disk := backing.NewFake(32<<20, 512, 1)
+	defer func() { disk.Close() }()
+	m := newPageCache()
+	formatSmall(t, m.Region, 12, true, 70)
+	r := newRig(t, m, disk, 2)
+	log := r.layout.Offset(0, 0) / pageSize
+	r.write(t, 0, stamped(0, 8, 1))
+	r.flush(t)
+	// The other queue's segment is named by this one alone.
+	if err := r.do(1, &Request{Op: Write, Buf: stamped(0, 8, 2)}); err != nil {
+		t.Fatal(err)
+	}
+	m2 := m.cut(func(p int64) bool { return p == log })
+	r.kill()
+	after := m2.cutWhenSyncing(disk, func(p int64) bool { return p != log })
+	newRig(t, m2, disk, 2).kill()
+	disk.Close()
+	m, disk = after()
+	r = newRig(t, m, disk, 2)
+	if v := r.version(t, 0); v != 1 {
+		t.Errorf("version %d, flushed 1", v)
+	}
+	r.kill()
+}
+
 // TestPowerCutHole: a page of the log is lost and later ones are not. The log
 // ends at the hole, and nothing of what was behind it is left to be found.
 func TestPowerCutHole(t *testing.T) {

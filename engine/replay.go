@@ -65,7 +65,6 @@ func (c *Cache) replay(choice Choice) error {
 	}
 	// What is stored from here on goes over the copies that these are made of.
 	c.heal()
-	r.sortSegments()
 	// A kset cut short has the number that the next one here gets: what is left
 	// of it could complete that one, or that one it.
 	// And one whose number does not continue the log would begin it, once all
@@ -80,6 +79,13 @@ func (c *Cache) replay(choice Choice) error {
 		c.badStore("log", end.Pos.Seg, end.Pos.Off, int(rest), err)
 		c.fail(fmt.Errorf("%w: %w", ErrBadHead, err))
 	}
+	// What has been dropped from the log is gone before its segments get a new
+	// generation. With that it would be a dead key if it came back after another
+	// power cut, and override what it was to overwrite.
+	if err := c.persist(); err != nil {
+		return err
+	}
+	r.sortSegments()
 	if !c.fingerprint.outdated {
 		c.readDisk()
 	}
