@@ -72,9 +72,13 @@ func (c *Cache) collectIndex() (end mark) {
 		*s = sweep{on: true, to: c.journal.mark()}
 		w.demand(s.to.ksets)
 	}
+	// What the index has now may be newer than what is to be tried again, which
+	// waits for a round of its own.
+	w.putBack(w.parts, nil)
+	w.parts = w.parts[:0]
 	known := w.known()
-	bytes, first := 0, len(w.parts)
-	for s.then = s.next; s.then < shardCount && bytes < roundBytes && len(w.parts)-first < roundParts; s.then++ {
+	bytes := 0
+	for s.then = s.next; s.then < shardCount && bytes < roundBytes && len(w.parts) < roundParts; s.then++ {
 		for stripe, off := range c.index.stripes(s.then) {
 			for _, e := range c.dirtyIn(stripe, func(extent) bool { return true }) {
 				s, p := stripe.sub(e), stripe.place(e.seg, e.pos-e.off)

@@ -251,3 +251,55 @@ func TestDamageSurvivesKill(t *testing.T) {
 	}
 	r.kill()
 }
+
+// TestRetryOverwritten: what is overwritten while it is about to be written once
+// more must not come to the disk behind what overwrote it.
+func TestRetryOverwritten(t *testing.T) {
+	const pieces, rounds = 1000, 40
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 20, false, 90)
+	disk := backing.NewFake(64<<20, 512, 1)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 1)
+	want := make([]uint64, pieces)
+	write := func(i int) {
+		want[i]++
+		lba := int64(2 * i) // no two are neighbours
+		r.write(t, lba*sectorSize, stamped(lba, 1, want[i]))
+	}
+	for round := range rounds {
+		badBlocks(disk, 0, 2*pieces)
+		for i := range pieces {
+			write(i)
+		}
+		if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
+			t.Fatalf("a flush to a disk that refuses: %v", err)
+		}
+		// Up to the first transfer: another write would make up for a mistake.
+		var writing atomic.Bool
+		disk.Script(func(op backing.Op) backing.Fault {
+			if op.Kind == backing.OpWrite {
+				writing.Store(true)
+			}
+			return backing.Fault{}
+		})
+		flushed := make(chan error, 1)
+		go func() { flushed <- r.Flush(t.Context()) }()
+		for i := 0; !writing.Load(); i++ {
+			write(i % pieces)
+		}
+		if err := errors.Join(<-flushed, r.Flush(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		for i, version := range want {
+			p := make([]byte, sectorSize)
+			disk.ReadAt(p, int64(2*i*sectorSize))
+			if v, err := stamp(p, int64(2*i)); v != version || err != nil {
+				t.Fatalf("round %d: after a flush the disk has version %d of sector %d, %v, not %d", round, v, 2*i, err, version)
+			}
+		}
+	}
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+}

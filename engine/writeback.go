@@ -354,14 +354,16 @@ func (c *Cache) awaitKick(timer *time.Timer) {
 func (c *Cache) round(collect bool) error {
 	w := &c.writeback
 	defer w.inRound.Store(0)
+	// In this order: what is taken up again was not overwritten by any key before
+	// to, so nothing that is collected up to there is newer and in its place.
+	to, _ := c.journal.head()
 	w.parts = c.takeDue(w.parts[:0])
 	for i := range w.parts {
 		w.parts[i].err, w.parts[i].lost = nil, false
 	}
-	retried := len(w.parts)
 	end := w.at
 	if collect {
-		end = c.collect()
+		end = c.collect(to)
 	}
 	c.voidFingerprint(w.parts)
 	// The disk must not be ahead of the log: a key that a power cut takes would
@@ -371,7 +373,7 @@ func (c *Cache) round(collect bool) error {
 	if err := c.persist(); err != nil {
 		err = fmt.Errorf("sync the log for write-back: %w", err)
 		c.fail(err)
-		w.putBack(w.parts[:retried], err)
+		w.putBack(w.parts, err)
 		return err
 	}
 	slices.SortFunc(w.parts, func(a, b part) int { return cmp.Compare(a.off, b.off) })
@@ -456,15 +458,14 @@ func (c *Cache) advance() error {
 	return nil
 }
 
-// collect gathers the parts of a round, and returns where dirty_tail may move
-// after it. Their segments need no pins: keys behind dirty_tail keep their
+// collect gathers the parts of a round from the log up to a place, and returns
+// where dirty_tail may move after it. Their segments need no pins: keys behind dirty_tail keep their
 // references.
-func (c *Cache) collect() (end mark) {
+func (c *Cache) collect(to ondisk.Position) (end mark) {
 	w := &c.writeback
 	if w.sweep.on {
 		return c.collectIndex()
 	}
-	to, _ := c.journal.head()
 	end = w.at
 	known := w.known()
 	bytes, first := 0, len(w.parts)
