@@ -72,10 +72,11 @@ func (c *Cache) collectIndex() (end mark) {
 		*s = sweep{on: true, to: c.journal.mark()}
 		w.demand(s.to.ksets)
 	}
-	// What the index has now may be newer than what is to be tried again, which
-	// waits for a round of its own.
-	w.putBack(w.parts, nil)
-	w.parts = w.parts[:0]
+	// What the index has now may be newer than what is to be tried again, so that
+	// gets a round of its own.
+	if len(w.parts) > 0 {
+		return w.at
+	}
 	known := w.known()
 	bytes := 0
 	for s.then = s.next; s.then < shardCount && bytes < roundBytes && len(w.parts) < roundParts; s.then++ {
