@@ -748,6 +748,10 @@ func (w *wrongVersion) Error() string {
 // story tells what region and disk know about the sector of the error.
 func (s *snapshot) story(region *pmem.Fake, err error) string {
 	var w *wrongVersion
+	var damage *ondisk.Damage
+	if errors.As(err, &damage) {
+		return damageStory(region, damage)
+	}
 	if !errors.As(err, &w) {
 		return ""
 	}
@@ -774,6 +778,29 @@ func (s *snapshot) story(region *pmem.Fake, err error) string {
 		return nil
 	})
 	fmt.Fprintf(&b, "the log ends at %v, %v\n", end.Pos, end.Damage)
+	return b.String()
+}
+
+// damageStory tells the numbers of the log's ksets, and what stands where it is
+// damaged and where it goes on.
+func damageStory(region *pmem.Fake, d *ondisk.Damage) string {
+	l, err := ondisk.ReadLayout(region, region.Size())
+	if err != nil {
+		return err.Error()
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "key_tail %v, dirty_tail %v\n", l.KeyTail, l.DirtyTail)
+	l.WalkLog(region, l.KeyTail, func(at ondisk.Position, k *ondisk.Kset) error {
+		fmt.Fprintf(&b, "%v: number %d, %d keys, last %v\n", at, k.Seq, len(k.Keys), k.Last)
+		return nil
+	})
+	for _, at := range []*ondisk.Position{&d.At, d.Ahead} {
+		if at != nil {
+			p := make([]byte, 2*ondisk.KsetHeaderSize)
+			region.ReadAt(p, l.Offset(at.Seg, at.Off))
+			fmt.Fprintf(&b, "%v: % x\n", at, p)
+		}
+	}
 	return b.String()
 }
 
