@@ -30,7 +30,7 @@ type entering struct {
 // lockShards locks the shards of the keys. The caller holds the journal's lock.
 func (e *entering) lockShards(x *index, keys []ondisk.Key) {
 	for i := range keys {
-		shard, k := keys[i].Off/ondisk.StripeSize%shardCount, uint8(i+1)
+		shard, k := shardOf(keys[i].Off), uint8(i+1)
 		if last := e.last[shard]; last != 0 {
 			e.next[last-1] = k
 		} else {
@@ -44,7 +44,7 @@ func (e *entering) lockShards(x *index, keys []ondisk.Key) {
 // enter makes the index point at the keys, and unlocks the shards.
 func (e *entering) enter(c *Cache, keys []ondisk.Key) {
 	for _, k := range e.first {
-		shard := keys[k-1].Off / ondisk.StripeSize % shardCount
+		shard := shardOf(keys[k-1].Off)
 		for ; k != 0; k = e.next[k-1] {
 			key := &keys[k-1]
 			s, p := c.keySpan(key)

@@ -22,7 +22,7 @@ const (
 	stripeSectors = ondisk.StripeSize >> sectorShift
 	// shardCount locks: enough that two queues with 128 requests each seldom
 	// meet at one, few enough that a status command may visit them all.
-	shardCount = 256 // a number of one fits into 8 bits
+	shardCount = 256
 )
 
 type shard struct {
@@ -45,6 +45,10 @@ func newIndex(size int64) *index {
 	}
 	return x
 }
+
+// shardOf returns the number of the shard that has a place of the device, in
+// bytes.
+func shardOf(off uint64) uint8 { return uint8(off / ondisk.StripeSize % shardCount) }
 
 // span is a run of sectors inside one stripe, and the shard that owns it.
 type span struct {

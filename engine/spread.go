@@ -44,7 +44,7 @@ func (sp *spread) add(k *ondisk.Key, p placed) {
 	if sp.batches == nil {
 		sp.batches = make([][]placed, runtime.NumCPU())
 	}
-	p.shard = uint8(k.Off / ondisk.StripeSize % shardCount)
+	p.shard = shardOf(k.Off)
 	i := int(p.shard) % len(sp.batches)
 	sp.batches[i] = append(sp.batches[i], p)
 	if len(sp.batches[i]) < spreadBatch {

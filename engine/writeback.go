@@ -459,8 +459,8 @@ func (c *Cache) advance() error {
 }
 
 // collect gathers the parts of a round from the log up to a place, and returns
-// where dirty_tail may move after it. Their segments need no pins: keys behind dirty_tail keep their
-// references.
+// where dirty_tail may move after it. Their segments need no pins: keys behind
+// dirty_tail keep their references.
 func (c *Cache) collect(to ondisk.Position) (end mark) {
 	w := &c.writeback
 	if w.sweep.on {
