@@ -126,7 +126,6 @@ func hits(t *target) error {
 	if err != nil {
 		return err
 	}
-	jobs := hitJobs
 	if t.kind != nothing {
 		fill := job{name: "fill", rw: "write", block: "128k", depth: 8, jobs: 1, size: hot}
 		if _, err := fill.run(t, device); err != nil {
@@ -136,7 +135,7 @@ func hits(t *target) error {
 			return err
 		}
 	}
-	for _, j := range jobs {
+	for _, j := range hitJobs {
 		m, err := j.run(t, device)
 		if err != nil {
 			return err
@@ -147,7 +146,7 @@ func hits(t *target) error {
 		}
 		result(t, m.ios, fmt.Sprintf("Hit/job=%s/depth=%d/jobs=%d", j.name, j.depth, j.jobs), pairs...)
 	}
-	if t.open != nil {
+	if t.kind == cache {
 		if err := restart(t, disk); err != nil {
 			return err
 		}
@@ -170,7 +169,7 @@ func restart(t *target, disk string) error {
 			return err
 		}
 	}
-	if err := t.close(); err != nil {
+	if err := t.stop(); err != nil {
 		return err
 	}
 	begin := time.Now()
@@ -251,7 +250,7 @@ func slow(t *target) error {
 	return t.stop()
 }
 
-// ticks is what /proc counts CPU time in, 100 of them a second (USER_HZ).
+// tick is what /proc counts CPU time in, 100 of them a second (USER_HZ).
 const tick = 1e9 / 100
 
 // machineTime returns the CPU time of all processors that was not idle, in ns.

@@ -53,7 +53,7 @@ func measure(rounds int, only *regexp.Regexp) error {
 	return nil
 }
 
-// prepare gives both disks data everywhere, so that reading costs what it costs.
+// prepare loads what is measured, and gives the fast disk data everywhere, so that reading it costs what it costs.
 func prepare() error {
 	if err := run("modprobe", "-a", "dm-mod", "dm-writecache", "bcache"); err != nil {
 		return err

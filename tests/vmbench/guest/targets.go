@@ -21,12 +21,10 @@ type target struct {
 	name string
 	kind kind
 
-	// start makes it anew in front of a disk, without any content, and returns its block device.
-	start func(disk string) (device string, err error)
-	// open brings back what close has left, and is what a restart costs.
-	open  func(disk string) (device string, err error)
-	close func() error
-	// stop removes it.
+	// fresh makes it anew in front of a disk, without any content; nil if open does.
+	fresh func(disk string) error
+	// open starts what fresh has made, or stop has left, and returns its block device.
+	open func(disk string) (device string, err error)
 	stop func() error
 	// drain returns when the disk has all that was written. What was written stays in the cache.
 	drain func() error
@@ -42,85 +40,83 @@ const (
 	bare         // the disk itself
 )
 
+// start makes it anew and starts it.
+func (t *target) start(disk string) (device string, err error) {
+	if t.fresh != nil {
+		if err := t.fresh(disk); err != nil {
+			return "", err
+		}
+	}
+	return t.open(disk)
+}
+
 var targets = []target{
 	{
 		name: "ublk-pcache", kind: cache,
-		start: func(disk string) (string, error) {
+		fresh: func(disk string) error {
 			if err := mode("devdax"); err != nil {
-				return "", err
+				return err
 			}
-			return added("--format", "--force", "-b", disk)
+			if _, err := added("--format", "--force", "-b", disk); err != nil {
+				return err
+			}
+			return removeOurs()
 		},
 		open:   func(disk string) (string, error) { return added("-b", disk) },
-		close:  removeOurs,
 		stop:   removeOurs,
 		drain:  func() error { return run("ublk-pcache", "flush", "0") },
 		server: ours,
 	},
 	{
 		name: "dm-pcache", kind: cache,
-		start: func(disk string) (string, error) {
-			return blank(func() (string, error) {
-				return mapped(disk, "pcache "+pmem+" "+disk+" 4 cache_mode writeback data_crc false")
-			})
-		},
+		fresh: blank,
 		open: func(disk string) (string, error) {
 			return mapped(disk, "pcache "+pmem+" "+disk+" 4 cache_mode writeback data_crc false")
 		},
-		close: removeKernels,
 		stop:  removeKernels,
 		drain: kernelClean,
 	},
 	{
 		name: "dm-writecache", kind: cache,
-		start: func(disk string) (string, error) {
-			return blank(func() (string, error) { return mapped(disk, "writecache p "+disk+" "+pmem+" 4096 0") })
-		},
+		fresh: blank,
 		open:  func(disk string) (string, error) { return mapped(disk, "writecache p "+disk+" "+pmem+" 4096 0") },
-		close: func() error { return run("dmsetup", "remove", mapping) },
 		stop:  func() error { return run("dmsetup", "remove", mapping) },
 		drain: func() error { return run("dmsetup", "message", mapping, "0", "flush") },
 	},
 	{
 		name: "bcache", kind: cache,
-		start: func(disk string) (string, error) {
-			return blank(func() (string, error) {
-				// What the jobs wrote may look like anything.
-				if err := run("wipefs", "-q", "-a", disk); err != nil {
-					return "", err
-				}
-				if err := run("make-bcache", "--wipe-bcache", "--block", "4k", "--writeback", "-C", pmem, "-B", disk); err != nil {
-					return "", err
-				}
-				return registered(disk)
-			})
+		fresh: func(disk string) error {
+			if err := blank(disk); err != nil {
+				return err
+			}
+			// What the jobs wrote may look like anything.
+			if err := run("wipefs", "-q", "-a", disk); err != nil {
+				return err
+			}
+			return run("make-bcache", "--wipe-bcache", "--block", "4k", "--writeback", "-C", pmem, "-B", disk)
 		},
 		open:  registered,
-		close: unregister,
 		stop:  unregister,
 		drain: bcacheClean,
 	},
 	{
 		name: "null", kind: nothing,
-		start:  func(string) (string, error) { return startNull() },
+		open:   func(string) (string, error) { return startNull() },
 		stop:   stopNull,
 		server: func() int { return nullServer.Process.Pid },
 	},
 	{
 		name: "kublk-null", kind: nothing,
-		start: func(string) (string, error) {
-			if err := run("kublk", "add", "-t", "null", "-n", "7", "-q", "2", "-d", "128"); err != nil {
-				return "", err
-			}
-			return "/dev/ublkb7", nil
+		open: func(string) (string, error) {
+			return "/dev/ublkb7", run("kublk", "add", "-t", "null", "-n", "7", "-q", "2", "-d", "128")
 		},
 		stop:   func() error { return run("kublk", "del", "-n", "7") },
 		server: func() int { return pidOf("kublk") },
 	},
 	{
 		name: "disk", kind: bare,
-		start: func(disk string) (string, error) { return disk, nil },
-		stop:  func() error { return nil },
+		open: func(disk string) (string, error) { return disk, nil },
+		stop: func() error { return nil },
 	},
 }
 
@@ -135,14 +131,11 @@ func mode(m string) error {
 }
 
 // blank gives the pmem to the kernel's targets, without whatever was in it.
-func blank(start func() (string, error)) (string, error) {
+func blank(string) error {
 	if err := mode("fsdax"); err != nil {
-		return "", err
+		return err
 	}
-	if err := run("dd", "if=/dev/zero", "of="+pmem, "bs=1M", "count=4", "oflag=direct", "status=none"); err != nil {
-		return "", err
-	}
-	return start()
+	return run("dd", "if=/dev/zero", "of="+pmem, "bs=1M", "count=4", "oflag=direct", "status=none")
 }
 
 func added(args ...string) (string, error) {
@@ -184,7 +177,7 @@ func removeKernels() error {
 // drainLimit is for the slow disk.
 const drainLimit = 15 * time.Minute
 
-// kernelTail matches the end of dm-pcache's status, its log's head and dirty_tail.
+// kernelTails matches the end of dm-pcache's status: its log's head, dirty_tail and key_tail.
 var kernelTails = regexp.MustCompile(` (\d+:\d+) (\d+:\d+) \d+:\d+\s*$`)
 
 func kernelClean() error {
