@@ -133,12 +133,41 @@ func (w *walker) unnumberedAhead(cause error) *Position {
 
 // fits reports whether the kset just read, n keys behind the bad one, agrees
 // with what is left of the bad one's header: with its length, or its number.
+//
+// What stands there may also be a LAST of which a part has arrived, over the end
+// mark of a log that is empty from here on. Where a kset has its length, it has
+// the segment that it leads to, which agrees with old ksets by chance. Its flags
+// tell, unless they are still the end mark's zeros: then the bad one is a kset
+// only if it can be restored to one.
 func (w *walker) fits(head []byte, n int) bool {
 	if w.seq != 0 && w.kset.Seq != 0 {
 		return true // follows knows better
 	}
-	seq := le.Uint64(head[16:]) >> seqShift
-	return n > 0 && le.Uint32(head[4:]) == uint32(n) || seq == 0 && w.kset.Seq == 0 || seq != 0 && w.kset.Seq == NextSeq(seq)
+	magic, flags := le.Uint64(head[8:]), le.Uint64(head[16:])
+	seq := flags >> seqShift
+	switch {
+	case seq != 0 && w.kset.Seq == NextSeq(seq):
+		return true
+	case flags&ksetLast != 0, flags == 0 && (magic == 0 || w.kset.Seq != 0):
+		return n > 0 && w.restores(head, n)
+	default:
+		return n > 0 && le.Uint32(head[4:]) == uint32(n) || seq == 0 && w.kset.Seq == 0
+	}
+}
+
+// restores reports whether the bad kset would be a good one of n keys in front
+// of the one just read, if the header had its magic number and flags.
+func (w *walker) restores(head []byte, n int) bool {
+	flags := uint64(0)
+	if w.kset.Seq != 0 {
+		flags = prevSeq(w.kset.Seq) << seqShift
+	}
+	p := w.buf[:KsetSize(n)]
+	if err := readFull(w.r, p, w.l.Offset(w.pos.Seg, w.pos.Off)); err != nil {
+		return true
+	}
+	encodeKsetHeader(p, uint32(n), flags)
+	return le.Uint32(head) == Checksum(p[4:])
 }
 
 // endsAt reports whether an end mark stands at a place, or a LAST in place of

@@ -57,6 +57,14 @@ func NextSeq(seq uint64) uint64 {
 	return seq + 1
 }
 
+// prevSeq returns the number that seq, which is not 0, follows.
+func prevSeq(seq uint64) uint64 {
+	if seq == 1 {
+		return seqMask
+	}
+	return seq - 1
+}
+
 // seqDistance returns how many steps of NextSeq lead from a to b, both not 0.
 func seqDistance(a, b uint64) uint64 {
 	if b >= a {

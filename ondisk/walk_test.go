@@ -201,6 +201,53 @@ func TestTornOverStale(t *testing.T) {
 	}
 }
 
+// TestTornLastOverStale stores parts of a LAST over the end mark of an empty
+// log, which has no number to go by. The segment held another log before, with a
+// kset just where one would lie if the LAST were a kset as long as the number of
+// the segment it leads to.
+func TestTornLastOverStale(t *testing.T) {
+	for next := uint32(1); next < 30; next++ {
+		for arrived := range 7 {
+			w := newScribe(t, 1000)
+			w.kset(int(next))
+			w.kset(2)
+			w.s.Zero(w.off(Position{}), KsetHeaderSize)
+			last := EncodeLast(make([]byte, KsetHeaderSize), 1<<40, next)
+			for word := range 3 {
+				if arrived&(1<<word) != 0 {
+					w.s.WriteAt(last[8*word:][:8], w.off(Position{})+int64(8*word))
+				}
+			}
+			if keys, end := w.walk(); keys != 0 || end.Damage != nil || end.Pos != (Position{}) {
+				t.Errorf("leading to %d, words %03b: %d keys to %+v", next, arrived, keys, end)
+			}
+		}
+	}
+}
+
+// TestFirstDamage takes parts of the header of a log's first kset away, where
+// no number in front of it helps.
+func TestFirstDamage(t *testing.T) {
+	for name, seq := range numberings {
+		w := newScribe(t, seq)
+		at := w.kset(7)
+		next := w.kset(4)
+		for _, lost := range []struct{ off, size int64 }{
+			{0, 4}, {4, 4}, {0, 8}, {8, 8}, {16, 8}, {8, 16},
+		} {
+			s := w.s.clone()
+			s.Zero(w.off(at)+lost.off, lost.size)
+			if lost.off == 16 && seq == 0 {
+				continue // no flags to lose
+			}
+			keys, end := (&scribe{t: t, s: s, l: w.l}).walk()
+			if d := end.Damage; keys != 0 || d == nil || d.At != at || d.Ahead == nil || *d.Ahead != next || d.Keys != 4 {
+				t.Errorf("%s, without %d bytes from %d on: %d keys, %+v", name, lost.size, lost.off, keys, end)
+			}
+		}
+	}
+}
+
 // TestMiddleDamage flips bits of a kset with others behind it.
 func TestMiddleDamage(t *testing.T) {
 	for name, seq := range numberings {
