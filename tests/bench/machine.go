@@ -44,7 +44,7 @@ func (m *measured) ratio(h hit, ours, other string) float64 {
 }
 
 const machineIntro = "## On a real kernel\n\n" +
-	"In one boot of the test machine (docs/testing.md), %d rounds: two emulated CPUs, %s, 1 GiB of pmem on an emulated NVDIMM, an\n" +
+	"In one boot of the test machine (docs/testing.md), rounds: %d. Two emulated CPUs, %s, 1 GiB of pmem on an emulated NVDIMM, an\n" +
 	"emulated NVMe disk of 4 GiB; fio, io_uring, O_DIRECT; %s. *null* answers requests at once and does nothing else, served by\n" +
 	"package ublk; *kublk* is the same of the kernel's own C test server; *disk* is the disk alone.\n\n" +
 	"Emulation slows a processor down by some dozens, memory and disk by much less, and makes each instruction cost about the\n" +
