@@ -160,7 +160,7 @@ func (w *walker) fits(head []byte, n int) bool {
 func (w *walker) restores(head []byte, n int) bool {
 	flags := uint64(0)
 	if w.kset.Seq != 0 {
-		flags = prevSeq(w.kset.Seq) << seqShift
+		flags = PrevSeq(w.kset.Seq) << seqShift
 	}
 	p := w.buf[:KsetSize(n)]
 	if err := readFull(w.r, p, w.l.Offset(w.pos.Seg, w.pos.Off)); err != nil {

@@ -57,8 +57,8 @@ func NextSeq(seq uint64) uint64 {
 	return seq + 1
 }
 
-// prevSeq returns the number that seq, which is not 0, follows.
-func prevSeq(seq uint64) uint64 {
+// PrevSeq returns the number that seq, which is not 0, follows.
+func PrevSeq(seq uint64) uint64 {
 	if seq == 1 {
 		return seqMask
 	}

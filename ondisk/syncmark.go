@@ -63,11 +63,3 @@ func SeqBeyond(mark uint64) uint64 {
 	}
 	return mark + markLag
 }
-
-// PrevSeq returns the number that seq, which is not 0, follows.
-func PrevSeq(seq uint64) uint64 {
-	if seq == 1 {
-		return seqMask
-	}
-	return seq - 1
-}
