@@ -46,7 +46,7 @@ func (m *measured) ratio(h hit, ours, other string) float64 {
 const machineIntro = "## On a real kernel\n\n" +
 	"In one boot of the test machine (docs/testing.md), rounds: %d. Two emulated CPUs, %s, 1 GiB of pmem on an emulated NVDIMM, an\n" +
 	"emulated NVMe disk of 4 GiB; fio, io_uring, O_DIRECT; %s. *null* answers requests at once and does nothing else, served by\n" +
-	"package ublk; *kublk* is the same of the kernel's own C test server; *disk* is the disk alone.\n\n" +
+	"package ublk; *kublk-null* is the same of the kernel's own C test server; *disk* is the disk alone.\n\n" +
 	"Emulation slows a processor down by some dozens, memory and disk by much less, and makes each instruction cost about the\n" +
 	"same. So these ratios compare instructions and system calls more than memory, a cache looks worse against its disk than it\n" +
 	"would be, and a tail latency says more about the emulator's host than about the target.\n\n"

@@ -13,7 +13,7 @@ func (m *measured) ns(format string, args ...any) float64 {
 const (
 	shape  = "size=%d/batch=%d/threads=%d"
 	native = "## Hits, without a driver\n\n" +
-		"The engine alone, on a plain mapping: %d rounds on %s CPUs (%s), %s, %s, %s.\n\n"
+		"The engine alone, on a plain mapping, rounds: %d, on %s CPUs (%s), %s, %s, %s.\n\n"
 	work = "What the thread of a queue does for a %s, over 256 MiB at random, in turns of a batch. Write-back rests, so that\n" +
 		"it costs no part of it. *Bare* is the same %s, with nothing to find and nothing to log. Nanoseconds for an\n" +
 		"operation, and how much that is of the bare one.\n\n" +
