@@ -75,8 +75,11 @@ func (m *pageCache) Zero(off, n int64) error {
 // Sync fails once the power is off, so that nobody goes on to write to a disk
 // whose crash is taken a moment later.
 func (m *pageCache) Sync() error {
-	if m.onSync != nil {
-		m.onSync()
+	m.mu.Lock()
+	onSync := m.onSync
+	m.mu.Unlock()
+	if onSync != nil {
+		onSync()
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -109,6 +112,8 @@ func (m *pageCache) cutWhenSyncing(disk *backing.Fake, keep func(page int64) boo
 	copied := newPageCache()
 	var cut *backing.Fake
 	var once sync.Once
+	m.mu.Lock() // rounds are syncing
+	defer m.mu.Unlock()
 	m.onSync = func() {
 		once.Do(func() {
 			m.mu.Lock()
