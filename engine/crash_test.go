@@ -408,7 +408,7 @@ func (l *life) watch(mem *recorder, disk *backing.Fake, h *history, cut int) {
 
 // explore opens states of a moment that no moment had before.
 func (l *life) explore(s *snapshot, most, cut int, dice *rand.Rand) {
-	window := make([]byte, windowSize)
+	window, disk := make([]byte, windowSize), stillDisk{make([]byte, transferBytes)}
 	for _, c := range s.choices(dice, most) {
 		region, sum := s.leave(c)
 		l.mu.Lock()
@@ -418,7 +418,7 @@ func (l *life) explore(s *snapshot, most, cut int, dice *rand.Rand) {
 		if seen {
 			continue
 		}
-		if err := l.check(s, region, sum, window, cut, dice); err != nil {
+		if err := l.check(s, region, sum, window, disk, cut, dice); err != nil {
 			region, _ := s.leave(c)
 			l.fail(fmt.Errorf("%v\npower cut %d: %w\n%s%s", l, cut+1, err, s.describe(c), s.story(region, err)))
 		}
@@ -433,7 +433,7 @@ func (l *life) explore(s *snapshot, most, cut int, dice *rand.Rand) {
 }
 
 // check opens one state.
-func (l *life) check(s *snapshot, region *pmem.Fake, sum uint64, window []byte, cut int, dice *rand.Rand) (err error) {
+func (l *life) check(s *snapshot, region *pmem.Fake, sum uint64, window []byte, disk stillDisk, cut int, dice *rand.Rand) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
@@ -442,7 +442,7 @@ func (l *life) check(s *snapshot, region *pmem.Fake, sum uint64, window []byte, 
 	if cut == 0 && dice.IntN(128) == 0 {
 		return l.goOn(s, region, sum, dice)
 	}
-	c, err := l.open(stillMemory{region, l.durable}, stillDisk{})
+	c, err := l.open(stillMemory{region, l.durable}, disk)
 	if err != nil {
 		return err
 	}
@@ -867,14 +867,13 @@ func (d windowDisk) Write(buf []byte, off int64, done func(error)) {
 	d.fakeDisk.Write(buf, off-windowOff, done)
 }
 
-// stillDisk is a disk for a cache that is only opened. It transfers nothing.
-type stillDisk struct{}
+// stillDisk is a disk for a cache that is only opened. It transfers nothing, but
+// the cache fills its buffer all the same.
+type stillDisk struct{ buf []byte }
 
-var stillBuffer [transferBytes]byte
-
-func (stillDisk) Size() int64         { return windowOff + windowSize }
-func (stillDisk) BlockSize() int      { return sectorSize }
-func (stillDisk) Buffer(n int) []byte { return stillBuffer[:n] }
+func (stillDisk) Size() int64           { return windowOff + windowSize }
+func (stillDisk) BlockSize() int        { return sectorSize }
+func (d stillDisk) Buffer(n int) []byte { return d.buf[:n] }
 
 func (stillDisk) Read(_ []byte, _ int64, done func(error))  { done(syscall.EIO) }
 func (stillDisk) Write(_ []byte, _ int64, done func(error)) { done(syscall.EIO) }
