@@ -401,9 +401,11 @@ func TestUnreadableArea(t *testing.T) {
 	})
 	disk.WriteAt(filled(9), superblock)
 	r := mustOpen(t, mem, disk, Refuse, false)
+	r.mustRest(t)
 	if l, err := ondisk.ReadLayout(mem, mem.Size()); err != nil || l.Fingerprint.State != ondisk.FingerprintUnknown {
 		t.Errorf("fingerprint %+v of a disk that cannot be read, %v", l.Fingerprint, err)
 	}
+	r.Resume()
 	r.write(t, elsewhere, filled(5))
 	r.mustFlush(t)
 	bad.Store(false)

@@ -137,9 +137,13 @@ func (s storm) handOver(t *testing.T, seed uint64) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if _, err := c.Rest(); err != nil {
+			t.Fatal(err)
+		}
 		if l, err := ondisk.ReadLayout(mem, mem.Size()); err != nil || l.SyncMark != ondisk.PrevSeq(head.Seq) {
 			t.Fatalf("the sync mark is %d, want %d (%v)", l.SyncMark, ondisk.PrevSeq(head.Seq), err)
 		}
+		c.Resume()
 		r.current = startRig(c)
 		r.mu.Unlock()
 	}

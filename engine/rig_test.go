@@ -176,6 +176,14 @@ func (r *rig) kill() error {
 	return r.Close()
 }
 
+// mustRest stops what the cache does by itself.
+func (r *rig) mustRest(t testing.TB) {
+	t.Helper()
+	if _, err := r.Rest(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // leave ends the threads.
 func (r *rig) leave() {
 	for _, l := range r.loops {

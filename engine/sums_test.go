@@ -10,20 +10,24 @@ import (
 	"ublk-pcache/pmem"
 )
 
-// spoil flips a bit of the cached data of a sector.
-func spoil(t *testing.T, r *rig, lba int64) {
+// spoil flips a bit of the cached data of each of some sectors.
+func spoil(t *testing.T, r *rig, lbas ...int64) {
 	t.Helper()
-	found := r.extents(lba, 1)
-	if len(found) != 1 {
-		t.Fatalf("sector %d is not cached", lba)
+	r.mustRest(t) // write-back reads there
+	defer r.Resume()
+	for _, lba := range lbas {
+		found := r.extents(lba, 1)
+		if len(found) != 1 {
+			t.Fatalf("sector %d is not cached", lba)
+		}
+		off := r.layout.Offset(found[0].seg, uint32(found[0].pos)<<sectorShift)
+		var word [8]byte
+		if _, err := r.mem.ReadAt(word[:], off); err != nil {
+			t.Fatal(err)
+		}
+		word[3] ^= 0x10
+		store(t, r.mem, word[:], off)
 	}
-	off := r.layout.Offset(found[0].seg, uint32(found[0].pos)<<sectorShift)
-	var word [8]byte
-	if _, err := r.mem.ReadAt(word[:], off); err != nil {
-		t.Fatal(err)
-	}
-	word[3] ^= 0x10
-	store(t, r.mem, word[:], off)
 }
 
 // TestDamagedData: clean data that is damaged comes from the disk; dirty data
@@ -41,8 +45,7 @@ func TestDamagedData(t *testing.T) {
 	r.write(t, 0, stamped(0, 8, 1))
 	r.write(t, dirty*sectorSize, stamped(dirty, 1024, 1))
 	r.read(t, clean*sectorSize, 1<<20)
-	spoil(t, r, clean+1000)
-	spoil(t, r, dirty+300)
+	spoil(t, r, clean+1000, dirty+300)
 	// The pieces are of 128 sectors: the damaged one is [256, 384).
 	check := func(when string) {
 		t.Helper()
