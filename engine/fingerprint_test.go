@@ -43,6 +43,8 @@ func formatted(t testing.TB, crc bool) *pmem.Fake {
 func openChanged(mem Memory, disk *backing.Fake, choice Choice) (r *rig, empty bool, err error) {
 	log := &testLog{}
 	c, err := Open(mem, fakeDisk{disk}, Options{Queues: 1, WritebackDepth: 1, Log: log, Changed: choice})
+	log.mu.Lock()
+	defer log.mu.Unlock()
 	empty = slices.ContainsFunc(log.lines, func(l string) bool { return strings.Contains(l, "starts empty") })
 	if err != nil {
 		return nil, empty, err

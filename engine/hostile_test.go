@@ -698,6 +698,8 @@ func (x *execution) look() error {
 			}
 		}
 	}
+	x.mem.mu.Lock()
+	defer x.mem.mu.Unlock()
 	if x.mem.fault != "" {
 		return errors.New(x.mem.fault)
 	}
