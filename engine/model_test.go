@@ -520,7 +520,7 @@ func (m *model) damage(t *rapid.T) {
 // damageDirty does the same to dirty data. Nobody has it, so what was stored
 // with it cannot be read, or can and is right, until it is written again.
 func (m *model) damageDirty(t *rapid.T) {
-	m.heal(t)
+	m.release(t)
 	m.faulty = true
 	k, ok := m.spoil(t, true)
 	if !ok {
@@ -544,6 +544,8 @@ func (m *model) spoil(t *rapid.T, dirty bool) (k loggedKey, ok bool) {
 	key := rapid.IntRange(0, 1<<20).Draw(t, "key")
 	sector := rapid.Uint32Range(0, stripeSectors-1).Draw(t, "sector")
 	wrong := rapid.Bool().Draw(t, "wrong") && m.crc
+	m.cache.Rest() // nobody writes the data back or collects it before it is damaged
+	defer m.cache.Resume()
 	_, keys, _, _, err := readLog(m.mem)
 	if err != nil {
 		t.Fatal(err)
