@@ -86,7 +86,7 @@ func TestKeyTailBeforeGenerations(t *testing.T) {
 func TestOlderKeyTail(t *testing.T) {
 	const megabyte, kept = 1 << 20 >> sectorShift, 48 << 20 >> sectorShift
 	m := pmem.NewFake(ondisk.MinSize)
-	formatSmall(t, m, 8, false, 0)
+	formatSmall(t, m, 8, false, 90) // so that nothing is collected yet
 	disk := backing.NewFake(64<<20, sectorSize, 1)
 	defer disk.Close()
 	badBlocks(disk, kept, 1)
@@ -101,6 +101,9 @@ func TestOlderKeyTail(t *testing.T) {
 	write(0, 0, 8, 1)
 	write(1, 0, 8, 2)
 	overwritten := r.extents(0, 8)[0].seg
+	if err := r.SetGCPercent(0); err != nil {
+		t.Fatal(err)
+	}
 	for i := range int64(16) { // the second queue leaves its segment
 		write(1, (16+i)*megabyte, megabyte, 2)
 	}
