@@ -88,18 +88,22 @@ func (h *testimony) add(client int, r *Request, version uint64, begin int64, ans
 	}
 }
 
-// check returns why the history is not linearizable, nil if it is.
-func (h *testimony) check() error {
+// check fails the test if the history is not linearizable.
+func (h *testimony) check(t *testing.T) {
+	t.Helper()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	model := register.ToModel()
 	for _, ops := range model.Partition(h.mu.ops) {
 		// Milliseconds are what it takes; what takes longer is not judged.
-		if result := porcupine.CheckOperationsTimeout(model, ops, 10*time.Second); result != porcupine.Ok {
-			return fmt.Errorf("a history that is not linearizable (%v):%s", result, tell(ops))
+		switch porcupine.CheckOperationsTimeout(model, ops, 10*time.Second) {
+		case porcupine.Illegal:
+			t.Errorf("a history that is not linearizable:%s", tell(ops))
+			return
+		case porcupine.Unknown:
+			t.Logf("%d operations are not judged", len(ops))
 		}
 	}
-	return nil
 }
 
 func tell(ops []porcupine.Operation) string {
@@ -255,9 +259,7 @@ func (c contest) recovered(t *testing.T, r *rig, h *testimony) *testimony {
 			next.mu.ops = append(next.mu.ops, porcupine.Operation{ClientId: -1, Input: access{lba: lba + i, write: true, version: v}})
 		}
 	}
-	if err := h.check(); err != nil {
-		t.Error(err)
-	}
+	h.check(t)
 	return next
 }
 
