@@ -411,6 +411,7 @@ func TestSyncs(t *testing.T) {
 		m := &countingMemory{Region: pmem.Heap(ondisk.MinSize), durable: durable}
 		formatSmall(t, m.Region, 8, false, 70)
 		r := newRig(t, m, disk, 1)
+		r.mustRest(t) // rounds sync as well
 		for i, req := range requests() {
 			before := m.syncs.Load()
 			if err := r.do(0, req); err != nil {

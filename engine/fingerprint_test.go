@@ -136,6 +136,7 @@ func cached(t *testing.T, dirty bool) (*pmem.Fake, *backing.Fake) {
 	r.write(t, partition, filled(3))
 	r.holds(t, elsewhere, 1)
 	r.mustFlush(t)
+	r.mustRest(t) // what follows stays behind dirty_tail
 	r.holds(t, faraway, 1)
 	if dirty {
 		r.write(t, superblock, filled(2))
@@ -355,6 +356,7 @@ func TestKernelBeforehand(t *testing.T) {
 	kernel(t, mem, "a kset")
 	r := mustOpen(t, mem, disk, Refuse, false)
 	r.mustFlush(t)
+	r.mustRest(t) // the write stays dirty
 	r.write(t, elsewhere, filled(5))
 	r.mustEnd(t)
 	disk.WriteAt(filled(9), superblock)
@@ -424,14 +426,16 @@ func TestVolatileDisk(t *testing.T) {
 	for seed := range uint64(10) {
 		mem, disk := formatted(t, false), backing.NewFake(changedDisk, 512, seed)
 		r := mustOpen(t, mem, disk, Refuse, false)
+		r.mustRest(t)
 		r.write(t, superblock, filled(2))
-		// A round that ends between its write and its flush.
+		// A round that ends between its write and its flush, and none before.
 		disk.Script(func(op backing.Op) (f backing.Fault) {
 			if op.Kind == backing.OpFlush {
 				f.Err = syscall.EIO
 			}
 			return f
 		})
+		r.Resume()
 		if err := r.Flush(context.Background()); !errors.Is(err, syscall.EIO) {
 			t.Fatal(err)
 		}

@@ -263,6 +263,7 @@ func TestPowerCutOverwrite(t *testing.T) {
 	m := newPageCache()
 	formatSmall(t, m.Region, 8, true, 70)
 	r := newRig(t, m, disk, 1)
+	r.mustRest(t) // or a round would sync the data
 	log := r.layout.Offset(0, 0) / pageSize
 	r.write(t, 0, stamped(0, 8, 1))
 	r.flush(t)
@@ -286,6 +287,7 @@ func TestPowerCutAgain(t *testing.T) {
 	m := newPageCache()
 	formatSmall(t, m.Region, 12, true, 70)
 	r := newRig(t, m, disk, 2)
+	r.mustRest(t)
 	log := r.layout.Offset(0, 0) / pageSize
 	r.write(t, 0, stamped(0, 8, 1))
 	r.flush(t)

@@ -195,6 +195,7 @@ func TestDamageIsLoggedAgain(t *testing.T) {
 	disk := backing.NewFake(64<<20, 512, 1)
 	defer disk.Close()
 	r := newRig(t, mem, disk, 1)
+	r.mustRest(t)
 	r.write(t, 0, stamped(0, 256, 1))
 	r.write(t, 100*sectorSize, stamped(100, 8, 2)) // what is left of the first piece is not all of it
 	spoil(t, r, 20)
@@ -231,6 +232,7 @@ func TestDamageSurvivesKill(t *testing.T) {
 	disk := backing.NewFake(64<<20, 512, 1)
 	defer disk.Close()
 	r := newRig(t, m, disk, 1)
+	r.mustRest(t)
 	r.write(t, 0, stamped(0, 128, 1))
 	spoil(t, r, 20)
 	within(t, "filling the cache four times", func() {

@@ -40,6 +40,7 @@ func TestDamagedData(t *testing.T) {
 	defer disk.Close()
 	disk.WriteAt(stamped(16<<11, 4096, 7), 16<<20)
 	r := newRig(t, mem, disk, 1)
+	r.mustRest(t) // what is dirty has to be so when it is spoiled
 
 	const clean, dirty = 16 << 11, 1 << 11 // sectors
 	r.write(t, 0, stamped(0, 8, 1))
@@ -106,6 +107,7 @@ func TestPartlyOverwritten(t *testing.T) {
 	disk := backing.NewFake(32<<20, 512, 1)
 	defer disk.Close()
 	r := newRig(t, mem, disk, 1)
+	r.mustRest(t)
 	r.write(t, 0, stamped(0, 128, 1))
 	r.write(t, 10*sectorSize, stamped(10, 20, 2))
 	r.write(t, 128*sectorSize, stamped(128, 128, 1)) // joined with the rest of the first
@@ -115,6 +117,7 @@ func TestPartlyOverwritten(t *testing.T) {
 				t.Fatal(err)
 			}
 			r = newRig(t, mem, disk, 1)
+			r.mustRest(t)
 		}
 		p := r.read(t, 0, 256*sectorSize)
 		for i := range int64(256) {
