@@ -45,6 +45,10 @@ func (w *ward) fill(t *testing.T, s *server) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// Nothing is to be written back, however long it takes to fill.
+	if _, err := c.Rest(); err != nil {
+		t.Fatal(err)
+	}
 	if err := bind(); err != nil {
 		t.Fatal(err)
 	}
