@@ -25,6 +25,7 @@ func leaveDamaged(t *testing.T, damage func(mem []byte, l *ondisk.Layout), args 
 		t.Fatal(err)
 	}
 	pcache(t, "flush", d.id)
+	pid := d.entry(t).PID // now, since what is written below is not dirty for long
 	if _, err := load.Run(want, 16<<20, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -37,7 +38,9 @@ func leaveDamaged(t *testing.T, damage func(mem []byte, l *ondisk.Layout), args 
 			}
 		}
 	}
-	killServer(t, d, unix.SIGKILL)
+	if !end(t, pid, killedBy(unix.SIGKILL)) {
+		t.Fatalf("server %d has ended by itself", pid)
+	}
 	f.Close()
 	pcache(t, "del", "--force", d.id)
 	mapped(t, dax, func(mem []byte) {

