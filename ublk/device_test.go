@@ -200,13 +200,16 @@ func TestDiscardAndWriteZeroes(t *testing.T) {
 		want := bytes.Repeat([]byte{1}, len(mem))
 		copy(mem, want)
 		copy(want[off:], bytes.Repeat([]byte{c.left}, size))
-		seen.requests = nil
 		if err := c.call(); err != nil {
 			t.Errorf("%s: %v", c.name, err)
 		}
-		slices.SortFunc(seen.requests, func(a, b Request) int { return int(a.Offset - b.Offset) })
+		seen.Lock()
+		requests := seen.requests
+		seen.requests = nil
+		seen.Unlock()
+		slices.SortFunc(requests, func(a, b Request) int { return int(a.Offset - b.Offset) })
 		end := int64(off)
-		for _, req := range seen.requests {
+		for _, req := range requests {
 			if req.Op != c.op || req.Offset != end || req.Len <= 0 || req.Len > c.limit || req.Buf != nil {
 				t.Errorf("%s: operation %d of %d bytes at %d, should be one of %d at %d", c.name, req.Op, req.Len, req.Offset, c.op, end)
 			}
@@ -218,7 +221,7 @@ func TestDiscardAndWriteZeroes(t *testing.T) {
 		if !bytes.Equal(mem, want) {
 			t.Errorf("%s: not exactly its range has changed", c.name)
 		}
-		t.Logf("%s: %d requests, the largest of %d KiB", c.name, len(seen.requests), largest(seen.requests)>>10)
+		t.Logf("%s: %d requests, the largest of %d KiB", c.name, len(requests), largest(requests)>>10)
 	}
 	if err := ioctlRange(fd, unix.BLKDISCARD, failFrom, 4096); err != unix.ENOSPC {
 		t.Errorf("a discard that fails: %v", err)
