@@ -470,7 +470,9 @@ func TestQuiesce(t *testing.T) {
 			}
 		})
 	}
-	time.Sleep(200 * time.Millisecond) // of writes under way
+	for held := false; !held && !t.Failed(); time.Sleep(time.Millisecond) {
+		held = slices.ContainsFunc(r.queues, func(h *ramdisk) bool { return len(h.late) > 0 })
+	}
 	c, err := openControl()
 	if err != nil {
 		t.Fatal(err)
