@@ -146,7 +146,7 @@ func TestDeadServer(t *testing.T) {
 	s.Process.Kill()
 	s.Wait()
 	var info Info
-	for range 100 {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		var err error
 		if info, err = Lookup(s.id); err != nil {
 			t.Fatal(err)
@@ -154,7 +154,6 @@ func TestDeadServer(t *testing.T) {
 		if info.State == Quiesced {
 			break
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
 	if info.State != Quiesced || info.Size != ramSize {
 		t.Errorf("after the kill: %+v", info)
