@@ -319,7 +319,7 @@ func TestReadsPassWriteBack(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(5 * time.Minute):
 			t.Errorf("reads wait behind a %s", what)
 		}
 		close(release)

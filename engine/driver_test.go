@@ -59,7 +59,7 @@ var errNotFinished = errors.New("requests do not finish")
 
 // await takes turns until done, whenever a queue asks for one.
 func (d *driver) await(done func() bool) error {
-	timeout := time.NewTimer(30 * time.Second)
+	timeout := time.NewTimer(5 * time.Minute)
 	defer timeout.Stop()
 	for d.turn(); !done(); d.turn() {
 		select {

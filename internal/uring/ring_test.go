@@ -306,7 +306,7 @@ func TestSleeperProcess(t *testing.T) {
 			worst = max(worst, time.Since(start))
 		}
 		t.Logf("%s: at most %v", what, worst)
-		if worst > time.Second {
+		if worst > 10*time.Second {
 			t.Errorf("%s took %v while %d threads slept in Turn", what, worst, n)
 		}
 	}
