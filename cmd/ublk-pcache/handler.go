@@ -53,10 +53,11 @@ func (h *handler) Turn(done []ublk.Completion) []ublk.Completion {
 
 // errno is what the user of the disk gets to see of an error.
 func errno(err error) syscall.Errno {
-	var n syscall.Errno
-	switch {
-	case err == nil:
+	if err == nil {
 		return 0
+	}
+	var n syscall.Errno // on the heap, since As takes its address
+	switch {
 	case errors.Is(err, engine.ErrInvalid):
 		return syscall.EINVAL
 	case errors.As(err, &n) && n != 0:

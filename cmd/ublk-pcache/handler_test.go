@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"fmt"
+	"io"
 	"syscall"
 	"testing"
 
@@ -18,6 +20,21 @@ import (
 type heapDisk struct{ *backing.Fake }
 
 func (heapDisk) Buffer(n int) []byte { return make([]byte, n) }
+
+// TestErrno: a request that succeeds allocates nothing.
+func TestErrno(t *testing.T) {
+	if n := testing.AllocsPerRun(100, func() { errno(nil) }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+	for err, want := range map[error]syscall.Errno{
+		nil: 0, engine.ErrInvalid: syscall.EINVAL, io.EOF: syscall.EIO,
+		fmt.Errorf("write: %w", syscall.ENOSPC): syscall.ENOSPC,
+	} {
+		if got := errno(err); got != want {
+			t.Errorf("%v becomes %v, not %v", err, got, want)
+		}
+	}
+}
 
 // TestHandler: each of the driver's operations becomes what it means to the
 // engine, with its whole range and FUA, and ends under its tag.
