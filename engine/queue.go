@@ -16,11 +16,14 @@ type Queue struct {
 	c    *Cache
 	wake func()
 
-	// The data segment being filled. Its reference keeps it from dying.
+	// The data segment being filled. Its reference keeps it from dying, so those
+	// of the keys that name it need not be there before they are committed: owed
+	// counts them.
 	head struct {
 		open bool
 		seg  uint32
 		off  uint32 // bytes
+		owed int32
 	}
 
 	// A run of zeros in the head's segment, with a reference of its own; n
@@ -50,18 +53,28 @@ type Queue struct {
 		list, spare []*Request
 	}
 
-	stats queueStats
+	// An atomic add, or a locked one, would wait for the data of the request
+	// before to leave the processor. So counts is shown to others once a turn.
+	counts counts
+	shown  struct {
+		sync.Mutex
+		counts
+	}
 }
 
-// queueStats are written by the queue's thread alone.
-type queueStats struct {
-	reads, writes, flushes, zeros atomic.Uint64 // requests
-	hits, misses                  atomic.Uint64 // reads that did not, or did, need the disk
-	readBytes, writeBytes         atomic.Uint64
+// counts is what a queue has done.
+type counts struct {
+	reads, writes, flushes, zeros uint64 // requests
+	hits, misses                  uint64 // reads that did not, or did, need the disk
+	readBytes, writeBytes         uint64
 }
 
-// count adds to a counter that only one thread writes.
-func count(n *atomic.Uint64, d int) { n.Store(n.Load() + uint64(d)) }
+// show lets others see what the queue has done.
+func (q *Queue) show() {
+	q.shown.Lock()
+	defer q.shown.Unlock()
+	q.shown.counts = q.counts
+}
 
 // turnRequests is what the lists of a queue have room for without growing.
 const turnRequests = 256
@@ -98,7 +111,7 @@ func (q *Queue) Submit(r *Request) {
 	r.q, r.Err, r.done, r.last, r.fills = q, nil, 0, 0, nil
 	switch r.Op {
 	case Flush:
-		count(&q.stats.flushes, 1)
+		q.counts.flushes++
 		q.turn = append(q.turn, r)
 	case Read, Write, Zero:
 		if !q.c.covers(r) {
@@ -107,16 +120,16 @@ func (q *Queue) Submit(r *Request) {
 			return
 		}
 		if r.Op == Read {
-			count(&q.stats.reads, 1)
-			count(&q.stats.readBytes, len(r.Buf))
+			q.counts.reads++
+			q.counts.readBytes += uint64(len(r.Buf))
 			q.read(r)
 			return
 		}
 		if r.Op == Zero {
-			count(&q.stats.zeros, 1)
+			q.counts.zeros++
 		} else {
-			count(&q.stats.writes, 1)
-			count(&q.stats.writeBytes, len(r.Buf))
+			q.counts.writes++
+			q.counts.writeBytes += uint64(len(r.Buf))
 		}
 		q.write(r)
 	}
@@ -163,6 +176,7 @@ func (q *Queue) Turn() []*Request {
 		q.abandoned = true
 		q.abandonFills()
 	}
+	q.show()
 	q.finished, q.returned = q.returned[:0], q.finished
 	return q.returned
 }
@@ -183,6 +197,7 @@ func (q *Queue) post(r *Request) {
 // next, which is soon.
 func (q *Queue) commit() {
 	c := q.c
+	q.settle()
 	if len(q.turn) == 0 && len(q.filled) == 0 && len(q.keys) == 0 {
 		return
 	}
@@ -268,8 +283,16 @@ func (q *Queue) alloc(n int, take bool) (seg, off uint32, got int, ok bool) {
 	seg, off = q.head.seg, q.head.off
 	got = min(n, int(ondisk.SegmentData-off))
 	q.head.off += uint32(got)
-	q.c.segments.all[seg].refs.Add(1)
+	q.head.owed++
 	return seg, off, got, true
+}
+
+// settle takes the references that are owed.
+func (q *Queue) settle() {
+	if q.head.owed > 0 {
+		q.c.segments.all[q.head.seg].refs.Add(q.head.owed)
+		q.head.owed = 0
+	}
 }
 
 // put allocates a place and stores what is to be there. A segment of which the
@@ -285,12 +308,13 @@ func (q *Queue) put(n int, take bool, store func(n int, at int64) error) (seg, o
 			return seg, off, got, true
 		}
 		q.c.badStore("data to be stored", seg, off, got, err)
-		q.c.drop(seg)
+		q.head.owed--
 		q.closeHead()
 	}
 }
 
 func (q *Queue) closeHead() {
+	q.settle()
 	if q.zeros.n > 0 {
 		q.zeros.n = 0
 		q.c.drop(q.head.seg)
@@ -356,7 +380,7 @@ func (q *Queue) storeZeros(n int, off int64, take bool) (k ondisk.Key, ok bool) 
 		q.zeros.off, q.zeros.n = segOff, uint32(got)
 	}
 	seg := q.head.seg
-	q.c.segments.all[seg].refs.Add(1)
+	q.head.owed++
 	k = ondisk.Key{
 		Off: uint64(off), Len: min(uint32(n), q.zeros.n), Flags: ondisk.KeyZero,
 		Seg: seg, SegOff: q.zeros.off, Gen: q.c.segments.all[seg].gen.Load(),
@@ -456,11 +480,11 @@ func (q *Queue) read(r *Request) {
 		c.unpin(e.seg)
 	}
 	if r.fills == nil {
-		count(&q.stats.hits, 1)
+		q.counts.hits++
 		q.finished = append(q.finished, r)
 		return
 	}
-	count(&q.stats.misses, 1)
+	q.counts.misses++
 	q.startFills(r)
 }
 

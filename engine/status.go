@@ -94,14 +94,16 @@ func (c *Cache) Status() Status {
 	s.KeyHead, _ = c.journal.head()
 	s.DirtyTail, _ = c.tails.dirtyTail()
 	for _, q := range c.queues {
-		s.Reads += q.stats.reads.Load()
-		s.Writes += q.stats.writes.Load()
-		s.Flushes += q.stats.flushes.Load()
-		s.Zeros += q.stats.zeros.Load()
-		s.ReadBytes += q.stats.readBytes.Load()
-		s.WriteBytes += q.stats.writeBytes.Load()
-		s.Hits += q.stats.hits.Load()
-		s.Misses += q.stats.misses.Load()
+		q.shown.Lock()
+		s.Reads += q.shown.reads
+		s.Writes += q.shown.writes
+		s.Flushes += q.shown.flushes
+		s.Zeros += q.shown.zeros
+		s.ReadBytes += q.shown.readBytes
+		s.WriteBytes += q.shown.writeBytes
+		s.Hits += q.shown.hits
+		s.Misses += q.shown.misses
+		q.shown.Unlock()
 	}
 	c.badMemory.mu.Lock()
 	s.BadPlaces, s.MoreBad = slices.Clone(c.badMemory.mu.places), c.badMemory.mu.more
