@@ -442,8 +442,8 @@ func TestSyncs(t *testing.T) {
 	}
 }
 
-// TestTwoFencesPerTurn: a batch of writes costs one kset and two fences.
-func TestTwoFencesPerTurn(t *testing.T) {
+// TestThreeFencesPerTurn: a batch of writes costs one kset and three fences.
+func TestThreeFencesPerTurn(t *testing.T) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	m := &countingMemory{Region: pmem.Heap(ondisk.MinSize), durable: true, thread: unix.Gettid()}
@@ -467,7 +467,7 @@ func TestTwoFencesPerTurn(t *testing.T) {
 		if head.Seg != was.Seg {
 			left++
 		}
-		if n := m.fences.Load() - fences; n != 2 {
+		if n := m.fences.Load() - fences; n != 3 {
 			t.Fatalf("%d fences for a turn of %d writes at %v", n, len(batch), was)
 		}
 		if n := c.journal.mu.written - ksets; n != 1+uint64(left) {
@@ -477,7 +477,7 @@ func TestTwoFencesPerTurn(t *testing.T) {
 }
 
 // TestMoreKeysThanAKset: what does not fit comes with the next turns, each of
-// two fences, and each write is answered with its last key.
+// three fences, and each write is answered with its last key.
 func TestMoreKeysThanAKset(t *testing.T) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -498,7 +498,7 @@ func TestMoreKeysThanAKset(t *testing.T) {
 		if got := len(q.Turn()); got != want {
 			t.Fatalf("%d writes are answered, want %d", got, want)
 		}
-		if n := m.fences.Load() - fences; n != 2 {
+		if n := m.fences.Load() - fences; n != 3 {
 			t.Errorf("%d fences for a turn", n)
 		}
 		if woken != (want == ondisk.MaxKeys) {

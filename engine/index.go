@@ -2,7 +2,6 @@ package engine
 
 import (
 	"iter"
-	"sync"
 	"unsafe"
 
 	"ublk-pcache/ondisk"
@@ -26,7 +25,7 @@ const (
 )
 
 type shard struct {
-	sync.Mutex
+	spinning
 	slab    slab
 	extents int64
 	sectors [3]int64 // clean, dirty, dirty zeros; loading ones and clean zeros are not counted

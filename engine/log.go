@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 
 	"ublk-pcache/ondisk"
 )
@@ -16,8 +15,9 @@ import (
 // the other, each queue for itself: reads that go back in time, a hole in the
 // log, a log without an end.
 //
-// So a turn of a queue stores its data without any lock, and then commits its
-// keys, as one kset, under the lock of the journal:
+// So a turn of a queue stores its data, and waits with a fence until it is
+// there, without any lock. Then it commits its keys, as one kset, under the lock
+// of the journal:
 //
 //	zero the end mark behind the kset to come
 //	fence                                      (1)
@@ -27,16 +27,15 @@ import (
 //
 // It then releases the journal and enters the keys (entering.go).
 //
-// (1) is executed by the thread that stored the data, so it covers the data
-// as well as the mark: a kset never names bytes that are not there, and the
-// log never runs on. (2) makes the kset durable before any reader can find
+// The first fence orders the data before the kset, and (1) the mark: a kset
+// never names bytes that are not there, and the log never runs on. (2) makes the kset durable before any reader can find
 // its keys, before the next kset is begun, and before anybody is told.
 // Because the index is locked under the same lock, its order is the log's. The
-// price is two fences and a few hundred bytes under one lock for a whole turn of
+// price is two fences for a few hundred bytes under one lock for a whole turn of
 // requests.
 //
 // Where the kset leaves no room for a full one behind it, the log goes on in
-// another segment, and there is no third fence for that either: in place of
+// another segment, and there is no other fence for that: in place of
 // the end mark the first step stores the LAST record that leads on, and the
 // end mark at the start of the new segment. If the kset is lost, so is the way
 // to the LAST.
@@ -55,7 +54,7 @@ import (
 // journal is the log's writing end.
 type journal struct {
 	mu struct {
-		sync.Mutex
+		spinning
 		head    ondisk.Position
 		seq     uint64 // of the kset to be written at head
 		written uint64 // ksets in front of the head since key_tail at Open
@@ -138,6 +137,7 @@ func (c *Cache) commit(q *Queue) error {
 // are those of fills. Without an error it leaves the shards of the n locked.
 func (c *Cache) logKeys(q *Queue) (fills, n int, err error) {
 	j := &c.journal
+	c.mem.Fence() // for the data
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	fills = q.fillKeysLocked()
