@@ -79,7 +79,8 @@ type Region struct {
 }
 
 // Heap returns a region of size bytes, a multiple of 8, on the Go heap. The
-// race detector follows accesses to it, as it does not for a mapping.
+// race detector follows accesses to it, as it does not for a mapping; they are
+// the same otherwise.
 func Heap(size int64) *Region {
 	return &Region{mem: make([]byte, size), kind: HeapMemory}
 }
@@ -130,7 +131,7 @@ func (r *Region) WriteAt(p []byte, off int64) (n int, err error) {
 		return 0, nil
 	}
 	defer r.guard(armGuard(), &err)
-	if r.kind == HeapMemory {
+	if raceDetector && r.kind == HeapMemory {
 		copy(r.mem[off:], p)
 	} else {
 		store(unsafe.Pointer(&r.mem[off]), unsafe.Pointer(&p[0]), uintptr(len(p)))
@@ -147,7 +148,7 @@ func (r *Region) Zero(off, n int64) (err error) {
 		return nil
 	}
 	defer r.guard(armGuard(), &err)
-	if r.kind == HeapMemory {
+	if raceDetector && r.kind == HeapMemory {
 		clear(r.mem[off:][:n])
 	} else {
 		storeZero(unsafe.Pointer(&r.mem[off]), uintptr(n))
