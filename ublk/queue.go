@@ -95,6 +95,8 @@ type Handler interface {
 // since it last woke; then it enters without waiting. A message may arrive
 // when its sleeper has meanwhile been woken by a request; it then causes one
 // turn too many, but never more than one is sent per sleep.
+//
+// When to sleep, and when rather not, is in pace.go.
 type Queue struct {
 	id     int
 	char   int // descriptor of the character device
@@ -108,6 +110,7 @@ type Queue struct {
 	leave  atomic.Bool // give the device up after this turn
 	ended  int         // tags in state ended
 	aborts bool        // at least one tag has been aborted
+	pace   pace
 
 	handler Handler
 	done    []Completion
@@ -243,20 +246,17 @@ func (q *Queue) release() {
 
 func (q *Queue) loop() error {
 	for q.ended < len(q.tags) && !q.leave.Load() {
-		wait := uint32(1)
-		if !q.state.CompareAndSwap(awake, asleep) {
-			wait = 0
-		}
-		if err := q.ring.Turn(wait); err != nil {
+		if err := q.enter(); err != nil {
 			return err
 		}
-		q.state.Store(awake)
-
+		came := 0
 		for cqe, ok := q.ring.Next(); ok; cqe, ok = q.ring.Next() {
 			if err := q.receive(cqe); err != nil {
 				return err
 			}
+			came++
 		}
+		q.pace.turned(came)
 		q.done = q.handler.Turn(q.done[:0])
 		for _, c := range q.done {
 			q.commit(c)
@@ -264,6 +264,33 @@ func (q *Queue) loop() error {
 	}
 	return q.ring.Submit()
 }
+
+// enter hands the kernel what is queued, and returns when something has come or
+// a Turn is wanted.
+func (q *Queue) enter() error {
+	defer q.state.Store(awake)
+	if q.pace.polls() {
+		if err := q.ring.Turn(0); err != nil || q.pending() {
+			return err
+		}
+		if q.pace.poll(q.pending) {
+			return q.ring.Turn(0)
+		}
+	}
+	if !q.state.CompareAndSwap(awake, asleep) {
+		return q.ring.Turn(0)
+	}
+	slept := !q.ring.Pending()
+	if err := q.ring.Turn(1); err != nil || !slept || !q.pace.gathers() {
+		return err
+	}
+	q.state.Store(awake)
+	yield()
+	return q.ring.Turn(0)
+}
+
+// pending reports whether there is something to do without having slept.
+func (q *Queue) pending() bool { return q.ring.Pending() || q.state.Load() == woken }
 
 func (q *Queue) receive(cqe uring.CQE) error {
 	if cqe.UserData == wakeUp {

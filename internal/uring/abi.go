@@ -9,6 +9,7 @@ import "unsafe"
 const (
 	setupSubmitAll    = 1 << 7
 	setupCoopTaskrun  = 1 << 8
+	setupTaskrunFlag  = 1 << 9
 	setupSQE128       = 1 << 10
 	setupSingleIssuer = 1 << 12
 	setupDeferTaskrun = 1 << 13
@@ -20,6 +21,9 @@ const (
 	offSQEs   = 0x10000000
 
 	enterGetEvents = 1 << 0
+
+	sqCQOverflow = 1 << 1
+	sqTaskrun    = 1 << 2
 
 	opFsync     = 3
 	opFallocate = 17

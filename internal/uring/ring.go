@@ -56,6 +56,7 @@ type Ring struct {
 	sq  struct {
 		mem        []byte
 		head, tail *uint32
+		flags      *uint32
 		next       uint32 // our tail, ahead of the published one while entries are being filled
 		entries    uint32
 		shift      uint8 // log2 of the entry size
@@ -76,7 +77,7 @@ func New(o Options) (*Ring, error) {
 		p.flags |= setupSQE128
 	}
 	if o.SingleIssuer {
-		p.flags |= setupSingleIssuer | setupDeferTaskrun | setupCoopTaskrun
+		p.flags |= setupSingleIssuer | setupDeferTaskrun | setupCoopTaskrun | setupTaskrunFlag
 	}
 	fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, uintptr(o.Entries), uintptr(unsafe.Pointer(&p)), 0)
 	if errno != 0 {
@@ -109,6 +110,7 @@ func (r *Ring) mapMemory(p *params) error {
 
 	word := func(off uint32) *uint32 { return (*uint32)(unsafe.Pointer(&r.mem[off])) }
 	r.sq.head, r.sq.tail, r.sq.entries = word(p.sq.head), word(p.sq.tail), p.sqEntries
+	r.sq.flags = word(p.sq.flags)
 	r.cq.head, r.cq.tail, r.cq.mask = word(p.cq.head), word(p.cq.tail), p.cqEntries-1
 	r.cq.entries = unsafe.Pointer(&r.mem[p.cq.cqes])
 
@@ -169,6 +171,13 @@ func (r *Ring) ready() uint32 {
 		r.cq.known = atomic.LoadUint32(r.cq.tail)
 	}
 	return r.cq.known - r.cq.at
+}
+
+// Pending reports whether there is a completion to take, or the kernel says
+// that entering it would make one. It is no system call. Only a ring made with
+// SingleIssuer is told.
+func (r *Ring) Pending() bool {
+	return r.ready() > 0 || atomic.LoadUint32(r.sq.flags)&(sqTaskrun|sqCQOverflow) != 0
 }
 
 // Submit hands the queued entries to the kernel without waiting for any.

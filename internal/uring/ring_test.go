@@ -278,6 +278,34 @@ func TestSleepersNeedPreemption(t *testing.T) {
 
 const sleeperEnv = "URING_TEST_SLEEPERS"
 
+// TestPending: a thread that does not enter the kernel learns that it should.
+func TestPending(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	r := newRing(t, Options{Entries: 8, SingleIssuer: true})
+	m, err := NewMessenger(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	for i := range uint64(100) {
+		if r.Pending() {
+			t.Fatal("pending before anything was sent")
+		}
+		go m.Post(i)
+		for !r.Pending() {
+			runtime.Gosched()
+		}
+		if err := r.Turn(0); err != nil {
+			t.Fatal(err)
+		}
+		if cqe, ok := r.Next(); !ok || cqe.UserData != i {
+			t.Fatalf("%+v, %v", cqe, ok)
+		}
+		r.Next()
+	}
+}
+
 func sleeperProcess(t *testing.T, patience time.Duration) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
