@@ -57,7 +57,7 @@ type Handler interface {
 // Queue is one hardware queue of a device: a ring, and one OS thread that does
 // nothing but this loop:
 //
-//	enter the kernel once: hand back what is finished, wait for what is next
+//	enter the kernel: hand back what is finished, wait for what is next
 //	give each new request to the handler
 //	let the handler end its turn; queue the completions it returns
 //
