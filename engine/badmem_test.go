@@ -346,6 +346,29 @@ func (l *load) read(r *rig, i int, known []BadPlace) error {
 	return nil
 }
 
+// TestRefusedStore: a segment of which the memory refuses a store keeps the
+// references of what it holds already, and no others.
+func TestRefusedStore(t *testing.T) {
+	mem := pmem.NewFake(ondisk.MinSize)
+	formatSmall(t, mem, 8, false, 70)
+	disk := backing.NewFake(16<<20, 512, 1)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 1)
+	defer r.kill()
+	r.Rest()
+	r.write(t, 0, stamped(0, 8, 1))
+	e := r.extents(0, 8)[0]
+	at := r.layout.Offset(e.seg, uint32(e.pos+e.n)<<sectorShift)
+	mem.Punch(at, r.layout.Offset(e.seg, 0)+ondisk.SegmentData-at)
+	r.write(t, 4096, stamped(8, 8, 1))
+	if now := r.extents(8, 8)[0]; now.seg == e.seg {
+		t.Fatal("stored where memory refuses it")
+	}
+	if n := r.segments.all[e.seg].refs.Load(); n != 1 {
+		t.Errorf("%d references to a segment with one key", n)
+	}
+}
+
 // TestBadMemoryUnderLoad takes each structure away from a cache that works.
 func TestBadMemoryUnderLoad(t *testing.T) {
 	seed := *stormSeed
