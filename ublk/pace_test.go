@@ -29,7 +29,7 @@ func TestPace(t *testing.T) {
 			p.poll(nothing)
 		}
 	}
-	if polls == 0 || polls > 1<<14>>pollRarely+pollRarely {
+	if polls == 0 || polls > 1<<14>>rarely+rarely {
 		t.Errorf("%d polls in vain", polls)
 	}
 	// One in two is not enough.
@@ -39,11 +39,19 @@ func TestPace(t *testing.T) {
 			p.poll([]func() bool{nothing, something}[i%2])
 		}
 	}
-	if p.failed < pollRarely-2 {
-		t.Errorf("goes on polling where every other one is in vain: %d", p.failed)
+	if p.polling.failed < rarely-2 {
+		t.Errorf("goes on polling where every other one is in vain: %d", p.polling.failed)
+	}
+	// Nor would a turn that brings nothing end, if it led to the next.
+	p = pace{alone: pollAlone}
+	if p.turned(0); p.polls() {
+		t.Error("polls after a turn that has brought nothing")
 	}
 	p.turned(2)
 	if p.polls() || !p.gathers() {
 		t.Error("polls for a client with several requests, or does not gather for it")
+	}
+	if p.gathering.went(false); p.gathers() {
+		t.Error("gathers again at once when that took too long")
 	}
 }

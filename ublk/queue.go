@@ -285,7 +285,7 @@ func (q *Queue) enter() error {
 		return err
 	}
 	q.state.Store(awake)
-	yield()
+	q.pace.gather()
 	return q.ring.Turn(0)
 }
 

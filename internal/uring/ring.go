@@ -175,7 +175,8 @@ func (r *Ring) ready() uint32 {
 
 // Pending reports whether there is a completion to take, or the kernel says
 // that entering it would make one. It is no system call. Only a ring made with
-// SingleIssuer is told.
+// SingleIssuer is told. The kernel's word may be old: it takes it back only when
+// it has some work to do (6.12 to 7.3, io_uring.c), so an entry may find nothing.
 func (r *Ring) Pending() bool {
 	return r.ready() > 0 || atomic.LoadUint32(r.sq.flags)&(sqTaskrun|sqCQOverflow) != 0
 }
