@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -374,6 +376,22 @@ func indexed(n int) *index {
 	return x
 }
 
+// collect has the Go runtime collect without a pause until the function that it
+// returns is called.
+func collect() (stop func()) {
+	var end atomic.Bool
+	var ended sync.WaitGroup
+	ended.Go(func() {
+		for !end.Load() {
+			runtime.GC()
+		}
+	})
+	return func() {
+		end.Store(true)
+		ended.Wait()
+	}
+}
+
 // BenchmarkIndex has all that an index is asked at 10^4 to 10^7 extents.
 func BenchmarkIndex(b *testing.B) {
 	for _, n := range []int{1e4, 1e5, 1e6, 1e7} {
@@ -399,19 +417,44 @@ func BenchmarkIndex(b *testing.B) {
 		}
 		sub("lookup", func(i int) { find(i) })
 		m, buf := benchRegion(), make([]byte, 4096)
-		sub("lookup+copy", func(i int) {
+		hit := func(i int) {
 			e := find(i)
 			if _, err := m.ReadAt(buf, int64(e.seg)*ondisk.SegmentSize+int64(e.pos)<<sectorShift); err != nil {
 				panic(err)
 			}
+		}
+		sub("lookup+copy", hit)
+		b.Run(fmt.Sprintf("collection/extents=%d", n), func(b *testing.B) {
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			for range b.N {
+				runtime.GC()
+			}
+			runtime.ReadMemStats(&after)
+			b.ReportMetric(float64(after.PauseTotalNs-before.PauseTotalNs)/float64(b.N), "pause-ns")
 		})
+		for _, collecting := range []bool{false, true} {
+			b.Run(fmt.Sprintf("tail/collecting=%t/extents=%d", collecting, n), func(b *testing.B) {
+				if collecting {
+					defer collect()()
+				}
+				times := make([]time.Duration, b.N)
+				b.ResetTimer()
+				for i := range times {
+					begin := time.Now()
+					hit(i)
+					times[i] = time.Since(begin)
+				}
+				slices.Sort(times)
+				b.ReportMetric(float64(times[len(times)*999/1000]), "p999-ns")
+			})
+		}
 		sub("insert", func(i int) {
 			s := x.span(places[i%len(places)], 8)
 			s.sh.Lock()
 			s.setLocked(extent{seg: 1, pos: uint16(i % 4000 * 8)})
 			s.sh.Unlock()
 		})
-		sub("collection", func(int) { runtime.GC() })
 		runtime.KeepAlive(x)
 	}
 }
