@@ -103,7 +103,8 @@ func (m *measured) machineReport(b *strings.Builder) {
 		b.WriteString("\n")
 	}
 
-	b.WriteString("\n### A slow disk\n\nIn front of a disk that does 400 requests a second: 4096 random writes of 4 KiB within 64 MiB, depth 32, in seconds.\n\n")
+	b.WriteString("\n### A hard disk\n\nIn front of a model of one, of 7200 turns a minute, with seeks that grow with the distance and 32 requests to choose from\n" +
+		"(tests/vmbench/guest/hdd.go): 2048 random writes of 4 KiB within 64 MiB, depth 32, in seconds.\n\n")
 	table(b, append([]string{""}, with("disk")...))
 	for _, row := range []struct{ what, unit string }{{"until all are acknowledged", "burst-sec"}, {"until the disk has them", "drained-sec"}} {
 		fmt.Fprintf(b, "| %s |", row.what)
@@ -112,7 +113,7 @@ func (m *measured) machineReport(b *strings.Builder) {
 		}
 		b.WriteString("\n")
 	}
-	b.WriteString("\n![A slow disk](drain.svg)\n\n### Coming back, and memory\n\nSeconds until the device is there again after the jobs above, without having been written back.\n\n")
+	b.WriteString("\n![A hard disk](drain.svg)\n\n### Coming back, and memory\n\nSeconds until the device is there again after the jobs above, without having been written back.\n\n")
 	table(b, caches)
 	b.WriteString("|")
 	for _, t := range caches {
@@ -138,11 +139,36 @@ func (m *measured) machineGoals(g *goals) {
 	}
 	read1, read32, write1, write32 := hits[0], hits[3], hits[4], hits[7]
 	fsync := hits[9]
-	g.add("hits at depth 32 × 2, against the null target, reads and writes", worst(caches[0], "null", read32, write32), "≥", 0.85)
-	g.add("the null target against the kernel's own, at depth 1 and at depth 32 × 2", worst("null", "kublk-null", read1, write1, read32, write32), "≥", 1)
-	g.add("hits at depth 32 × 2, against dm-pcache", worst(caches[0], "dm-pcache", read32, write32), "≥", 1)
-	g.add("hits at depth 1, against dm-pcache", worst(caches[0], "dm-pcache", read1, write1), "≥", 0.8)
-	g.add("hits at depth 1, against the null target", worst(caches[0], "null", read1, write1), "≥", 0.85)
+	burst := func(t string) float64 { return m.median("drained-sec", "Burst/target=%s", t) }
+	longest := func(t string) float64 {
+		return max(m.median("max-sec", "Large/job=overflow/target=%s", t), m.median("max-sec", "Large/job=full/target=%s", t))
+	}
+	g.add("hits at depth 32 × 2, against the null target, reads and writes", worst(caches[0], "null", read32, write32), "≥", 0.85, aboveNull)
+	g.add("the null target against the kernel's own, at depth 1 and at depth 32 × 2",
+		worst("null", "kublk-null", read1, write1, read32, write32), "≥", 1, aboveC)
+	g.add("hits at depth 32 × 2, against dm-pcache", worst(caches[0], "dm-pcache", read32, write32), "≥", 1, aboveKernel)
+	g.add("hits at depth 1, against dm-pcache", worst(caches[0], "dm-pcache", read1, write1), "≥", 0.8, aboveKernel)
+	g.add("hits at depth 1, against the null target", worst(caches[0], "null", read1, write1), "≥", 0.85, aboveNull)
 	g.add("fsync after every write, against dm-pcache and dm-writecache",
-		min(m.ratio(fsync, caches[0], "dm-pcache"), m.ratio(fsync, caches[0], "dm-writecache")), "≥", 1)
+		min(m.ratio(fsync, caches[0], "dm-pcache"), m.ratio(fsync, caches[0], "dm-writecache")), "≥", 1, aboveFsync)
+	g.add("random writes of 4 KiB on a hard disk, times as soon as with dm-pcache", burst("dm-pcache")/burst(caches[0]), "≥", 10, aboveDrain)
+	g.add("longest write with a full cache, against dm-pcache", longest(caches[0])/longest("dm-pcache"), "≤", 0.02, aboveStall)
 }
+
+// Why goals are missed, from profiles of the server in the machine (docs/testing.md).
+const (
+	aboveNull = "A cache has the data to move and to log, the null device has none. In a profile of the server under random reads the\n" +
+		"copy out of the pmem is the largest part besides the system call, which both have; under random writes it is the store, and next to it\n" +
+		"write-back, which runs on the same two processors while the job overwrites the same blocks for as long as it lasts. What the engine adds\n" +
+		"itself (locks, index, kset) is less than either."
+	aboveC = "The C server binds each queue's thread to the processor that its requests come from, so client and server take turns and\n" +
+		"a turn has many requests; ours goes where the scheduler puts it. That makes it faster with one client and slower with two."
+	aboveKernel = "A target in the kernel answers a hit in the client's own system call. Through ublk each request also crosses to\n" +
+		"another thread and back; the null device shows what is left of the throughput then, and no cache behind the same driver can have more."
+	aboveFsync = "A write and its flush are two requests that follow each other, each of them a wake-up of the server and one of the\n" +
+		"client; the null device does not reach the kernel's targets either. The flush itself does nothing here: on pmem a write is durable when it\n" +
+		"is acknowledged."
+	aboveDrain = "A round is sorted by address, so the head goes over the disk once; what is left is the time until the burst is\n" +
+		"acknowledged, the model's turns of the platter, and the server's own work under emulation."
+	aboveStall = "The longest of all writes of a few seconds is one event, and on an emulated machine as likely the emulator's as the cache's."
+)

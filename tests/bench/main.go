@@ -107,17 +107,23 @@ func (m *measured) median(unit, format string, args ...any) float64 {
 	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
 }
 
-// goals is the table of what was wanted.
-type goals struct{ rows strings.Builder }
+// goals is the table of what was wanted, and why that was missed where it was.
+type goals struct{ rows, reasons strings.Builder }
 
-func (g *goals) add(what string, is float64, sign string, want float64) {
+// add is given what keeps it from being met, in case it is not.
+func (g *goals) add(what string, is float64, sign string, want float64, reason string) {
 	met := "missed"
 	if sign == "≤" && is <= want || sign == "≥" && is >= want {
 		met = "met"
+	} else {
+		fmt.Fprintf(&g.reasons, "\n**%s.** %s\n", strings.ToUpper(what[:1])+what[1:], reason)
 	}
 	fmt.Fprintf(&g.rows, "| %s | %.2f | %s %g, %s |\n", what, is, sign, want, met)
 }
 
 func (g *goals) write(b *strings.Builder) {
 	b.WriteString("## Goals\n\n| what | measured | goal |\n|-|--:|--:|\n" + g.rows.String())
+	if g.reasons.Len() > 0 {
+		b.WriteString("\n### Why some are missed\n" + g.reasons.String())
+	}
 }

@@ -19,8 +19,9 @@ const (
 		"operation, and how much that is of the bare one.\n\n" +
 		"| bytes | batch | threads | bare | | without data crc | | with data crc | | allocations |\n|--:|--:|--:|--:|-|--:|--:|--:|--:|--:|\n"
 	index = "## The index\n\n" +
-		"Nanoseconds; lookup+copy also copies 4 KiB from a random place in 1 GiB. A collection is one of the Go runtime's.\n\n" +
-		"| extents | lookup | lookup+copy | overwrite | collection |\n|--:|--:|--:|--:|--:|\n"
+		"Nanoseconds; lookup+copy also copies 4 KiB from a random place in 1 GiB, and its 99.9th percentile is without any and with one\n" +
+		"collection of the Go runtime after the other beside it. Of a collection the world is stopped for the pauses.\n\n" +
+		"| extents | lookup | lookup+copy | 99.9 % | 99.9 %, collecting | overwrite | collection | its pauses |\n|--:|--:|--:|--:|--:|--:|--:|--:|\n"
 	whole = "## Opening and writing back\n\n" +
 		"| | without data crc | with data crc |\n|-|--:|--:|\n"
 )
@@ -54,8 +55,12 @@ func (m *measured) nativeReport(b *strings.Builder) {
 	}
 	b.WriteString(index)
 	for _, n := range extents {
-		fmt.Fprintf(b, "| %d | %.0f | %.0f | %.0f | %.0f |\n", n, m.ns("Index/lookup/extents=%d", n),
-			m.ns("Index/lookup+copy/extents=%d", n), m.ns("Index/insert/extents=%d", n), m.ns("Index/collection/extents=%d", n))
+		tail := func(collecting bool) float64 {
+			return 1e9 * m.median("p999-sec", "Index/tail/collecting=%t/extents=%d", collecting, n)
+		}
+		fmt.Fprintf(b, "| %d | %.0f | %.0f | %.0f | %.0f | %.0f | %.0f | %.0f |\n", n, m.ns("Index/lookup/extents=%d", n),
+			m.ns("Index/lookup+copy/extents=%d", n), tail(false), tail(true), m.ns("Index/insert/extents=%d", n),
+			m.ns("Index/collection/extents=%d", n), 1e9*m.median("pause-sec", "Index/collection/extents=%d", n))
 	}
 	b.WriteString("\n" + whole)
 	drain := func(crc bool) float64 { return 1e6 / m.ns("Drain/crc=%t", crc) }
@@ -69,12 +74,33 @@ func (m *measured) replay(crc bool) float64 { return 1e-6 / m.median("sec/key", 
 func (m *measured) nativeGoals(g *goals) {
 	const four = "size=4096/batch=16/threads="
 	g.add("4 KiB writes in batches of 16, against bare stores and one fence",
-		m.ns("Write/crc=false/"+four+"1")/m.ns("BareStore/"+four+"1"), "≤", 1.3)
-	g.add("4 KiB read hits, against bare copies", m.ns("Read/crc=false/"+four+"1")/m.ns("BareLoad/"+four+"1"), "≤", 1.3)
-	g.add("4 KiB writes, two threads against one", m.ns("Write/crc=false/"+four+"1")/m.ns("Write/crc=false/"+four+"2"), "≥", 1.8)
-	g.add("4 KiB read hits, two threads against one", m.ns("Read/crc=false/"+four+"1")/m.ns("Read/crc=false/"+four+"2"), "≥", 1.8)
-	g.add("allocations of a write or read hit", m.median("allocs/op", "Write/crc=false/"+four+"1")+m.median("allocs/op", "Read/crc=false/"+four+"1"), "≤", 0)
+		m.ns("Write/crc=false/"+four+"1")/m.ns("BareStore/"+four+"1"), "≤", 1.3, besideStore)
+	g.add("4 KiB read hits, against bare copies", m.ns("Read/crc=false/"+four+"1")/m.ns("BareLoad/"+four+"1"), "≤", 1.3, besideLoad)
+	g.add("4 KiB writes, two threads against one", m.ns("Write/crc=false/"+four+"1")/m.ns("Write/crc=false/"+four+"2"), "≥", 1.8, besideOther)
+	g.add("4 KiB read hits, two threads against one", m.ns("Read/crc=false/"+four+"1")/m.ns("Read/crc=false/"+four+"2"), "≥", 1.8, besideOther)
+	g.add("allocations of a write or read hit", m.median("allocs/op", "Write/crc=false/"+four+"1")+m.median("allocs/op", "Read/crc=false/"+four+"1"), "≤", 0, "")
 	g.add("lookup and copy, 10^7 extents against 10^4",
-		m.ns("Index/lookup+copy/extents=10000000")/m.ns("Index/lookup+copy/extents=10000"), "≤", 1.5)
-	g.add("replay, million keys/s on all CPUs; the goal is for one of them", m.replay(false), "≥", 5)
+		m.ns("Index/lookup+copy/extents=10000000")/m.ns("Index/lookup+copy/extents=10000"), "≤", 1.5, besideSize)
+	g.add("replay, million keys/s on all CPUs; the goal is for one of them", m.replay(false), "≥", 5, besideReplay)
+	g.add("pauses of a collection of the Go runtime with 10^7 extents, in ms", 1e3*m.median("pause-sec", "Index/collection/extents=10000000"), "≤", 1, besidePause)
+	tail := func(collecting bool) float64 {
+		return m.median("p999-sec", "Index/tail/collecting=%t/extents=10000000", collecting)
+	}
+	g.add("99.9th percentile of lookup and copy with 10^7 extents while one collection follows the other, against none",
+		tail(true)/tail(false), "≤", 1.1, besidePause)
 }
+
+// Why goals are missed, from profiles of the benchmarks.
+const (
+	besideStore = "What is not the store is mostly the index, which is entered a key at a time: at random places the way down a tree is\n" +
+		"some cache lines that nobody has looked at lately. Then come the kset's checksum and the locks. Counters and references were atomic for\n" +
+		"each request until they were seen to wait for the stores; they are not any more."
+	besideLoad  = "The copy comes from a random place, and so does the way down the index that finds it: neither is in the processor's cache."
+	besideOther = "Two writers share the log, where their ksets come one after the other, and lock the shards of all their keys in its order;\n" +
+		"with keys at random each turn meets the other's shards. Bare stores, with nothing to share, do not double with a second thread either: the\n" +
+		"memory is one."
+	besideSize = "With 10^4 extents the whole index is in the processor's cache, with 10^7 none of it, and on pages of 4 KiB each step of the\n" +
+		"way down also misses the translation buffer."
+	besideReplay = "Entering random keys into the index takes most of it, see above; it runs on all processors."
+	besidePause  = "The runtime's own stops are short; a thread that is stopped is delayed by the signal and by the processor's time that collecting takes."
+)

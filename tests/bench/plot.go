@@ -29,7 +29,7 @@ func (m *measured) plot(folder string) error {
 		return err
 	}
 	units := []string{"burst-sec", "drained-sec"}
-	return bars(filepath.Join(folder, "drain.svg"), "4096 random writes in front of a slow disk: seconds", []string{"acknowledged", "on the disk"}, with("disk"),
+	return bars(filepath.Join(folder, "drain.svg"), "2048 random writes in front of a hard disk: seconds", []string{"acknowledged", "on the disk"}, with("disk"),
 		func(i int, target string) float64 { return m.median(units[i], "Burst/target=%s", target) })
 }
 

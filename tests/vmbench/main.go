@@ -46,10 +46,7 @@ func run(flags ...string) error {
 	m, err := vm.Boot(vm.Config{
 		Suite: kernel, State: state, Share: share,
 		Pmem: 1<<30 - 2<<20, Measured: true,
-		Disks: []vm.Disk{
-			{Size: 4 << 30, BlockSize: 512},
-			{Size: 4 << 30, BlockSize: 512, IOPS: 400}, // what a hard disk does with some elevator
-		},
+		Disks: []vm.Disk{{Size: 4 << 30, BlockSize: 512}},
 	})
 	if err != nil {
 		return err

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -26,22 +27,23 @@ type job struct {
 // hot is what a hit hits: an eighth of the pmem.
 const hot = "128M"
 
-// hitJobs are what a cache is asked when all of it is in there. The ones without a name of their own are named by what
-// they do.
+// hitJobs are what a cache is asked when all of it is in there. The more a job writes the later it comes, since its
+// write-back goes on beside the next ones.
 var hitJobs = func() (list []job) {
-	for _, rw := range []string{"randread", "randwrite"} {
+	random := func(rw string) {
 		for _, depth := range []int{1, 32} {
 			for jobs := 1; jobs <= 2; jobs++ {
 				list = append(list, job{name: rw, rw: rw, block: "4k", depth: depth, jobs: jobs, size: hot, seconds: 2})
 			}
 		}
 	}
-	return append(list,
-		job{name: "mixed", rw: "randrw", block: "4k", depth: 32, jobs: 2, size: hot, seconds: 2, more: []string{"--rwmixread=70"}},
-		job{name: "fsync", rw: "randwrite", block: "4k", depth: 1, jobs: 1, size: hot, seconds: 2, fsync: true},
+	random("randread")
+	list = append(list,
 		job{name: "seqread", rw: "read", block: "128k", depth: 8, jobs: 1, size: hot, seconds: 2},
-		job{name: "seqwrite", rw: "write", block: "128k", depth: 8, jobs: 1, size: hot, seconds: 2},
-	)
+		job{name: "fsync", rw: "randwrite", block: "4k", depth: 1, jobs: 1, size: hot, seconds: 2, fsync: true},
+		job{name: "mixed", rw: "randrw", block: "4k", depth: 32, jobs: 2, size: hot, seconds: 2, more: []string{"--rwmixread=70"}})
+	random("randwrite")
+	return append(list, job{name: "seqwrite", rw: "write", block: "128k", depth: 8, jobs: 1, size: hot, seconds: 2})
 }()
 
 // measured is what fio and the kernel say about a job.
@@ -204,43 +206,58 @@ func resident(t *target) error {
 	return nil
 }
 
-// slow measures a target in front of the slow disk.
-func slow(t *target) error {
+// burst is a burst of writes that the cache takes.
+var burst = job{name: "burst", rw: "randwrite", block: "4k", depth: 32, jobs: 1, size: "64M", more: []string{"--io_size=8M"}}
+
+// drains measures how long a hard disk takes to have what a cache in front of it took.
+func drains(t *target) (err error) {
 	if t.kind == nothing {
 		return nil
 	}
-	device, err := t.start(slowDisk)
+	var behind server
+	path, err := behind.start("hdd")
 	if err != nil {
 		return err
 	}
-	// A burst that the cache takes, and how long the disk takes to have it.
-	burst := job{name: "burst", rw: "randwrite", block: "4k", depth: 32, jobs: 1, size: "64M", more: []string{"--io_size=16M"}}
-	begin := time.Now()
+	defer func() {
+		if err != nil {
+			behind.Process.Kill() // it would wait for the target to close it
+		}
+		err = errors.Join(err, behind.stop())
+	}()
+	device, err := t.start(path)
+	if err != nil {
+		return err
+	}
 	m, err := burst.run(t, device)
 	if err != nil {
 		return err
 	}
+	begin := time.Now()
 	if t.drain != nil {
 		if err := t.drain(); err != nil {
 			return err
 		}
 	}
-	drained := time.Since(begin)
-	result(t, m.ios, "Burst", m.seconds*1e9, "burst-ns", float64(drained), "drained-ns", m.longest, "max-ns")
-	if err := t.stop(); err != nil {
-		return err
-	}
+	drained := m.seconds*1e9 + float64(time.Since(begin))
+	result(t, m.ios, "Burst", m.seconds*1e9, "burst-ns", drained, "drained-ns", m.longest, "max-ns")
+	return t.stop()
+}
 
-	// Data that does not fit, some of it much hotter than the rest.
-	if device, err = t.start(disk); err != nil {
+// large measures a target while not all fits into the cache.
+func large(t *target) error {
+	if t.kind == nothing {
+		return nil
+	}
+	device, err := t.start(disk)
+	if err != nil {
 		return err
 	}
-	large := []job{
+	for _, j := range []job{
 		{name: "zipfread", rw: "randread", block: "4k", depth: 32, jobs: 1, seconds: 6, more: []string{"--random_distribution=zipf:1.1"}},
 		{name: "overflow", rw: "write", block: "128k", depth: 8, jobs: 1, size: "1536M"},
 		{name: "full", rw: "randwrite", block: "4k", depth: 32, jobs: 1, seconds: 6},
-	}
-	for _, j := range large {
+	} {
 		m, err := j.run(t, device)
 		if err != nil {
 			return err

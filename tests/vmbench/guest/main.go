@@ -13,15 +13,18 @@ import (
 	"time"
 )
 
-const (
-	disk     = "/dev/nvme0n1" // as fast as the emulator
-	slowDisk = "/dev/nvme1n1" // some hundred requests a second
-)
+const disk = "/dev/nvme0n1" // as fast as the emulator
 
 func main() {
-	if len(os.Args) > 1 && os.Args[1] == "null" {
-		serveNull()
-		return
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case "null":
+			serveNull()
+			return
+		case "hdd":
+			serveHDD()
+			return
+		}
 	}
 	rounds := flag.Int("rounds", 5, "how often to measure each")
 	only := flag.String("only", "", "only targets that match this `regexp`")
@@ -43,7 +46,7 @@ func measure(rounds int, only *regexp.Regexp) error {
 			if !only.MatchString(t.name) {
 				continue
 			}
-			for _, part := range []func(t *target) error{hits, slow} {
+			for _, part := range []func(t *target) error{hits, drains, large} {
 				if err := part(t); err != nil {
 					return fmt.Errorf("round %d, %s: %w", round+1, t.name, err)
 				}

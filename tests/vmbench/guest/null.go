@@ -21,13 +21,16 @@ func (n *null) Turn(done []ublk.Completion) []ublk.Completion {
 	return done
 }
 
-// serveNull serves a device, whose path it prints, until it is told to end.
 func serveNull() {
+	serve(ublk.Config{ID: -1, Queues: 2, Depth: 128, Size: 4 << 30, BlockSize: 512, ChunkSize: 4 << 20},
+		func(*ublk.Queue) ublk.Handler { return &null{} })
+}
+
+// serve serves a device, whose path it prints, until it is told to end.
+func serve(c ublk.Config, handler func(*ublk.Queue) ublk.Handler) {
 	ended := make(chan os.Signal, 1)
 	signal.Notify(ended, unix.SIGTERM)
-	d, err := ublk.Add(ublk.Config{
-		ID: -1, Queues: 2, Depth: 128, Size: 4 << 30, BlockSize: 512, ChunkSize: 4 << 20,
-	}, func(q *ublk.Queue) ublk.Handler { return &null{} }, func(err error) { panic(err) })
+	d, err := ublk.Add(c, handler, func(err error) { panic(err) })
 	if err == nil {
 		fmt.Println(d.Path())
 		<-ended
@@ -36,7 +39,7 @@ func serveNull() {
 		}
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "null:", err)
+		fmt.Fprintln(os.Stderr, "measure:", err)
 		os.Exit(1)
 	}
 }

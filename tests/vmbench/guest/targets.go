@@ -101,8 +101,8 @@ var targets = []target{
 	},
 	{
 		name: "null", kind: nothing,
-		open:   func(string) (string, error) { return startNull() },
-		stop:   stopNull,
+		open:   func(string) (string, error) { return nullServer.start("null") },
+		stop:   func() error { return nullServer.stop() },
 		server: func() int { return nullServer.Process.Pid },
 	},
 	{
@@ -174,7 +174,7 @@ func removeKernels() error {
 	return run("dmsetup", "remove", mapping)
 }
 
-// drainLimit is for the slow disk.
+// drainLimit is for the hard disk.
 const drainLimit = 15 * time.Minute
 
 // kernelTails matches the end of dm-pcache's status: its log's head, dirty_tail and key_tail.
@@ -252,30 +252,33 @@ func unregister() error {
 	})
 }
 
-var nullServer *exec.Cmd
+// A server is a process of this program that serves a device of its own.
+type server struct{ *exec.Cmd }
 
-func startNull() (string, error) {
-	nullServer = exec.Command("/proc/self/exe", "null")
-	nullServer.Stderr = os.Stderr
-	out, err := nullServer.StdoutPipe()
+var nullServer server
+
+func (s *server) start(what string) (string, error) {
+	s.Cmd = exec.Command("/proc/self/exe", what)
+	s.Stderr = os.Stderr
+	out, err := s.StdoutPipe()
 	if err != nil {
 		return "", err
 	}
-	if err := nullServer.Start(); err != nil {
+	if err := s.Start(); err != nil {
 		return "", err
 	}
 	path, err := bufio.NewReader(out).ReadString('\n')
 	if err == io.EOF {
-		err = nullServer.Wait()
+		err = s.Wait()
 	}
 	return strings.TrimSpace(path), err
 }
 
-func stopNull() error {
-	if err := nullServer.Process.Signal(unix.SIGTERM); err != nil {
+func (s *server) stop() error {
+	if err := s.Process.Signal(unix.SIGTERM); err != nil {
 		return err
 	}
-	return nullServer.Wait()
+	return s.Wait()
 }
 
 // pidOf returns the process with this name that has run for longest.
