@@ -43,7 +43,7 @@ func report(nativeFile, machineFile, folder string) error {
 	page.WriteString(intro)
 	machine.machineReport(&page)
 	native.nativeReport(&page)
-	goals := goals{}
+	goals := goals{missed: map[string][]string{}}
 	machine.machineGoals(&goals)
 	native.nativeGoals(&goals)
 	goals.write(&page)
@@ -108,7 +108,11 @@ func (m *measured) median(unit, format string, args ...any) float64 {
 }
 
 // goals is the table of what was wanted, and why that was missed where it was.
-type goals struct{ rows, reasons strings.Builder }
+type goals struct {
+	rows    strings.Builder
+	reasons []string
+	missed  map[string][]string // by reason
+}
 
 // add is given what keeps it from being met, in case it is not.
 func (g *goals) add(what string, is float64, sign string, want float64, reason string) {
@@ -116,14 +120,24 @@ func (g *goals) add(what string, is float64, sign string, want float64, reason s
 	if sign == "≤" && is <= want || sign == "≥" && is >= want {
 		met = "met"
 	} else {
-		fmt.Fprintf(&g.reasons, "\n**%s.** %s\n", strings.ToUpper(what[:1])+what[1:], reason)
+		if g.missed[reason] == nil {
+			g.reasons = append(g.reasons, reason)
+		}
+		g.missed[reason] = append(g.missed[reason], what)
 	}
 	fmt.Fprintf(&g.rows, "| %s | %.2f | %s %g, %s |\n", what, is, sign, want, met)
 }
 
 func (g *goals) write(b *strings.Builder) {
 	b.WriteString("## Goals\n\n| what | measured | goal |\n|-|--:|--:|\n" + g.rows.String())
-	if g.reasons.Len() > 0 {
-		b.WriteString("\n### Why some are missed\n" + g.reasons.String())
+	if len(g.reasons) > 0 {
+		b.WriteString("\n### Why some are missed\n")
+	}
+	for _, reason := range g.reasons {
+		b.WriteString("\n")
+		for _, what := range g.missed[reason] {
+			fmt.Fprintf(b, "*%s*  \n", what)
+		}
+		b.WriteString(reason + "\n")
 	}
 }

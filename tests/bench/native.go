@@ -77,7 +77,7 @@ func (m *measured) nativeGoals(g *goals) {
 		m.ns("Write/crc=false/"+four+"1")/m.ns("BareStore/"+four+"1"), "≤", 1.3, besideStore)
 	g.add("4 KiB read hits, against bare copies", m.ns("Read/crc=false/"+four+"1")/m.ns("BareLoad/"+four+"1"), "≤", 1.3, besideLoad)
 	g.add("4 KiB writes, two threads against one", m.ns("Write/crc=false/"+four+"1")/m.ns("Write/crc=false/"+four+"2"), "≥", 1.8, besideOther)
-	g.add("4 KiB read hits, two threads against one", m.ns("Read/crc=false/"+four+"1")/m.ns("Read/crc=false/"+four+"2"), "≥", 1.8, besideOther)
+	g.add("4 KiB read hits, two threads against one", m.ns("Read/crc=false/"+four+"1")/m.ns("Read/crc=false/"+four+"2"), "≥", 1.8, besideReader)
 	g.add("allocations of a write or read hit", m.median("allocs/op", "Write/crc=false/"+four+"1")+m.median("allocs/op", "Read/crc=false/"+four+"1"), "≤", 0, "")
 	g.add("lookup and copy, 10^7 extents against 10^4",
 		m.ns("Index/lookup+copy/extents=10000000")/m.ns("Index/lookup+copy/extents=10000"), "≤", 1.5, besideSize)
@@ -97,8 +97,10 @@ const (
 		"each request until they were seen to wait for the stores; they are not any more."
 	besideLoad  = "The copy comes from a random place, and so does the way down the index that finds it: neither is in the processor's cache."
 	besideOther = "Two writers share the log, where their ksets come one after the other, and lock the shards of all their keys in its order;\n" +
-		"with keys at random each turn meets the other's shards. Bare stores, with nothing to share, do not double with a second thread either: the\n" +
-		"memory is one."
+		"with keys at random each turn meets the other's shards. What two threads with nothing to share make of the same memory is in the\n" +
+		"columns of the bare stores."
+	besideReader = "Two readers share the memory, see the columns of the bare copies, and the counters of its segments, where each notes what it is\n" +
+		"reading."
 	besideSize = "With 10^4 extents the whole index is in the processor's cache, with 10^7 none of it, and on pages of 4 KiB each step of the\n" +
 		"way down also misses the translation buffer."
 	besideReplay = "Entering random keys into the index takes most of it, see above; it runs on all processors."
