@@ -151,10 +151,28 @@ func (d *Device) openDescriptor(flags int) (err error) {
 	return err
 }
 
+// stillHeld is how long the kernel may take to let go of what was closed. A
+// request of a ring that a worker of the kernel has carried out (fallocate, say)
+// holds its file until that worker is done with it, and if the ring was closed
+// meanwhile, until the kernel has cleaned that up: some time after the answer
+// (io_uring/io_uring.c, io_wq_free_work and io_ring_exit_work, 7.3).
+const stillHeld = time.Second
+
+// onceFree calls claim until it gives another error than busy, but not for longer
+// than somebody may hold the device who has closed it.
+func onceFree(busy error, claim func() error) error {
+	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		if err := claim(); !errors.Is(err, busy) || time.Since(begin) > stillHeld {
+			return err
+		}
+	}
+}
+
 func (d *Device) openBlock() error {
 	// O_EXCL without O_CREAT claims a block device against mounts, swap, device
 	// mapper and everybody else who claims (block/bdev.c, bd_prepare_to_claim).
-	if err := d.openDescriptor(unix.O_DIRECT | unix.O_EXCL); errors.Is(err, unix.EBUSY) {
+	err := onceFree(unix.EBUSY, func() error { return d.openDescriptor(unix.O_DIRECT | unix.O_EXCL) })
+	if errors.Is(err, unix.EBUSY) {
 		return fmt.Errorf("%w: %s", ErrInUse, blockHolder(d.path))
 	} else if err != nil {
 		return err
@@ -186,7 +204,8 @@ func (d *Device) openFile() error {
 	if err := d.openDescriptor(0); err != nil {
 		return err
 	}
-	if err := unix.Flock(d.fd, unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+	err := onceFree(unix.EWOULDBLOCK, func() error { return unix.Flock(d.fd, unix.LOCK_EX|unix.LOCK_NB) })
+	if errors.Is(err, unix.EWOULDBLOCK) {
 		return fmt.Errorf("%w: another process has locked it", ErrInUse)
 	} else if err != nil {
 		return fmt.Errorf("lock it: %w", err)

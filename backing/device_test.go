@@ -388,6 +388,20 @@ func refuse(t *testing.T, path string, want error, words ...string) {
 	}
 }
 
+// TestOpensOnceFree: who has closed a file may hold it a little longer.
+func TestOpensOnceFree(t *testing.T) {
+	file := tempFile(t, testSize)
+	last, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Flock(int(last.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(stillHeld/10, func() { last.Close() })
+	openDevice(t, file).Close()
+}
+
 func TestFileRefusals(t *testing.T) {
 	dir := t.TempDir()
 	refuse(t, filepath.Join(dir, "missing"), ErrMissing)
