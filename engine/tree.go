@@ -172,24 +172,19 @@ func (s *slab) bytes() int64 {
 	return n
 }
 
-// search returns the number of entries whose off is at most off. The first is
-// compared last, for it may be a separator that is not to be looked at.
-//
-// Which half is taken is a matter of chance, so it must not be a branch: the
-// compiler makes the addition below a conditional move.
+// search returns the number of entries whose off is at most off.
 func (nd node) search(off uint16) int {
 	e := nd.entries()
-	at, n := 0, len(e)
-	for n > 1 {
-		half := n / 2
-		greater := int(off) - int(e[at+half].off) // negative
-		at += half &^ (greater >> 63)
-		n -= half
+	lo, hi := 0, len(e)
+	for lo < hi {
+		m := int(uint(lo+hi) >> 1)
+		if e[m].off <= off {
+			lo = m + 1
+		} else {
+			hi = m
+		}
 	}
-	if n > 0 && e[at].off <= off {
-		at++
-	}
-	return at
+	return lo
 }
 
 func (nd node) insert(i int, e extent) {
