@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"math"
 	"slices"
 	"sync"
 	"time"
 
+	"ublk-pcache/internal/uring"
 	"ublk-pcache/ublk"
 )
 
@@ -15,12 +17,11 @@ const (
 
 	// A disk of 7200 turns a minute: what lies a little ahead comes by under the head; everything else takes a seek, which
 	// grows with the root of the distance, and half a turn.
-	trackBytes  = 1 << 20
-	mediaRate   = 160e6 // bytes a second
-	shortest    = time.Millisecond
-	fullStroke  = 15 * time.Millisecond
-	halfATurn   = 4170 * time.Microsecond
-	hddPageSize = 4096
+	trackBytes = 1 << 20
+	mediaRate  = 160e6 // bytes a second
+	shortest   = time.Millisecond
+	fullStroke = 15 * time.Millisecond
+	halfATurn  = 4170 * time.Microsecond
 )
 
 // access returns how long a disk whose head is at from takes for n bytes at to.
@@ -37,10 +38,10 @@ func access(from, to int64, n int) time.Duration {
 // hdd is a hard disk without a write cache. Of the requests it has it does the next one in the direction of the head, as
 // disks do, and goes back to the first when there is none.
 type hdd struct {
-	queue  *ublk.Queue
-	pages  map[int64]*[hddPageSize]byte
-	kicked chan struct{}
-	mu     struct {
+	queue   *ublk.Queue
+	content []byte
+	kicked  chan struct{}
+	mu      struct {
 		sync.Mutex
 		waiting []*queued
 		done    []ublk.Completion
@@ -53,7 +54,11 @@ type queued struct {
 }
 
 func newHDD(q *ublk.Queue) *hdd {
-	d := &hdd{queue: q, pages: map[int64]*[hddPageSize]byte{}, kicked: make(chan struct{}, 1)}
+	content, err := uring.AlignedBuffer(hddSize) // takes what is written
+	if err != nil {
+		panic(err)
+	}
+	d := &hdd{queue: q, content: content, kicked: make(chan struct{}, 1)}
 	go d.work()
 	return d
 }
@@ -109,48 +114,21 @@ func (d *hdd) work() {
 func (d *hdd) next(head int64) *queued {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	best := -1
-	for i, r := range d.mu.waiting {
-		if best < 0 {
-			best = i
-			continue
-		}
-		b := d.mu.waiting[best].Offset
-		if (r.Offset >= head) != (b >= head) {
-			if r.Offset >= head {
-				best = i
-			}
-		} else if r.Offset < b {
-			best = i
-		}
-	}
-	if best < 0 {
+	if len(d.mu.waiting) == 0 {
 		return nil
 	}
-	r := d.mu.waiting[best]
-	d.mu.waiting = slices.Delete(d.mu.waiting, best, best+1)
-	return r
+	way := func(r *queued) int64 { return (r.Offset - head + hddSize) % hddSize }
+	next := slices.MinFunc(d.mu.waiting, func(a, b *queued) int { return cmp.Compare(way(a), way(b)) })
+	d.mu.waiting = slices.DeleteFunc(d.mu.waiting, func(r *queued) bool { return r == next })
+	return next
 }
 
 func (d *hdd) carryOut(r *ublk.Request) {
-	for done := 0; done < r.Len; {
-		at := r.Offset + int64(done)
-		page, within := at/hddPageSize, int(at%hddPageSize)
-		n := min(hddPageSize-within, r.Len-done)
-		p := d.pages[page]
-		switch {
-		case r.Op == ublk.Read && p == nil:
-			clear(r.Buf[done : done+n])
-		case r.Op == ublk.Read:
-			copy(r.Buf[done:done+n], p[within:])
-		default:
-			if p == nil {
-				p = new([hddPageSize]byte)
-				d.pages[page] = p
-			}
-			copy(p[within:], r.Buf[done:done+n])
-		}
-		done += n
+	content := d.content[r.Offset:][:r.Len]
+	if r.Op == ublk.Read {
+		copy(r.Buf, content)
+	} else {
+		copy(content, r.Buf)
 	}
 }
 
