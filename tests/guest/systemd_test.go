@@ -130,7 +130,9 @@ func TestSystemd(t *testing.T) {
 	if left := leftovers(t); len(left) > 0 {
 		t.Errorf("there still are %v", left)
 	}
-	pcache(t, "check", dax)
+	if text := pcache(t, "check", dax); !regexp.MustCompile(`: in order, .* [0-9]+ dirty `).MatchString(text) {
+		t.Errorf("check says %q", text)
+	}
 	d = add(t, "-p", dax, "-b", disk)
 	must(t, "e2fsck", "-fn", d.path)
 	must(t, "mount", "-o", "ro", d.path, dir)
