@@ -355,7 +355,7 @@ func TestRefusedStore(t *testing.T) {
 	defer disk.Close()
 	r := newRig(t, mem, disk, 1)
 	defer r.kill()
-	r.Rest()
+	r.mustRest(t)
 	r.write(t, 0, stamped(0, 8, 1))
 	e := r.extents(0, 8)[0]
 	at := r.layout.Offset(e.seg, uint32(e.pos+e.n)<<sectorShift)
