@@ -93,8 +93,7 @@ func (m *measured) nativeGoals(g *goals) {
 // Why goals are missed, from profiles of the benchmarks.
 const (
 	besideStore = "What is not the store is mostly the index, which is entered a key at a time: at random places the way down a tree is\n" +
-		"some cache lines that nobody has looked at lately. Then come the kset's checksum and the locks. Counters and references were atomic for\n" +
-		"each request until they were seen to wait for the stores; they are not any more."
+		"some cache lines that nobody has looked at lately. Then come the kset's checksum and the locks."
 	besideLoad  = "The copy comes from a random place, and so does the way down the index that finds it: neither is in the processor's cache."
 	besideOther = "Two writers share the log, where their ksets come one after the other, and lock the shards of all their keys in its order;\n" +
 		"with keys at random each turn meets the other's shards. What two threads with nothing to share make of the same memory is in the\n" +
