@@ -338,7 +338,8 @@ const maxRoom = 2*ondisk.MaxKsetSize + 2000
 
 // relog writes the log of a closed cache again: the same keys in the same
 // order, but in other ksets and at other places, as another writer of the
-// format could have left them.
+// format could have left them. All of it counts as synced, since none of it is
+// new: with a mark of the numbers before, chance would say what is.
 func relog(mem Memory, how relogging) error {
 	l, keys, log, data, err := readLog(mem)
 	if err != nil {
@@ -393,6 +394,11 @@ func relog(mem Memory, how relogging) error {
 		errs = errors.Join(errs, put(ondisk.EncodeKset(buf, number(done), kset)))
 		at.Off += size
 		done += len(kset)
+	}
+	if l.SyncMark != 0 && len(keys) > 0 && how.Numbered > 0 {
+		p := make([]byte, ondisk.SyncMarkSize)
+		_, err := mem.WriteAt(p, ondisk.EncodeSyncMark(p, l.SyncMarkCopies.Newest.Next(), ondisk.PrevSeq(seq)))
+		errs = errors.Join(errs, err)
 	}
 	return errors.Join(errs, mem.Zero(l.Offset(at.Seg, at.Off), ondisk.KsetHeaderSize))
 }
