@@ -518,7 +518,8 @@ func (m *model) damage(t *rapid.T) {
 }
 
 // damageDirty does the same to dirty data. Nobody has it, so what was stored
-// with it cannot be read, or can and is right, until it is written again.
+// with it cannot be read, or can and is right, until it is written again. The
+// key may be for a part of that alone, if it was logged again.
 func (m *model) damageDirty(t *rapid.T) {
 	m.release(t)
 	m.faulty = true
@@ -526,15 +527,19 @@ func (m *model) damageDirty(t *rapid.T) {
 	if !ok {
 		return
 	}
-	from, n := int64(k.Off/sectorSize), int(k.Len/sectorSize)
-	for lba := from; lba < from+int64(n); lba++ {
+	from, end := int64(k.Off/sectorSize), int64((k.Off+uint64(k.Len))/sectorSize)
+	const around = maxSummed / sectorSize
+	stripe := from / stripeSectors * stripeSectors
+	for lba := max(stripe, from-around); lba < min(end+around, stripe+stripeSectors, modelSectors); lba++ {
 		r := newRead(lba, 1)
 		if m.cache.do(r) == nil {
 			m.compare(t, r.Buf, lba, "a damaged cache")
+			continue
 		}
+		from, end = min(from, lba), max(end, lba+1)
 	}
 	m.restartIfFailed(t)
-	m.run(t, []*Request{m.newWrite(from, n)}, []int{0})
+	m.run(t, []*Request{m.newWrite(from, int(end-from))}, []int{0})
 }
 
 // spoil damages the data of a key, if there is one. How many there are depends
