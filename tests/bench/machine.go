@@ -165,9 +165,9 @@ const (
 		"a turn has many requests; ours goes where the scheduler puts it. That makes it faster with one client and slower with two."
 	aboveKernel = "A target in the kernel answers a hit in the client's own system call. Through ublk each request also crosses to\n" +
 		"another thread and back; the null device shows what is left of the throughput then, and no cache behind the same driver can have more."
-	aboveFsync = "A write and its flush are two requests that follow each other, each of them a wake-up of the server and one of the\n" +
-		"client; the null device does not reach the kernel's targets either. The flush itself does nothing here: on pmem a write is durable when it\n" +
-		"is acknowledged."
+	aboveFsync = "These are single writes, one after the other, see above: on pmem a write is durable when it is acknowledged, the device has\n" +
+		"no volatile cache, and so the kernel ends a flush without asking the server. Between two of them a thread of io_uring's runs the fsync,\n" +
+		"on the same two processors; the null device does not reach the kernel's targets either."
 	aboveDrain = "A round is sorted by address, so the head goes over the disk once; what is left is the time until the burst is\n" +
 		"acknowledged, the model's turns of the platter, and the server's own work under emulation."
 	aboveStall = "The longest of all writes of a few seconds is one event, and on an emulated machine as likely the emulator's as the cache's."
