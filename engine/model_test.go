@@ -386,10 +386,16 @@ func (m *model) release(t *rapid.T) {
 }
 
 func (m *model) flushed(t *rapid.T, err error) {
-	var fault *pmem.FaultError
-	if err != nil && !(m.faulty && (errors.Is(err, syscall.EIO) || errors.Is(err, ErrDamaged) || errors.As(err, &fault))) {
+	if err != nil && !m.explains(err) {
 		t.Fatalf("write-back: %v", err)
 	}
+}
+
+// explains reports whether an error may come of a fault that the disk or the
+// memory has.
+func (m *model) explains(err error) bool {
+	var fault *pmem.FaultError
+	return m.faulty && (errors.Is(err, syscall.EIO) || errors.Is(err, ErrDamaged) || errors.As(err, &fault))
 }
 
 // writeback writes everything back.
@@ -532,9 +538,13 @@ func (m *model) damageDirty(t *rapid.T) {
 	stripe := from / stripeSectors * stripeSectors
 	for lba := max(stripe, from-around); lba < min(end+around, stripe+stripeSectors, modelSectors); lba++ {
 		r := newRead(lba, 1)
-		if m.cache.do(r) == nil {
+		err := m.cache.do(r)
+		if err == nil {
 			m.compare(t, r.Buf, lba, "a damaged cache")
 			continue
+		}
+		if !m.explains(err) {
+			t.Fatalf("sector %d of a damaged cache: %v", lba, err)
 		}
 		from, end = min(from, lba), max(end, lba+1)
 	}
