@@ -30,9 +30,9 @@ import (
 // The first fence orders the data before the kset, and (1) the mark: a kset
 // never names bytes that are not there, and the log never runs on. (2) makes
 // the kset durable before any reader can find its keys, before the next kset is
-// begun, and before anybody is told. Because the index is locked under the same lock, its order is the log's. The
-// price is two fences for a few hundred bytes under one lock for a whole turn of
-// requests.
+// begun, and before anybody is told. Because the index is locked under the same
+// lock, its order is the log's. The price is two fences for a few hundred bytes
+// under one lock for a whole turn of requests.
 //
 // Where the kset leaves no room for a full one behind it, the log goes on in
 // another segment, and there is no other fence for that: in place of
