@@ -140,31 +140,32 @@ func (c *Cache) wakeWaiting() {
 	}
 }
 
-// gcStep does one step and reports whether there is reason for another. Where
-// only write-back can make room, it is told so.
-func (c *Cache) gcStep() (more bool, err error) {
+// gcStep does one step and reports whether it has changed anything: then there may
+// be reason for another. Where only write-back can make room, it is told so, but
+// not before what has been collected is free.
+func (c *Cache) gcStep() (changed bool, err error) {
 	from := c.tails.keyTail()
 	to, cleaned := c.tails.dirtyTail()
 	if from == to {
 		c.logHealed(cleaned)
 	}
 	needed := c.gcNeeded() || c.hurt.Load() != nil
-	if needed && from == to {
+	dead := c.raiseDying()
+	if needed && from == to && len(dead) == 0 {
 		c.pressWriteback()
 	}
-	dead := c.raiseDying()
 	var freed, dropped []uint32
 	if needed && from != to {
 		var end ondisk.Position
 		if end, dropped = c.collectKsets(from, to); end != from {
-			more = true
+			changed = true
 			if err := c.moveKeyTail(end); err != nil {
 				return false, err
 			}
 			freed = c.journal.passed(end, dropped)
 		}
 	}
-	if !more && len(dead) == 0 {
+	if !changed && len(dead) == 0 {
 		return false, nil
 	}
 	if err := c.persist(); err != nil {
@@ -176,7 +177,7 @@ func (c *Cache) gcStep() (more bool, err error) {
 	for _, seg := range dropped {
 		c.drop(seg)
 	}
-	return more, nil
+	return true, nil
 }
 
 // collectKsets takes what the index has of the ksets from key_tail on, as many as
