@@ -149,7 +149,7 @@ func (r *replayer) settle(end Head) {
 	}
 	r.clean.pos = c.layout.DirtyTail
 	c.writeback.at, c.tails.mu.cleaned = r.clean, r.clean.ksets
-	c.writeback.passed.Store(r.clean.ksets)
+	c.writeback.backlog.init(len(c.segments.all), r.ksets)
 }
 
 // fillSums enters the checksums of what has been replayed.

@@ -143,9 +143,10 @@ func (c *Cache) takeData() (uint32, bool) {
 	if used > limit {
 		c.gc.kick()
 	}
+	_, written := c.journal.head()
+	until := c.writeback.backlog.took(written, limit/2)
 	if used > limit/2 {
-		_, written := c.journal.head()
-		c.writeback.demand(written)
+		c.writeback.demand(until)
 	}
 	return seg, true
 }

@@ -30,8 +30,12 @@ import (
 // rest goes on, up to a number at which the disk is taken for dead.
 //
 // Rounds are made when somebody waits for them (a flush, or garbage
-// collection that needs room), when the cache is half full of what the
-// collector is allowed, and when the writers have been idle.
+// collection that needs room), and when the writers have been idle. While they
+// write, the youngest part of the log stays dirty, since that is what they are
+// most likely to overwrite: as many segments as are half of what the collector
+// is allowed, but nothing that is older than expireAfter. The obvious way, to
+// write all that there is once it is that much, writes a block that is
+// overwritten all the time once for each segment that the writers fill.
 
 const (
 	// roundBytes bounds a round, so that dirty_tail moves while a disk of
@@ -47,6 +51,11 @@ const (
 	// idleAfter is how long no write came before the dirty data is written
 	// without being asked for: long enough to let a burst overwrite itself.
 	idleAfter = time.Second
+
+	// expireAfter is how long writers that are never idle may keep data from the
+	// disk, where there is room; up to twice as long, since it is counted in
+	// whole ones.
+	expireAfter = 15 * time.Second
 
 	// The delay after a failure, doubled with each up to the longest: soon
 	// enough after a cable was put back.
@@ -69,12 +78,14 @@ type writeback struct {
 	stuck []stuck
 	parts []part
 	sweep sweep
+	age   expiry
+	idle  time.Duration // idleAfter
 	key   []extent
 	whole []byte
 	depth int
 	free  chan *transfer
 
-	passed atomic.Uint64 // at.ksets
+	backlog backlog
 
 	mu struct {
 		sync.Mutex
@@ -140,6 +151,7 @@ func (w *writeback) init(c *Cache, depth int) {
 		depth = DefaultWritebackDepth
 	}
 	w.depth = depth
+	w.idle, w.age.after = idleAfter, expireAfter
 	w.kicked = make(chan struct{}, 1)
 	w.free = make(chan *transfer, depth)
 	for range depth {
@@ -166,10 +178,11 @@ func (w *writeback) wrote() {
 	}
 }
 
-// pressWriteback asks for room that only write-back can make.
+// pressWriteback asks for room that only write-back can make: what is demanded
+// already, or if nothing is, a round of what there is.
 func (c *Cache) pressWriteback() {
 	c.writeback.pressed.Store(true)
-	c.writeback.demand(c.writeback.passed.Load() + 1)
+	c.writeback.kick()
 }
 
 // demand asks for everything up to the given kset, counted as journal.written.
@@ -178,6 +191,49 @@ func (w *writeback) demand(until uint64) {
 		old = w.want.Load()
 	}
 	w.kick()
+}
+
+// backlog knows how long the log was when the last segments were taken, and so
+// which part of it may stay dirty.
+type backlog struct {
+	mu struct {
+		sync.Mutex
+		ksets []uint64 // a ring, as journal.written counts
+		next  int
+	}
+}
+
+// init is told how many segments there are, and how many ksets came before all
+// that will be taken.
+func (b *backlog) init(segments int, ksets uint64) {
+	b.mu.ksets = slices.Repeat([]uint64{ksets}, segments+1)
+}
+
+// took is told how long the log is now that a segment has been taken, and returns
+// how long it was that many segments ago.
+func (b *backlog) took(ksets uint64, ago int) uint64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	n := len(b.mu.ksets)
+	b.mu.ksets[b.mu.next] = ksets
+	was := b.mu.ksets[(b.mu.next-ago+n)%n]
+	b.mu.next = (b.mu.next + 1) % n
+	return was
+}
+
+// expiry knows which part of the log is old.
+type expiry struct {
+	after     time.Duration
+	since     time.Time
+	last, old uint64 // ksets in the log then, and a time of after before that
+}
+
+// expired returns how many ksets of the log are old, if it has so many now.
+func (x *expiry) expired(now time.Time, written uint64) uint64 {
+	if now.Sub(x.since) >= x.after {
+		x.since, x.old, x.last = now, x.last, written
+	}
+	return x.old
 }
 
 // Flush writes all data back that is dirty now, and returns when the disk has
@@ -244,14 +300,14 @@ func (c *Cache) settle(err error) {
 	})
 }
 
-// nextTurn counts a turn of the loop, and reports whether somebody wants what is
-// stuck to be tried in it.
-func (w *writeback) nextTurn() (again bool) {
+// nextTurn counts a turn of the loop, and reports whether somebody waits for a
+// flush, and whether what is stuck is to be tried in it.
+func (w *writeback) nextTurn() (flushing, again bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.mu.turn++
 	again, w.mu.again = w.mu.again, false
-	return again
+	return len(w.mu.waiters) > 0, again
 }
 
 // writebackLoop sleeps until there is a reason to write: a demand, writers
@@ -260,32 +316,40 @@ func (c *Cache) writebackLoop() {
 	runtime.LockOSThread() // a fence is for the stores of its own thread
 	defer runtime.UnlockOSThread()
 	w := &c.writeback
-	timer := time.NewTimer(idleAfter)
+	timer := time.NewTimer(w.idle)
 	var delay time.Duration
 	var seen uint64 // ksets in the log, unchanged
 	since := time.Now()
+	pressed := false // since the last round
 	for !c.stopping() {
 		_, written := c.journal.head()
 		now := time.Now()
 		if written != seen {
 			seen, since = written, now
 		}
-		again := w.nextTurn()
-		if w.pressed.Swap(false) && len(w.stuck) > 0 && c.failure() == nil {
-			passed, err := c.relogStuck()
-			if err != nil {
-				c.fail(err)
-			}
-			// Who pressed for nothing is not told to press again.
-			if passed {
-				c.gc.kick()
+		flushing, again := w.nextTurn()
+		if w.pressed.Swap(false) {
+			pressed = true
+			if len(w.stuck) > 0 && c.failure() == nil {
+				passed, err := c.relogStuck()
+				if err != nil {
+					c.fail(err)
+				}
+				// Who pressed for nothing is not told to press again.
+				if passed {
+					c.gc.kick()
+				}
 			}
 		}
 		if again {
 			w.retryNow()
 		}
-		idleAt, dirty := since.Add(idleAfter), w.at.ksets < written
-		collect := dirty && (w.at.ksets < w.want.Load() || !now.Before(idleAt))
+		idleAt, dirty := since.Add(w.idle), w.at.ksets < written
+		until := max(w.want.Load(), w.age.expired(now, written))
+		if flushing || pressed && until <= w.at.ksets || !now.Before(idleAt) {
+			until = written
+		}
+		collect := dirty && w.at.ksets < until
 		retryAt, retry := w.nextRetry()
 		// All may be done but for dirty_tail: what was stuck has been overwritten,
 		// or the last try to store it has failed.
@@ -313,7 +377,7 @@ func (c *Cache) writebackLoop() {
 			continue
 		}
 		was := len(w.stuck)
-		err := c.round(collect)
+		err := c.round(collect, until)
 		c.settle(err)
 		switch {
 		case c.failure() == ErrAborted:
@@ -331,7 +395,7 @@ func (c *Cache) writebackLoop() {
 		case delay > 0, was > 0 && len(w.stuck) == 0:
 			c.log.Info("write-back works again", nil)
 		}
-		delay = 0
+		delay, pressed = 0, pressed && !collect
 		c.gc.kick()
 	}
 }
@@ -349,9 +413,10 @@ func (c *Cache) awaitKick(timer *time.Timer) {
 	}
 }
 
-// round writes the next dirty ksets back, if it is to collect any, and what is
-// stuck and due, and moves dirty_tail as far as that allows.
-func (c *Cache) round(collect bool) error {
+// round writes the next dirty ksets back up to a number of them, if it is to
+// collect any, and what is stuck and due, and moves dirty_tail as far as that
+// allows.
+func (c *Cache) round(collect bool, until uint64) error {
 	w := &c.writeback
 	defer w.inRound.Store(0)
 	// In this order: what is taken up again was not overwritten by any key before
@@ -363,7 +428,7 @@ func (c *Cache) round(collect bool) error {
 	}
 	end := w.at
 	if collect {
-		end = c.collect(to)
+		end = c.collect(to, until)
 	}
 	c.voidFingerprint(w.parts)
 	// The disk must not be ahead of the log: a key that a power cut takes would
@@ -391,7 +456,6 @@ func (c *Cache) round(collect bool) error {
 	}
 	w.at = end
 	w.sweep.swept()
-	w.passed.Store(end.ksets)
 	if err := c.advance(); err != nil {
 		c.fail(err)
 		return err
@@ -458,10 +522,10 @@ func (c *Cache) advance() error {
 	return nil
 }
 
-// collect gathers the parts of a round from the log up to a place, and returns
-// where dirty_tail may move after it. Their segments need no pins: keys behind
+// collect gathers the parts of a round from the log up to a place, or up to a
+// number of ksets, and returns where dirty_tail may move after it. Their segments need no pins: keys behind
 // dirty_tail keep their references.
-func (c *Cache) collect(to ondisk.Position) (end mark) {
+func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
 	w := &c.writeback
 	if w.sweep.on {
 		return c.collectIndex()
@@ -476,7 +540,7 @@ func (c *Cache) collect(to ondisk.Position) (end mark) {
 			}
 		}
 		end = mark{after, end.ksets + 1, end.keys + uint64(len(k.Keys))}
-		return bytes < roundBytes && len(w.parts)-first < roundParts
+		return end.ksets < until && bytes < roundBytes && len(w.parts)-first < roundParts
 	})
 	if damage != nil && end == w.at {
 		c.logHurt(damage, end.ksets)

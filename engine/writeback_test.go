@@ -1,0 +1,88 @@
+package engine
+
+import (
+	"testing"
+	"time"
+
+	"ublk-pcache/backing"
+	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
+)
+
+// TestYoungestStaysDirty: writers that overwrite the same blocks all the time, and
+// fill the cache many times over by that, cost the disk next to nothing, and what
+// is dirty is never more than half of what the collector is allowed.
+func TestYoungestStaysDirty(t *testing.T) {
+	const segments, percent, block, blocks, times = 24, 90, 1 << 20, 16, 40
+	const kept = segments * percent / 100 / 2
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, segments, false, percent)
+	disk := backing.NewFake(blocks*block, sectorSize, 1)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 1)
+	r.mustRest(t)
+	r.writeback.idle = time.Hour
+	r.Resume()
+	for v := range uint64(times) {
+		for i := range int64(blocks) {
+			r.write(t, i*block, stamped(i*block/sectorSize, block/sectorSize, 1+v))
+		}
+	}
+	const perSegment = ondisk.SegmentData / block // ksets: each write is one
+	within(t, "write-back of all but the youngest", func() {
+		for {
+			if _, cleaned := r.tails.dirtyTail(); times*blocks-cleaned <= (kept+2)*(perSegment+1) {
+				return
+			}
+			time.Sleep(time.Millisecond)
+		}
+	})
+	if n := r.writeback.written.Load(); n > 0 {
+		t.Errorf("of %d MiB that were overwritten all the time, %d MiB were written to the disk", times*blocks*block>>20, n>>20)
+	}
+	for lba := int64(0); lba < blocks*block/sectorSize; lba += 97 {
+		if v := r.version(t, lba); v != times {
+			t.Fatalf("sector %d has version %d", lba, v)
+		}
+	}
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDirtyDataExpires: a writer that is never idle, and never makes the cache
+// half full, does not keep its data from the disk for ever.
+func TestDirtyDataExpires(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 24, false, 90)
+	disk := backing.NewFake(1<<20, sectorSize, 1)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 1)
+	r.mustRest(t)
+	r.writeback.age.after = 200 * time.Millisecond
+	r.Resume()
+	within(t, "write-back of what has expired", func() {
+		for {
+			r.write(t, 0, make([]byte, sectorSize))
+			if _, cleaned := r.tails.dirtyTail(); cleaned > 0 {
+				return
+			}
+			time.Sleep(time.Millisecond)
+		}
+	})
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestExpiry(t *testing.T) {
+	x := expiry{after: 10 * time.Second}
+	for _, at := range []struct {
+		second        int
+		written, want uint64
+	}{{100, 5, 0}, {109, 6, 0}, {110, 7, 5}, {119, 8, 5}, {125, 9, 7}, {135, 9, 9}, {1000, 20, 9}} {
+		if got := x.expired(time.Unix(int64(at.second), 0), at.written); got != at.want {
+			t.Errorf("after %d s, %d ksets are old, want %d", at.second, got, at.want)
+		}
+	}
+}
