@@ -350,6 +350,9 @@ func (l *life) reopen(mem *recorder, disk *backing.Fake, h *history, live bool) 
 	if err != nil {
 		return nil, err
 	}
+	// Or a machine that stands still for a second has what is dirty written, and
+	// what is clean forgotten, between the two looks.
+	c.rest()
 	now := make([]byte, windowSize)
 	disk.ReadAt(now, 0)
 	err = peek(c, now)
@@ -361,7 +364,9 @@ func (l *life) reopen(mem *recorder, disk *backing.Fake, h *history, live bool) 
 		return nil, err
 	}
 	h.settle(now)
-	return startRig(c), nil
+	r := startRig(c)
+	c.Resume()
+	return r, nil
 }
 
 // watch looks at moments of a region and the disk behind it. cut tells how
