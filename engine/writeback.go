@@ -419,6 +419,7 @@ func (c *Cache) awaitKick(timer *time.Timer) {
 func (c *Cache) round(collect bool, until uint64) error {
 	w := &c.writeback
 	defer w.inRound.Store(0)
+	w.sweep.then = w.sweep.next // where a round that failed has left it
 	// In this order: what is taken up again was not overwritten by any key before
 	// to, so nothing that is collected up to there is newer and in its place.
 	to, _ := c.journal.head()

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"syscall"
 	"testing"
 	"time"
 
@@ -83,6 +84,56 @@ func TestExpiry(t *testing.T) {
 	}{{100, 5, 0}, {109, 6, 0}, {110, 7, 5}, {119, 8, 5}, {125, 9, 7}, {135, 9, 9}, {1000, 20, 9}} {
 		if got := x.expired(time.Unix(int64(at.second), 0), at.written); got != at.want {
 			t.Errorf("after %d s, %d ksets are old, want %d", at.second, got, at.want)
+		}
+	}
+}
+
+// TestSweepAfterFailedFlush: what a round of a sweep has written is written again
+// when the flush after it has failed, also when what was put aside before is tried
+// in between.
+func TestSweepAfterFailedFlush(t *testing.T) {
+	const block, blocks, lba = 1 << 20, 3 * roundBytes >> 20, 100
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 24, false, 90)
+	disk := backing.NewFake(blocks*block, sectorSize, 1)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 1)
+	r.mustRest(t)
+	for i := range int64(blocks) {
+		r.write(t, i*block, stamped(i*block/sectorSize, block/sectorSize, 1))
+	}
+	begin, _ := r.tails.dirtyTail()
+	store(t, mem, make([]byte, ondisk.KsetHeaderSize), r.offset(begin))
+	refused, flushes := false, 0
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		switch {
+		case op.Kind == backing.OpFlush:
+			if flushes++; flushes == 2 {
+				f.Err = syscall.EIO
+			}
+		case op.Kind == backing.OpWrite && !refused && op.Off <= lba*sectorSize && lba*sectorSize < op.Off+op.Len:
+			refused, f.Err = true, syscall.EIO
+		}
+		return f
+	})
+	r.Resume()
+	within(t, "flushing", func() {
+		for r.Flush(t.Context()) != nil {
+		}
+	})
+	if !refused || flushes < 3 {
+		t.Errorf("no write was refused (%t), or there were %d flushes of the disk", !refused, flushes)
+	}
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+	crashed := disk.Crash()
+	defer crashed.Close()
+	p := make([]byte, block)
+	for i := range int64(blocks) {
+		crashed.ReadAt(p, i*block)
+		if v, err := stamp(p[:sectorSize], i*block/sectorSize); v != 1 || err != nil {
+			t.Errorf("after a flush the disk has version %d of MiB %d, %v", v, i, err)
 		}
 	}
 }
