@@ -79,24 +79,12 @@ func (g *collector) bury(seg uint32) {
 	g.kick()
 }
 
-// gcNeeded: the cache is fuller than it should be, or somebody waits.
+// gcNeeded: the cache is fuller than it should be, or writers find no segment.
+// That some still wait says nothing: those who may have what is free are on their
+// way to it.
 func (c *Cache) gcNeeded() bool {
 	n, free := c.segments.good(), c.segments.free()
-	return (n-free)*100 >= n*int(c.gc.percent.Load()) ||
-		free <= c.segments.reserve || c.waiting()
-}
-
-// waiting reports whether a request or a whole queue waits for a segment.
-func (c *Cache) waiting() bool {
-	if c.space.waiting.Load() > 0 {
-		return true
-	}
-	for _, q := range c.queues {
-		if q.stalled.Load() {
-			return true
-		}
-	}
-	return false
+	return (n-free)*100 >= n*int(c.gc.percent.Load()) || free <= c.segments.reserve
 }
 
 // gcLoop also looks after those who wait: whatever may end their waiting kicks
@@ -152,7 +140,7 @@ func (c *Cache) gcStep() (changed bool, err error) {
 	needed := c.gcNeeded() || c.hurt.Load() != nil
 	dead := c.raiseDying()
 	if needed && from == to && len(dead) == 0 {
-		c.pressWriteback()
+		c.pressWriteback(cleaned)
 	}
 	var freed, dropped []uint32
 	if needed && from != to {
@@ -163,6 +151,8 @@ func (c *Cache) gcStep() (changed bool, err error) {
 				return false, err
 			}
 			freed = c.journal.passed(end, dropped)
+		} else {
+			c.pressWriteback(cleaned) // it gets past the damage, too, and behind that
 		}
 	}
 	if !changed && len(dead) == 0 {
@@ -203,7 +193,6 @@ func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dro
 	}
 	c.logHurt(damage, 0)
 	if dropped, damage = c.skip(to); damage != nil {
-		c.pressWriteback() // it gets there, too, and behind that
 		return from, nil
 	}
 	return to, dropped

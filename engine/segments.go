@@ -144,7 +144,8 @@ func (c *Cache) takeData() (uint32, bool) {
 		c.gc.kick()
 	}
 	_, written := c.journal.head()
-	until := c.writeback.backlog.took(written, limit/2)
+	// Each queue may still name a segment that it took long ago.
+	until := c.writeback.backlog.took(written, max(0, limit/2-len(c.queues)))
 	if used > limit/2 {
 		c.writeback.demand(until)
 	}

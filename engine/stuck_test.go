@@ -138,7 +138,8 @@ func TestFlushDuringRelog(t *testing.T) {
 		t.Fatalf("a flush of what the disk refuses: %v", err)
 	}
 	mem.shut.Store(true)
-	r.pressWriteback()
+	_, cleaned := r.tails.dirtyTail()
+	r.pressWriteback(cleaned)
 	<-mem.reached // logging it again begins with its checksum
 	flushed := make(chan error)
 	go func() { flushed <- r.Flush(t.Context()) }()
@@ -286,8 +287,13 @@ func TestRetryOverwritten(t *testing.T) {
 			return backing.Fault{}
 		})
 		flushed := make(chan error, 1)
-		go func() { flushed <- r.Flush(t.Context()) }()
-		for i := 0; !writing.Load(); i++ {
+		var ended atomic.Bool // it has nothing to write if all was overwritten while it looked
+		go func() {
+			err := r.Flush(t.Context())
+			ended.Store(true)
+			flushed <- err
+		}()
+		for i := 0; !writing.Load() && !ended.Load(); i++ {
 			write(i % pieces)
 		}
 		if err := errors.Join(<-flushed, r.Flush(t.Context())); err != nil {

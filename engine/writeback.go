@@ -71,6 +71,7 @@ type writeback struct {
 	asleep  atomic.Bool   // there was nothing dirty to write
 	want    atomic.Uint64 // ksets that should be written now
 	pressed atomic.Bool   // garbage collection has nothing to collect, but should
+	tail    atomic.Uint64 // how many ksets dirty_tail had passed then, plus 1
 
 	// The goroutine's own. Everything before at is on the disk, but for what
 	// is stuck.
@@ -179,8 +180,10 @@ func (w *writeback) wrote() {
 }
 
 // pressWriteback asks for room that only write-back can make: what is demanded
-// already, or if nothing is, a round of what there is.
-func (c *Cache) pressWriteback() {
+// already, or if nothing is, a round of what there is. It is in vain when
+// dirty_tail has meanwhile passed more ksets than the caller knows of.
+func (c *Cache) pressWriteback(cleaned uint64) {
+	c.writeback.tail.Store(cleaned + 1)
 	c.writeback.pressed.Store(true)
 	c.writeback.kick()
 }
@@ -320,7 +323,6 @@ func (c *Cache) writebackLoop() {
 	var delay time.Duration
 	var seen uint64 // ksets in the log, unchanged
 	since := time.Now()
-	pressed := false // since the last round
 	for !c.stopping() {
 		_, written := c.journal.head()
 		now := time.Now()
@@ -328,24 +330,23 @@ func (c *Cache) writebackLoop() {
 			seen, since = written, now
 		}
 		flushing, again := w.nextTurn()
-		if w.pressed.Swap(false) {
-			pressed = true
-			if len(w.stuck) > 0 && c.failure() == nil {
-				passed, err := c.relogStuck()
-				if err != nil {
-					c.fail(err)
-				}
-				// Who pressed for nothing is not told to press again.
-				if passed {
-					c.gc.kick()
-				}
+		if w.pressed.Swap(false) && len(w.stuck) > 0 && c.failure() == nil {
+			passed, err := c.relogStuck()
+			if err != nil {
+				c.fail(err)
+			}
+			// Who pressed for nothing is not told to press again.
+			if passed {
+				c.gc.kick()
 			}
 		}
 		if again {
 			w.retryNow()
 		}
 		idleAt, dirty := since.Add(w.idle), w.at.ksets < written
+		_, cleaned := c.tails.dirtyTail()
 		until := max(w.want.Load(), w.age.expired(now, written))
+		pressed := w.tail.Load() == cleaned+1
 		if flushing || pressed && until <= w.at.ksets || !now.Before(idleAt) {
 			until = written
 		}
@@ -353,7 +354,6 @@ func (c *Cache) writebackLoop() {
 		retryAt, retry := w.nextRetry()
 		// All may be done but for dirty_tail: what was stuck has been overwritten,
 		// or the last try to store it has failed.
-		_, cleaned := c.tails.dirtyTail()
 		behind := len(w.stuck) == 0 && cleaned < w.at.ksets
 		if !behind && !collect && !(retry && !now.Before(retryAt)) {
 			var wake *time.Timer
@@ -395,7 +395,7 @@ func (c *Cache) writebackLoop() {
 		case delay > 0, was > 0 && len(w.stuck) == 0:
 			c.log.Info("write-back works again", nil)
 		}
-		delay, pressed = 0, pressed && !collect
+		delay = 0
 		c.gc.kick()
 	}
 }
