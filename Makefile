@@ -81,6 +81,10 @@ bench:
 	@mkdir -p bin
 	{ echo "date: $$(date -u +%F)"; echo "kernel: $$(uname -sr)"; echo "go: $$(go env GOVERSION)"; \
 	  for round in 1 2 3 4 5; do go test -run '^$$' -bench . -benchtime 0.2s -timeout 30m ./engine; done; } | tee bin/bench.txt
+	for op in Write Read; do \
+	  go test -run '^$$' -bench "^Benchmark$$op$$/crc=false/size=4096/batch=16/threads=1$$" -benchtime 3s -o bin/engine.test -cpuprofile bin/engine.prof ./engine; \
+	  go tool pprof -top -nodecount 12 -focus engine.threads -relative_percentages bin/engine.test bin/engine.prof > bin/bench-profile-$$op.txt; \
+	done
 
 # About an hour on a quiet machine.
 bench-vm:
@@ -88,4 +92,4 @@ bench-vm:
 	go run ./tests/vmbench | tee bin/bench-vm.txt
 
 bench-report:
-	go run ./tests/bench bin/bench.txt bin/bench-vm.txt docs
+	go run ./tests/bench bin docs

@@ -15,11 +15,11 @@ import (
 )
 
 func main() {
-	if len(os.Args) != 4 {
-		fmt.Fprintln(os.Stderr, "usage: bench OUTPUT-OF-BENCH OUTPUT-OF-BENCH-VM FOLDER")
+	if len(os.Args) != 3 {
+		fmt.Fprintln(os.Stderr, "usage: bench FOLDER-OF-RESULTS FOLDER-OF-DOCS")
 		os.Exit(2)
 	}
-	if err := report(os.Args[1], os.Args[2], os.Args[3]); err != nil {
+	if err := report(os.Args[1], os.Args[2]); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -30,19 +30,25 @@ const intro = "# Benchmarks\n\n" +
 	"A number is the median of all rounds. In a round everything takes its turn, so only numbers of one table compare.\n\n"
 
 // report writes nothing unless all results are there.
-func report(nativeFile, machineFile, folder string) error {
-	native, err := read(nativeFile)
+func report(results, folder string) error {
+	native, err := read(filepath.Join(results, "bench.txt"))
 	if err != nil {
 		return err
 	}
-	machine, err := read(machineFile)
+	machine, err := read(filepath.Join(results, "bench-vm.txt"))
 	if err != nil {
 		return err
+	}
+	var profiles [2][]sample
+	for i, op := range []string{"Write", "Read"} {
+		if profiles[i], err = readProfile(filepath.Join(results, "bench-profile-"+op+".txt")); err != nil {
+			return err
+		}
 	}
 	var page strings.Builder
 	page.WriteString(intro)
 	machine.machineReport(&page)
-	native.nativeReport(&page)
+	native.nativeReport(&page, profiles)
 	goals := goals{missed: map[string][]string{}}
 	machine.machineGoals(&goals)
 	native.nativeGoals(&goals)
@@ -94,6 +100,29 @@ func read(name string) (*measured, error) {
 		}
 	}
 	return m, r.Err()
+}
+
+// sample is a function and the share of all samples that were taken in it.
+type sample struct{ share, function string }
+
+// readProfile reads what go tool pprof -top printed.
+func readProfile(name string) (all []sample, err error) {
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return nil, err
+	}
+	for line := range strings.Lines(string(text)) {
+		// flat, flat%, sum%, cum, cum%, and a name that may have spaces in it
+		f := strings.Fields(line)
+		if len(f) < 6 || !strings.HasSuffix(f[1], "%") || !strings.HasSuffix(f[2], "%") {
+			continue
+		}
+		all = append(all, sample{f[1], strings.TrimPrefix(f[5], "ublk-pcache/")})
+	}
+	if len(all) == 0 {
+		return nil, fmt.Errorf("no samples in %s", name)
+	}
+	return all, nil
 }
 
 // median returns the median of a benchmark's values, NaN if it has none.

@@ -18,6 +18,8 @@ const (
 		"it costs no part of it. *Bare* is the same %s, with nothing to find and nothing to log. Nanoseconds for an\n" +
 		"operation, and how much that is of the bare one.\n\n" +
 		"| bytes | batch | threads | bare | | without data crc | | with data crc | | allocations |\n|--:|--:|--:|--:|-|--:|--:|--:|--:|--:|\n"
+	where = "Where the time goes, by the profiler's samples: 4 KiB, in batches of 16, one thread, without data crc.\n\n" +
+		"| | a write | | a read |\n|--:|-|--:|-|\n"
 	index = "## The index\n\n" +
 		"Nanoseconds; lookup+copy also copies 4 KiB from a random place in 1 GiB, and its 99.9th percentile is without any and with one\n" +
 		"collection of the Go runtime after the other beside it. Of a collection the world is stopped for the pauses.\n\n" +
@@ -31,7 +33,7 @@ var (
 	extents = []int{1e4, 1e5, 1e6, 1e7}
 )
 
-func (m *measured) nativeReport(b *strings.Builder) {
+func (m *measured) nativeReport(b *strings.Builder, profiles [2][]sample) {
 	runs := len(m.values["Index/lookup/extents=10000"]["sec/op"])
 	fmt.Fprintf(b, native, runs, m.cpus, m.machine["cpu"], m.machine["kernel"], m.machine["go"], m.machine["date"])
 	for _, op := range []struct{ name, bare, what, same string }{
@@ -53,7 +55,18 @@ func (m *measured) nativeReport(b *strings.Builder) {
 		}
 		b.WriteString("\n")
 	}
-	b.WriteString(index)
+	b.WriteString(where)
+	for i := range max(len(profiles[0]), len(profiles[1])) {
+		for _, p := range profiles {
+			var s sample
+			if i < len(p) {
+				s = p[i]
+			}
+			fmt.Fprintf(b, "| %s | %s ", s.share, s.function)
+		}
+		b.WriteString("|\n")
+	}
+	b.WriteString("\n" + index)
 	for _, n := range extents {
 		tail := func(collecting bool) float64 {
 			return 1e9 * m.median("p999-sec", "Index/tail/collecting=%t/extents=%d", collecting, n)
