@@ -582,7 +582,7 @@ func TestRefusesRequests(t *testing.T) {
 func TestFillAndWriteInOneTurn(t *testing.T) {
 	mem := pmem.Heap(ondisk.MinSize)
 	formatSmall(t, mem, 8, true, 70)
-	disk := backing.NewFake(8<<20, 512, 1)
+	disk, hangs := hangingDisk(8 << 20)
 	defer disk.Close()
 	old, fresh := make([]byte, 32<<10), make([]byte, 4096)
 	fillStamp(old, 0, 1)
@@ -593,10 +593,14 @@ func TestFillAndWriteInOneTurn(t *testing.T) {
 	back := make(chan struct{}, 1)
 	q.OnWake(func() { back <- struct{}{} })
 
+	hangs.Store(true)
 	q.Submit(&Request{Op: Read, Buf: make([]byte, len(old))})
 	if n := len(q.Turn()); n != 0 {
 		t.Fatalf("%d requests finished before the disk answered", n)
 	}
+	awaitHeld(disk, 1)
+	hangs.Store(false)
+	disk.Release()
 	<-back
 	q.Submit(&Request{Op: Write, Off: 8 * sectorSize, Buf: fresh})
 	if n := len(q.Turn()); n != 2 {
