@@ -61,7 +61,7 @@ type sweep struct {
 	on   bool
 	to   mark // the head when it began
 	next int  // the shard to go on with
-	then int  // the same after this round
+	then int  // the same after this round, which begins with it at next
 }
 
 // collectIndex is collect for step 1.
@@ -79,7 +79,7 @@ func (c *Cache) collectIndex() (end mark) {
 	}
 	known := w.known()
 	bytes := 0
-	for s.then = s.next; s.then < shardCount && bytes < roundBytes && len(w.parts) < roundParts; s.then++ {
+	for ; s.then < shardCount && bytes < roundBytes && len(w.parts) < roundParts; s.then++ {
 		for stripe, off := range c.index.stripes(s.then) {
 			for _, e := range c.dirtyIn(stripe, func(extent) bool { return true }) {
 				s, p := stripe.sub(e), stripe.place(e.seg, e.pos-e.off)

@@ -377,7 +377,7 @@ func (c *Cache) writebackLoop() {
 			continue
 		}
 		was := len(w.stuck)
-		err := c.round(collect, until)
+		err := c.round(until)
 		c.settle(err)
 		switch {
 		case c.failure() == ErrAborted:
@@ -413,10 +413,9 @@ func (c *Cache) awaitKick(timer *time.Timer) {
 	}
 }
 
-// round writes the next dirty ksets back up to a number of them, if it is to
-// collect any, and what is stuck and due, and moves dirty_tail as far as that
-// allows.
-func (c *Cache) round(collect bool, until uint64) error {
+// round writes the next dirty ksets back, up to a number of them, and what is
+// stuck and due, and moves dirty_tail as far as that allows.
+func (c *Cache) round(until uint64) error {
 	w := &c.writeback
 	defer w.inRound.Store(0)
 	w.sweep.then = w.sweep.next // where a round that failed has left it
@@ -428,7 +427,7 @@ func (c *Cache) round(collect bool, until uint64) error {
 		w.parts[i].err, w.parts[i].lost = nil, false
 	}
 	end := w.at
-	if collect {
+	if end.ksets < until {
 		end = c.collect(to, until)
 	}
 	c.voidFingerprint(w.parts)
@@ -524,8 +523,8 @@ func (c *Cache) advance() error {
 }
 
 // collect gathers the parts of a round from the log up to a place, or up to a
-// number of ksets, and returns where dirty_tail may move after it. Their segments need no pins: keys behind
-// dirty_tail keep their references.
+// number of ksets, and returns where dirty_tail may move after it. Their segments
+// need no pins: keys behind dirty_tail keep their references.
 func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
 	w := &c.writeback
 	if w.sweep.on {
