@@ -59,10 +59,13 @@ func (p *pace) turned(came int) {
 // polls reports whether to poll this time.
 func (p *pace) polls() bool { return p.alone >= pollAlone && p.polling.due() }
 
-// poll returns whether there is something, as soon as there is. Whoever else wants
-// the processor gets it meanwhile.
-func (p *pace) poll(something func() bool) (found bool) {
-	for begin := time.Now(); !found && time.Since(begin) < pollFor; yield() {
+// poll returns whether there is something, as soon as there is. It looks at least
+// once, however long others have had the processor, and they get it between looks.
+func (p *pace) poll(something func() bool) bool {
+	begin := time.Now()
+	found := something()
+	for !found && time.Since(begin) < pollFor {
+		yield()
 		found = something()
 	}
 	p.polling.went(found)
