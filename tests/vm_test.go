@@ -55,6 +55,18 @@ var everything = []suite{
 	{"pmem", "."},
 }
 
+// failures are the guests' tests that failed, with what they said.
+var failures []string
+
+// TestMain says at the end what has failed in there: the testing package says it among hundreds of tests that have not.
+func TestMain(m *testing.M) {
+	code := m.Run()
+	for _, failure := range failures {
+		fmt.Print(failure)
+	}
+	os.Exit(code)
+}
+
 // Everything runs on the newest kernel; what depends on the driver's age runs on the old one, too.
 func TestGuest(t *testing.T) {
 	share := t.TempDir()
@@ -212,11 +224,13 @@ type report struct{ events *json.Decoder }
 
 // follow reads up to the end of the guest's test name ("" for the whole run) and says on t what happened in it.
 func (r *report) follow(t *testing.T, name string) {
+	said := "what failed: " + t.Name() + "\n"
 	for {
 		var e event
 		if err := r.events.Decode(&e); err != nil {
 			if name != "" {
 				t.Errorf("the machine died, or was stopped, in this test")
+				failures = append(failures, said)
 			}
 			return
 		}
@@ -225,10 +239,14 @@ func (r *report) follow(t *testing.T, name string) {
 			t.Run(strings.TrimPrefix(strings.TrimPrefix(e.Test, name), "/"), func(t *testing.T) { r.follow(t, e.Test) })
 		case e.Action == "output" && worthShowing(e.Output):
 			t.Log(strings.TrimSuffix(e.Output, "\n"))
+			said += e.Output
 		case e.Test != name:
 		case e.Action == "pass" && name != "":
 			return
 		case e.Action == "fail" && name != "":
+			if !t.Failed() { // else one of its own tests has said it
+				failures = append(failures, said)
+			}
 			t.Fail()
 			return
 		case e.Action == "skip":
