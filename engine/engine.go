@@ -93,7 +93,7 @@ type Logger interface {
 // Options are the settings of an open cache.
 type Options struct {
 	Queues         int    // number of queues, 1 to MaxQueues
-	WritebackDepth int    // writes of up to 1 MiB under way to the disk at once, 0 for DefaultWritebackDepth
+	WritebackDepth int    // writes of up to 512 KiB under way to the disk at once, 0 for DefaultWritebackDepth
 	Log            Logger // required
 	Changed        Choice // for a disk that was written without the cache
 }

@@ -43,10 +43,12 @@ const (
 	roundBytes = 64 << 20
 	roundParts = 64 << 10
 
-	// transferBytes is the size of one write to the disk at most, and
-	// DefaultWritebackDepth how many are under way at once.
-	transferBytes         = 1 << 20
-	DefaultWritebackDepth = 16
+	// DefaultWritebackDepth is how many writes to the disk are under way at once:
+	// as many as a hard disk takes to choose the next one from. transferBytes is
+	// the size of one at most, so that a read that comes in between finds no more
+	// than 16 MiB in front of it; what is longer goes on with the next.
+	transferBytes         = 512 << 10
+	DefaultWritebackDepth = 32
 
 	// idleAfter is how long no write came before the dirty data is written
 	// without being asked for: long enough to let a burst overwrite itself.

@@ -78,7 +78,7 @@ func (a *addOptions) define(f *pflag.FlagSet) {
 	f.IntVarP(&o.Device.ID, "id", "n", -1, "number of the device (default: the first free one)")
 	f.IntVarP(&o.Device.Queues, "queues", "q", min(defaultQueues, runtime.NumCPU()), "number of queues, each a thread")
 	f.IntVarP(&o.Device.Depth, "depth", "d", 128, "requests in flight per queue")
-	f.IntVar(&o.Device.Writeback, "writeback-depth", engine.DefaultWritebackDepth, "writes of up to 1 MiB in flight to the disk when dirty data is written back")
+	f.IntVar(&o.Device.Writeback, "writeback-depth", engine.DefaultWritebackDepth, "writes of up to 512 KiB in flight to the disk when dirty data is written back")
 	f.BoolVar(&a.crc, "data-crc", false, "keep checksums of the data (new caches; default: on for plain files)")
 	f.IntVar(&a.gc, "gc-percent", ondisk.DefaultGCPercent, "how full garbage collection lets the cache become, 0 to 90 (old caches: as it is, unless given)")
 }
