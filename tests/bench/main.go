@@ -39,11 +39,13 @@ func report(results, folder string) error {
 	if err != nil {
 		return err
 	}
-	var profiles [2][]sample
-	for i, op := range []string{"Write", "Read"} {
-		if profiles[i], err = readProfile(filepath.Join(results, "bench-profile-"+op+".txt")); err != nil {
+	var profiles []profile // of a write at first and now, and of a read
+	for _, op := range []string{"Write", "Read"} {
+		both, err := readProfiles(filepath.Join(results, "bench-profile-"+op+".txt"))
+		if err != nil {
 			return err
 		}
+		profiles = append(profiles, both[:]...)
 	}
 	var page strings.Builder
 	page.WriteString(intro)
@@ -102,27 +104,37 @@ func read(name string) (*measured, error) {
 	return m, r.Err()
 }
 
-// sample is a function and the share of all samples that were taken in it.
-type sample struct{ share, function string }
+// profile is what an operation takes, and the functions with the largest shares of its samples, each share first.
+type profile struct {
+	time      string // nanoseconds
+	functions []string
+}
 
-// readProfile reads what go tool pprof -top printed.
-func readProfile(name string) (all []sample, err error) {
+// readProfiles reads what a benchmark and then go tool pprof -top printed, twice.
+func readProfiles(name string) (both [2]profile, err error) {
 	text, err := os.ReadFile(name)
 	if err != nil {
-		return nil, err
+		return both, err
 	}
+	n := 0
 	for line := range strings.Lines(string(text)) {
-		// flat, flat%, sum%, cum, cum%, and a name that may have spaces in it
 		f := strings.Fields(line)
-		if len(f) < 6 || !strings.HasSuffix(f[1], "%") || !strings.HasSuffix(f[2], "%") {
-			continue
+		switch {
+		case len(f) > 3 && f[3] == "ns/op" && n < len(both):
+			both[n].time = f[2]
+			n++
+		// flat, flat%, sum%, cum, cum%, and a name that may have spaces in it
+		case len(f) > 5 && strings.HasSuffix(f[1], "%") && strings.HasSuffix(f[2], "%") && n > 0:
+			p := &both[n-1]
+			p.functions = append(p.functions, f[1]+" "+strings.TrimPrefix(f[5], "ublk-pcache/"))
 		}
-		all = append(all, sample{f[1], strings.TrimPrefix(f[5], "ublk-pcache/")})
 	}
-	if len(all) == 0 {
-		return nil, fmt.Errorf("no samples in %s", name)
+	for _, p := range both {
+		if len(p.functions) == 0 {
+			return both, fmt.Errorf("no samples in a part of %s", name)
+		}
 	}
-	return all, nil
+	return both, nil
 }
 
 // median returns the median of a benchmark's values, NaN if it has none.
