@@ -158,11 +158,11 @@ func (m *measured) machineGoals(g *goals) {
 // Why goals are missed, from profiles of the server in the machine (docs/testing.md).
 const (
 	aboveNull = "A cache has the data to move and to log, the null device has none. In a profile of the server under random reads the\n" +
-		"copy out of the pmem is the largest part besides the system call, which both have; under random writes it is the store, and next to it\n" +
-		"write-back, which runs on the same two processors while the job overwrites the same blocks for as long as it lasts. What the engine adds\n" +
-		"itself (locks, index, kset) is less than either."
-	aboveC = "The C server binds each queue's thread to the processor that its requests come from, so client and server take turns and\n" +
-		"a turn has many requests; ours goes where the scheduler puts it. That makes it faster with one client and slower with two."
+		"copy out of the pmem is the largest part besides the system call, which both have; under random writes it is the store. What the\n" +
+		"engine adds itself (locks, index, kset) is less than either."
+	aboveC = "The C server binds each queue's thread to the processor that its requests come from. With as many clients as processors,\n" +
+		"client and server then take turns, and a sleep of the server brings several times as many requests as one of ours, whose threads go\n" +
+		"where the scheduler puts them; with one client they have the other processor, and are faster for it."
 	aboveKernel = "A target in the kernel answers a hit in the client's own system call. Through ublk each request also crosses to\n" +
 		"another thread and back; the null device shows what is left of the throughput then, and no cache behind the same driver can have more."
 	aboveFsync = "These are single writes, one after the other, see above: on pmem a write is durable when it is acknowledged, the device has\n" +

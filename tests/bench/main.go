@@ -172,7 +172,7 @@ func (g *goals) add(what string, is float64, sign string, want float64, reason s
 func (g *goals) write(b *strings.Builder) {
 	b.WriteString("## Goals\n\n| what | measured | goal |\n|-|--:|--:|\n" + g.rows.String())
 	if len(g.reasons) > 0 {
-		b.WriteString("\n### Why some are missed\n")
+		b.WriteString("\n### Why some are missed\n\nWhat else was tried for them, and how it went, is in docs/design.md under *Threads*.\n")
 	}
 	for _, reason := range g.reasons {
 		b.WriteString("\n")

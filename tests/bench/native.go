@@ -115,9 +115,8 @@ const (
 	besideStore = "What is not the store is mostly the index, which is entered a key at a time: at random places the way down a tree is\n" +
 		"some cache lines that nobody has looked at lately. Then come the kset's checksum and the locks."
 	besideLoad  = "The copy comes from a random place, and so does the way down the index that finds it: neither is in the processor's cache."
-	besideOther = "Two writers share the log, where their ksets come one after the other, and lock the shards of all their keys in its order;\n" +
-		"with keys at random each turn meets the other's shards. What two threads with nothing to share make of the same memory is in the\n" +
-		"columns of the bare stores."
+	besideOther = "Two writers share the log, where their ksets come one after the other, and the lines of the index that the other has\n" +
+		"changed last. What two threads with nothing to share make of the same memory is in the columns of the bare stores."
 	besideReader = "Two readers share the memory, see the columns of the bare copies, and the counters of its segments, where each notes what it is\n" +
 		"reading."
 	besideSize = "With 10^4 extents the whole index is in the processor's cache, with 10^7 none of it, and on pages of 4 KiB each step of the\n" +
