@@ -158,8 +158,9 @@ func (m *measured) machineGoals(g *goals) {
 // Why goals are missed, from profiles of the server in the machine (docs/testing.md).
 const (
 	aboveNull = "A cache has the data to move and to log, the null device has none. In a profile of the server under random reads the\n" +
-		"copy out of the pmem is the largest part besides the system call, which both have; under random writes it is the store. What the\n" +
-		"engine adds itself (locks, index, kset) is less than either."
+		"copy out of the pmem is the largest part besides the system call, which both have, and several times what the engine adds itself. Under\n" +
+		"random writes it is the store; write-back of what was not overwritten for long, on the same two processors, and what the engine adds\n" +
+		"(locks, index, kset) are each somewhat more than half of that."
 	aboveC = "The C server binds each queue's thread to the processor that its requests come from. With as many clients as processors,\n" +
 		"client and server then take turns, and a sleep of the server brings several times as many requests as one of ours, whose threads go\n" +
 		"where the scheduler puts them; with one client they have the other processor, and are faster for it."
