@@ -92,6 +92,7 @@ bench:
 	done > bin/bench-profile-$$op.txt; done
 	rm -rf bin/first
 
+# More than half an hour on a quiet machine.
 bench-vm:
 	@mkdir -p bin
 	go run ./tests/vmbench | tee bin/bench-vm.txt
