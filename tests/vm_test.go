@@ -224,19 +224,25 @@ type report struct{ events *json.Decoder }
 
 // follow reads up to the end of the guest's test name ("" for the whole run) and says on t what happened in it.
 func (r *report) follow(t *testing.T, name string) {
-	said := "what failed: " + t.Name() + "\n"
+	said, inner := "what failed: "+t.Name()+"\n", false
+	defer func() {
+		if t.Failed() && !inner { // else one of its own tests has said it
+			failures = append(failures, said)
+		}
+	}()
 	for {
 		var e event
 		if err := r.events.Decode(&e); err != nil {
 			if name != "" {
 				t.Errorf("the machine died, or was stopped, in this test")
-				failures = append(failures, said)
 			}
 			return
 		}
 		switch {
 		case e.Action == "run" && e.Test != name:
-			t.Run(strings.TrimPrefix(strings.TrimPrefix(e.Test, name), "/"), func(t *testing.T) { r.follow(t, e.Test) })
+			if !t.Run(strings.TrimPrefix(strings.TrimPrefix(e.Test, name), "/"), func(t *testing.T) { r.follow(t, e.Test) }) {
+				inner = true
+			}
 		case e.Action == "output" && worthShowing(e.Output):
 			t.Log(strings.TrimSuffix(e.Output, "\n"))
 			said += e.Output
@@ -244,9 +250,6 @@ func (r *report) follow(t *testing.T, name string) {
 		case e.Action == "pass" && name != "":
 			return
 		case e.Action == "fail" && name != "":
-			if !t.Failed() { // else one of its own tests has said it
-				failures = append(failures, said)
-			}
 			t.Fail()
 			return
 		case e.Action == "skip":
