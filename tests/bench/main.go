@@ -39,13 +39,13 @@ func report(results, folder string) error {
 	if err != nil {
 		return err
 	}
-	var profiles []profile // of a write at first and now, and of a read
+	var profiles [][]string // of a write at first and now, and of a read
 	for _, op := range []string{"Write", "Read"} {
 		both, err := readProfiles(filepath.Join(results, "bench-profile-"+op+".txt"))
 		if err != nil {
 			return err
 		}
-		profiles = append(profiles, both[:]...)
+		profiles = append(profiles, both...)
 	}
 	var page strings.Builder
 	page.WriteString(intro)
@@ -104,35 +104,26 @@ func read(name string) (*measured, error) {
 	return m, r.Err()
 }
 
-// profile is what an operation takes, and the functions with the largest shares of its samples, each share first.
-type profile struct {
-	time      string // nanoseconds
-	functions []string
-}
-
-// readProfiles reads what a benchmark and then go tool pprof -top printed, twice.
-func readProfiles(name string) (both [2]profile, err error) {
+// readProfiles reads what a benchmark and then go tool pprof -top printed, twice. A profile is the nanoseconds of an
+// operation, and then the functions with the largest shares of its samples, each share first.
+func readProfiles(name string) (both [][]string, err error) {
 	text, err := os.ReadFile(name)
 	if err != nil {
-		return both, err
+		return nil, err
 	}
-	n := 0
 	for line := range strings.Lines(string(text)) {
 		f := strings.Fields(line)
+		last := len(both) - 1
 		switch {
-		case len(f) > 3 && f[3] == "ns/op" && n < len(both):
-			both[n].time = f[2]
-			n++
+		case len(f) > 3 && f[3] == "ns/op":
+			both = append(both, []string{f[2]})
 		// flat, flat%, sum%, cum, cum%, and a name that may have spaces in it
-		case len(f) > 5 && strings.HasSuffix(f[1], "%") && strings.HasSuffix(f[2], "%") && n > 0:
-			p := &both[n-1]
-			p.functions = append(p.functions, f[1]+" "+strings.TrimPrefix(f[5], "ublk-pcache/"))
+		case len(f) > 5 && strings.HasSuffix(f[1], "%") && strings.HasSuffix(f[2], "%") && last >= 0:
+			both[last] = append(both[last], f[1]+" "+strings.TrimPrefix(f[5], "ublk-pcache/"))
 		}
 	}
-	for _, p := range both {
-		if len(p.functions) == 0 {
-			return both, fmt.Errorf("no samples in a part of %s", name)
-		}
+	if len(both) != 2 || slices.ContainsFunc(both, func(p []string) bool { return len(p) == 1 }) {
+		return nil, fmt.Errorf("no two profiles with samples in %s", name)
 	}
 	return both, nil
 }

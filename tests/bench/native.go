@@ -34,7 +34,7 @@ var (
 	extents = []int{1e4, 1e5, 1e6, 1e7}
 )
 
-func (m *measured) nativeReport(b *strings.Builder, profiles []profile) {
+func (m *measured) nativeReport(b *strings.Builder, profiles [][]string) {
 	runs := len(m.values["Index/lookup/extents=10000"]["sec/op"])
 	fmt.Fprintf(b, native, runs, m.cpus, m.machine["cpu"], m.machine["kernel"], m.machine["go"], m.machine["date"])
 	for _, op := range []struct{ name, bare, what, same string }{
@@ -59,17 +59,15 @@ func (m *measured) nativeReport(b *strings.Builder, profiles []profile) {
 	b.WriteString(where)
 	rows := 0
 	for _, p := range profiles {
-		fmt.Fprintf(b, "| %s ", p.time)
-		rows = max(rows, len(p.functions))
+		rows = max(rows, len(p))
 	}
-	b.WriteString("|\n")
 	for i := range rows {
 		for _, p := range profiles {
-			function := ""
-			if i < len(p.functions) {
-				function = p.functions[i]
+			cell := ""
+			if i < len(p) {
+				cell = p[i]
 			}
-			fmt.Fprintf(b, "| %s ", function)
+			fmt.Fprintf(b, "| %s ", cell)
 		}
 		b.WriteString("|\n")
 	}
