@@ -29,14 +29,16 @@ import (
 //
 //  1. Before a round writes to an area: the fingerprint is unknown, durably.
 //  2. The round writes and flushes the disk.
-//  3. The areas are read again if they are unknown.
+//  3. What it has written of the areas is read again.
 //  4. The fingerprint is stored, for dirty_tail as it is and as it will be.
 //  5. It is made durable, and only then dirty_tail moves.
 //
 // A crash before 5 finds the fingerprint of the round before, an unknown one, or
 // this one; a crash after it finds this one, which holds wherever dirty_tail is
-// found. A round that touches no area skips 1 and 3. A
-// flush that failed leaves the fingerprint unknown until one succeeds.
+// found. A round that touches no area skips 1 and 3. A flush that failed leaves
+// the fingerprint unknown until one succeeds. Step 3 reads only the areas that
+// were written: the others are at the far end of the disk, and what somebody else
+// has done to them would count as the cache's own work.
 //
 // The kernel cannot be seen to have written to the disk unless it moved
 // dirty_tail or left a kset, one without a number, behind it. With either,
@@ -71,9 +73,12 @@ const (
 type fingerprint struct {
 	now      ondisk.Fingerprint // what is on the media, or will be with the next dirty_tail
 	at       ondisk.Replica
-	lost     bool   // it cannot be stored any more
-	outdated bool   // the disk was written without the cache
-	buf      []byte // for all areas
+	lost     bool // it cannot be stored any more
+	outdated bool // the disk was written without the cache
+
+	areas []area
+	buf   []byte // what was read of them, one after the other
+	stale []bool // by area: the disk may have something else
 }
 
 // area is a part of the disk, in bytes.
@@ -96,21 +101,30 @@ func sampledAreas(size int64) []area {
 	return areas
 }
 
-// sample reads the areas that the disk had when it had this size.
+// sample returns the checksum of the areas that the disk had when it had this
+// size. It reads those that it does not know.
 func (c *Cache) sample(size int64) (sum uint32, err error) {
 	f := &c.fingerprint
 	if f.buf == nil {
 		f.buf = c.disk.Buffer(3 * sampleBytes)
 	}
-	areas := sampledAreas(size)
-	read := make(chan error, len(areas))
-	n := int64(0)
-	for _, a := range areas {
-		c.disk.Read(f.buf[n:n+a.n], a.off, func(err error) { read <- err })
+	if areas := sampledAreas(size); !slices.Equal(areas, f.areas) {
+		f.areas, f.stale = areas, slices.Repeat([]bool{true}, len(areas))
+	}
+	read := make(chan error, len(f.areas))
+	reading, n := 0, int64(0)
+	for i, a := range f.areas {
+		if f.stale[i] {
+			c.disk.Read(f.buf[n:n+a.n], a.off, func(err error) { read <- err })
+			reading++
+		}
 		n += a.n
 	}
-	for range areas {
+	for range reading {
 		err = errors.Join(err, c.await(read))
+	}
+	if err == nil {
+		clear(f.stale)
 	}
 	return ondisk.Checksum(f.buf[:n]), err
 }
@@ -181,17 +195,15 @@ func (c *Cache) firstFingerprint() error {
 // voidFingerprint is called before parts are written to the disk. The caller
 // persists.
 func (c *Cache) voidFingerprint(parts []part) {
-	if c.fingerprint.now.State != ondisk.FingerprintKnown {
-		return
-	}
-	areas := sampledAreas(c.disk.Size())
-	for i := range parts {
-		off, n := parts[i].off, int64(parts[i].len())
-		if !slices.ContainsFunc(areas, func(a area) bool { return off < a.off+a.n && a.off < off+n }) {
-			continue
+	f := &c.fingerprint
+	touched := false
+	for i, a := range f.areas {
+		if slices.ContainsFunc(parts, func(p part) bool { return p.off < a.off+a.n && a.off < p.off+int64(p.len()) }) {
+			f.stale[i], touched = true, true
 		}
+	}
+	if touched && f.now.State == ondisk.FingerprintKnown {
 		c.keepFingerprint(ondisk.Fingerprint{})
-		return
 	}
 }
 

@@ -206,6 +206,23 @@ func TestChangeNotSeen(t *testing.T) {
 	diskHolds(t, disk, superblock, 2)
 }
 
+// TestChangeWhileOpen: what somebody does to the disk behind the back of the cache
+// is not taken for its own work because it writes somewhere else.
+func TestChangeWhileOpen(t *testing.T) {
+	for _, area := range []int64{backupTable, superblock} {
+		mem, disk := cached(t, false)
+		r := mustOpen(t, mem, disk, Refuse, false)
+		written(disk, area)
+		r.write(t, superblock+backupTable-area, filled(4))
+		r.mustFlush(t)
+		r.mustEnd(t)
+		r = mustOpen(t, mem, disk, Refuse, true)
+		r.holds(t, elsewhere, 9)
+		r.mustEnd(t)
+		disk.Close()
+	}
+}
+
 // same reports the first difference of two regions, -1 for none.
 func same(a, b *pmem.Fake) int64 {
 	p, q := make([]byte, 1<<20), make([]byte, 1<<20)
