@@ -145,8 +145,9 @@ func (c *Cache) takeData() (uint32, bool) {
 	}
 	_, written := c.journal.head()
 	// Each queue may still name a segment that it took long ago.
-	until := c.writeback.backlog.took(written, max(0, limit/2-len(c.queues)))
-	if used > limit/2 {
+	kept := mayStayDirty(limit)
+	until := c.writeback.backlog.took(written, max(0, kept-len(c.queues)))
+	if used > kept {
 		c.writeback.demand(until)
 	}
 	return seg, true

@@ -12,10 +12,10 @@ import (
 
 // TestYoungestStaysDirty: writers that overwrite the same blocks all the time, and
 // fill the cache many times over by that, cost the disk next to nothing, and what
-// is dirty is never more than half of what the collector is allowed.
+// is dirty is never more than may stay so.
 func TestYoungestStaysDirty(t *testing.T) {
 	const segments, percent, block, blocks, times = 24, 90, 1 << 20, 16, 40
-	const kept = segments * percent / 100 / 2
+	kept := uint64(mayStayDirty(segments * percent / 100))
 	mem := pmem.Heap(ondisk.MinSize)
 	formatSmall(t, mem, segments, false, percent)
 	disk := backing.NewFake(blocks*block, sectorSize, 1)
