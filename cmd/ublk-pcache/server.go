@@ -160,7 +160,8 @@ func (s *server) engineOptions() engine.Options {
 
 // announce lets commands find the server.
 func (s *server) announce() error {
-	s.dev.ID, s.dev.Device, s.dev.PID = s.ublk.ID(), s.ublk.Path(), os.Getpid()
+	s.dev.ID, s.dev.Device = s.ublk.ID(), s.ublk.Path()
+	s.dev.servedByUs()
 	if err := s.dev.save(); err != nil {
 		return err
 	}

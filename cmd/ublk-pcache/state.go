@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -33,6 +34,7 @@ type device struct {
 	PMEM      string `json:"pmem"`
 	Backing   string `json:"backing"`
 	PID       int    `json:"pid"`
+	Started   uint64 `json:"started"` // when PID was, in clock ticks since boot
 	Queues    int    `json:"queues"`
 	Writeback int    `json:"writeback_depth"`
 	Depth     int    `json:"depth"`
@@ -143,7 +145,7 @@ func (d *device) create() (ok bool, err error) {
 		return false, err
 	}
 	defer f.Close()
-	d.PID = os.Getpid()
+	d.servedByUs()
 	if err := json.NewEncoder(f).Encode(d); err != nil {
 		return false, err
 	}
@@ -181,11 +183,33 @@ func (d *device) remove() error {
 	return nil
 }
 
+// servedByUs makes this process the server of d.
+func (d *device) servedByUs() {
+	d.PID = os.Getpid()
+	d.Started = startOf(d.PID)
+}
+
 // alive reports whether the server of d runs. A number used again by another
-// process is told apart by what it executes.
+// process is told apart by when that was started, if the file says it: what is
+// known from the driver alone does not. A process that is being taken down, which
+// may be long, executes nothing any more.
 func (d *device) alive() bool {
-	exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", d.PID))
-	return err == nil && strings.HasPrefix(filepath.Base(exe), "ublk-pcache")
+	_, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", d.PID))
+	return err == nil && (d.Started == 0 || d.Started == startOf(d.PID))
+}
+
+// startOf returns when a process was started, in clock ticks since boot, or 0 if
+// there is none.
+func startOf(pid int) uint64 {
+	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	// Field 22 of proc_pid_stat(5). Field 2 may have spaces and parentheses in it,
+	// and no other has.
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	if len(fields) < 20 {
+		return 0
+	}
+	ticks, _ := strconv.ParseUint(fields[19], 10, 64)
+	return ticks
 }
 
 // readState reads the state file of a device. If there is one and it is no

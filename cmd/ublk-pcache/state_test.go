@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // ownStateDir gives the test a folder of its own for state files.
@@ -85,6 +88,45 @@ func TestStateFileAppearsWhole(t *testing.T) {
 	}
 	if left, err := os.ReadDir(stateDir); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// TestAlive: a server is told apart from a later process with its number, and from
+// what the kernel keeps of it until its parent has asked.
+func TestAlive(t *testing.T) {
+	now := func() uint64 {
+		var since unix.Timespec
+		if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &since); err != nil {
+			t.Fatal(err)
+		}
+		return uint64(since.Nano() / 1e7) // a tick is a hundredth of a second
+	}
+	before := now()
+	sleeper := exec.Command("sleep", "600")
+	if err := sleeper.Start(); err != nil {
+		t.Fatal(err)
+	}
+	after := now()
+	d := someDevice(0)
+	d.PID = sleeper.Process.Pid
+	d.Started = startOf(d.PID)
+	if d.Started < before || d.Started > after || !d.alive() {
+		t.Errorf("a process that runs does not, or was not started at %d, between %d and %d", d.Started, before, after)
+	}
+	other := *d
+	if other.Started--; other.alive() {
+		t.Error("so does one that was started before, with the same number")
+	}
+	sleeper.Process.Kill()
+	if err := unix.Waitid(unix.P_PID, d.PID, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
+	if d.alive() {
+		t.Error("a process that has ended runs")
+	}
+	sleeper.Wait()
+	if d.alive() || startOf(d.PID) != 0 {
+		t.Error("so does one of which nothing is left")
 	}
 }
 
