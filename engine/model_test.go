@@ -487,6 +487,9 @@ func (m *model) failStore(t *rapid.T) {
 	m.mem.failStore(area, rapid.IntRange(1, 4).Draw(t, "store"))
 	err := m.cache.do(r)
 	m.mem.failStore(area, 0)
+	// The collector or write-back may have met it, and not have said so yet.
+	m.cache.rest()
+	m.cache.Resume()
 	s := m.cache.Status()
 	why := m.cache.failure()
 	if err != nil && why == nil || why != nil && area == 1 && !errors.Is(why, ErrBadSegments) && !errors.Is(why, ErrBadHead) {
