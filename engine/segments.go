@@ -144,8 +144,10 @@ func (c *Cache) takeData() (uint32, bool) {
 		c.gc.kick()
 	}
 	_, written := c.journal.head()
+	// The last quarter is for what becomes dirty while a round is under way. If that
+	// were taken, too, the collector would have to ask for a round of all there is.
+	kept := limit * 3 / 4
 	// Each queue may still name a segment that it took long ago.
-	kept := mayStayDirty(limit)
 	until := c.writeback.backlog.took(written, max(0, kept-len(c.queues)))
 	if used > kept {
 		c.writeback.demand(until)

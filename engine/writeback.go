@@ -32,10 +32,10 @@ import (
 // Rounds are made when somebody waits for them (a flush, or garbage
 // collection that needs room), and when the writers have been idle. While they
 // write, the youngest part of the log stays dirty, since that is what they are
-// most likely to overwrite (mayStayDirty), but nothing that is older than
-// expireAfter. The obvious way, to write all that there is once it is that much,
-// writes a block that is overwritten all the time once for each segment that the
-// writers fill.
+// most likely to overwrite: as many segments as are three quarters of what the
+// collector is allowed, but nothing that is older than expireAfter. The obvious
+// way, to write all that there is once it is that much, writes a block that is
+// overwritten all the time once for each segment that the writers fill.
 
 const (
 	// roundBytes bounds a round, so that dirty_tail moves while a disk of
@@ -197,12 +197,6 @@ func (w *writeback) demand(until uint64) {
 	}
 	w.kick()
 }
-
-// mayStayDirty returns how many segments may be dirty while writers are busy, of
-// as many as may be taken before the collector sets to work: three quarters. The
-// rest is for what is dirty beyond that while a round is under way. If that were
-// all taken, the collector would have to ask for a round of all that there is.
-func mayStayDirty(segments int) int { return segments * 3 / 4 }
 
 // backlog knows how long the log was when the last segments were taken, and so
 // which part of it may stay dirty.

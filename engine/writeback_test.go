@@ -12,10 +12,10 @@ import (
 
 // TestYoungestStaysDirty: writers that overwrite the same blocks all the time, and
 // fill the cache many times over by that, cost the disk next to nothing, and what
-// is dirty is never more than may stay so.
+// is dirty is never more than three quarters of what the collector is allowed.
 func TestYoungestStaysDirty(t *testing.T) {
 	const segments, percent, block, blocks, times = 24, 90, 1 << 20, 16, 40
-	kept := uint64(mayStayDirty(segments * percent / 100))
+	const kept = segments * percent / 100 * 3 / 4
 	mem := pmem.Heap(ondisk.MinSize)
 	formatSmall(t, mem, segments, false, percent)
 	disk := backing.NewFake(blocks*block, sectorSize, 1)
