@@ -196,13 +196,13 @@ func (c *Cache) firstFingerprint() error {
 // persists.
 func (c *Cache) voidFingerprint(parts []part) {
 	f := &c.fingerprint
-	touched := false
-	for i, a := range f.areas {
-		if slices.ContainsFunc(parts, func(p part) bool { return p.off < a.off+a.n && a.off < p.off+int64(p.len()) }) {
-			f.stale[i], touched = true, true
+	for i := range parts {
+		off, n := parts[i].off, int64(parts[i].len())
+		for j, a := range f.areas {
+			f.stale[j] = f.stale[j] || off < a.off+a.n && a.off < off+n
 		}
 	}
-	if touched && f.now.State == ondisk.FingerprintKnown {
+	if f.now.State == ondisk.FingerprintKnown && slices.Contains(f.stale, true) {
 		c.keepFingerprint(ondisk.Fingerprint{})
 	}
 }
