@@ -337,8 +337,7 @@ func prepareRuntime(queues int) error {
 	if slices.Contains(strings.Split(os.Getenv("GODEBUG"), ","), "asyncpreemptoff=1") {
 		return ErrNoPreemption
 	}
-	// Four to spare: two for the threads that do I/O to what is behind the
-	// handlers, one for a collection, one for everything else.
+	// Four to spare: one for a collection, the others for whatever else there is.
 	if least := queues + 4; runtime.GOMAXPROCS(0) < least {
 		runtime.GOMAXPROCS(least)
 	}

@@ -114,6 +114,8 @@ type Queue struct {
 
 	handler Handler
 	done    []Completion
+
+	completed func(id uint32, res int32) // see Lend
 }
 
 // Values of Queue.state.
@@ -137,8 +139,12 @@ const (
 	ended
 )
 
-// wakeUp is the user data of a message; fetches carry their tag.
-const wakeUp = 1 << 16
+// Fetches carry their tag as user data, the handler's own operations their number
+// and lent, and messages wakeUp.
+const (
+	wakeUp = 1 << 16
+	lent   = 1 << 32
+)
 
 func newQueue(id, depth, maxIO int, fatal func(error)) (*Queue, error) {
 	// Nothing is reserved or touched until a request needs it.
@@ -159,6 +165,24 @@ func (q *Queue) ID() int { return q.id }
 
 // Depth is how many requests the handler can hold at once; tags are below it.
 func (q *Queue) Depth() int { return len(q.tags) }
+
+// Lend lets the handler have operations of its own on the queue's ring, up to
+// Depth at once: they reach the kernel with what the queue hands back, and their
+// results, for which completed is called, come with the requests. NewHandler may
+// call it.
+//
+// When the queue ends, what is under way is forgotten: the kernel finishes it
+// some time later, so its memory must stay mapped.
+func (q *Queue) Lend(completed func(id uint32, res int32)) { q.completed = completed }
+
+// Entry returns the ring's entry for operation id of the handler's, its user data
+// filled in. No id may be used again before completed has been called with it.
+// Only for the queue's thread.
+func (q *Queue) Entry(id uint32) *uring.SQE {
+	sqe := q.ring.SQE()
+	sqe.UserData = lent | uint64(id)
+	return sqe
+}
 
 // Wake makes the queue's thread call Handler.Turn soon. Any goroutine may call
 // it at any time, also before the queue runs and after it has ended. Wakes
@@ -200,8 +224,9 @@ func (q *Queue) serve(ready chan<- error, fetch <-chan bool) {
 }
 
 func (q *Queue) makeRing() (err error) {
-	// One entry per tag: a tag is either fetched or committed, once per turn.
-	if q.ring, err = uring.New(uring.Options{Entries: uint32(len(q.tags)), SingleIssuer: true}); err != nil {
+	// A tag is either fetched or committed, once per turn, and there may be as many
+	// of the handler's own operations.
+	if q.ring, err = uring.New(uring.Options{Entries: 2 * uint32(len(q.tags)), SingleIssuer: true}); err != nil {
 		return err
 	}
 	q.waker, err = uring.NewMessenger(q.ring)
@@ -257,6 +282,7 @@ func (q *Queue) loop() error {
 			came++
 		}
 		q.pace.turned(came)
+		q.state.Swap(awake) // this Turn is what a Wake has asked for up to here
 		q.done = q.handler.Turn(q.done[:0])
 		for _, c := range q.done {
 			q.commit(c)
@@ -293,7 +319,11 @@ func (q *Queue) enter() error {
 func (q *Queue) pending() bool { return q.ring.Pending() || q.state.Load() == woken }
 
 func (q *Queue) receive(cqe uring.CQE) error {
-	if cqe.UserData == wakeUp {
+	switch {
+	case cqe.UserData == wakeUp:
+		return nil
+	case cqe.UserData >= lent:
+		q.completed(uint32(cqe.UserData), cqe.Res)
 		return nil
 	}
 	t := &q.tags[cqe.UserData]
