@@ -85,7 +85,7 @@ func (q *Queue) startFills(r *Request) {
 	// With the last of them r may be back with its queue, and f on a free
 	// list: but only this thread, the queue's, would put it there.
 	for f := r.fills; f != nil; f = f.next {
-		q.c.disk.Read(f.buf, f.off, f.done)
+		q.ask(f.buf, f.off, f.done)
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 type Queue struct {
 	c    *Cache
 	wake func()
+	ask  func(buf []byte, off int64, done func(error)) // the disk, for a miss
 
 	// The data segment being filled. Its reference keeps it from dying, so those
 	// of the keys that name it need not be there before they are committed: owed
@@ -83,6 +84,7 @@ func newQueue(c *Cache, id int) *Queue {
 	q := &Queue{
 		c:        c,
 		wake:     func() {},
+		ask:      c.disk.Read,
 		keys:     make([]ondisk.Key, 0, 2*turnRequests),
 		turn:     make([]*Request, 0, turnRequests),
 		finished: make([]*Request, 0, turnRequests),
@@ -105,6 +107,11 @@ func newQueue(c *Cache, id int) *Queue {
 // back to the queue and the next Turn should be soon. Call it before the
 // first Submit.
 func (q *Queue) OnWake(wake func()) { q.wake = wake }
+
+// ReadBy sets what reads the disk for the queue's misses, in place of Disk.Read
+// and like it, for a thread that can do so by itself. Call it before the first
+// Submit.
+func (q *Queue) ReadBy(read func(buf []byte, off int64, done func(error))) { q.ask = read }
 
 // Submit starts a request.
 func (q *Queue) Submit(r *Request) {

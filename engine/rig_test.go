@@ -67,11 +67,12 @@ type rig struct {
 
 // loop stands for the thread of a ublk queue.
 type loop struct {
-	q     *Queue
-	in    chan *pending
-	wake  chan struct{}
-	quit  chan struct{}
-	ended chan struct{}
+	q       *Queue
+	in      chan *pending
+	answers chan func() // of the disk, for this thread to hear
+	wake    chan struct{}
+	quit    chan struct{}
+	ended   chan struct{}
 }
 
 // pending is a request and who waits for it.
@@ -102,8 +103,11 @@ func startRig(c *Cache) *rig {
 	r := &rig{Cache: c}
 	for i := range c.queues {
 		l := &loop{
-			q: c.Queue(i), in: make(chan *pending, 64), wake: make(chan struct{}, 1),
+			q: c.Queue(i), in: make(chan *pending, 64), answers: make(chan func()), wake: make(chan struct{}, 1),
 			quit: make(chan struct{}), ended: make(chan struct{}),
+		}
+		if i%2 == 0 { // the others are answered by any goroutine
+			l.q.ReadBy(l.readBy(c.disk))
 		}
 		l.q.OnWake(func() {
 			select {
@@ -115,6 +119,19 @@ func startRig(c *Cache) *rig {
 		go l.run()
 	}
 	return r
+}
+
+// readBy reads a disk like a backing.Reader: the loop's own thread hears of it, if
+// it has not ended.
+func (l *loop) readBy(disk Disk) func(buf []byte, off int64, done func(error)) {
+	return func(buf []byte, off int64, done func(error)) {
+		disk.Read(buf, off, func(err error) {
+			select {
+			case l.answers <- func() { done(err) }:
+			case <-l.ended:
+			}
+		})
+	}
 }
 
 func (l *loop) run() {
@@ -134,6 +151,8 @@ func (l *loop) run() {
 					more = false
 				}
 			}
+		case answer := <-l.answers:
+			answer()
 		case <-l.wake:
 		case <-l.quit:
 			return
