@@ -63,8 +63,8 @@ func TestZeroWithoutCommand(t *testing.T) {
 		t.Error("zeroes cheaply")
 	}
 	exerciseZero(t, d)
-	if d.other.zeroing != zeroRange {
-		t.Errorf("by way %d", d.other.zeroing)
+	if d.lane.zeroing != zeroRange {
+		t.Errorf("by way %d", d.lane.zeroing)
 	}
 }
 

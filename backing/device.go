@@ -1,7 +1,8 @@
 // Package backing is the slow device behind the cache: a block device, or a
 // plain file in its place. Reads, writes, zeroing and flushes are asynchronous
-// and end in a callback; see lane for how. There are two lanes, so that a read
-// somebody waits for is never queued behind write-back.
+// and end in a callback; see lane for how. A thread with a ring of its own reads
+// there, see Reader, so a read somebody waits for is never queued behind
+// write-back.
 //
 // The device is opened exclusively and without the page cache: the cache in
 // front of it is persistent memory, a second one in DRAM would only make
@@ -12,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"time"
 	"unsafe"
 
@@ -43,9 +45,13 @@ type Device struct {
 	serial    string
 	cheap     bool // see ZeroesCheaply
 	inherited bool // fd is open from the beginning, with its flags
+	block     bool // a block device, not a file
 
-	reads *lane
-	other *lane
+	lane    *lane
+	readers struct {
+		sync.Mutex
+		all []*Reader
+	}
 }
 
 // Open opens a block device or a regular file for exclusive use. It changes
@@ -107,15 +113,9 @@ func (d *Device) open() error {
 	if d.size == 0 || d.size%int64(d.blockSize) != 0 {
 		return fmt.Errorf("%w: %d bytes are not a positive multiple of its %d-byte blocks", ErrSize, d.size, d.blockSize)
 	}
-	block := mode == unix.S_IFBLK
-	if d.reads, err = startLane(d.fd, d.path, block); err != nil {
-		return err
-	}
-	if d.other, err = startLane(d.fd, d.path, block); err != nil {
-		d.reads.close()
-		return err
-	}
-	return nil
+	d.block = mode == unix.S_IFBLK
+	d.lane, err = startLane(d.newFlight(inFlight))
+	return err
 }
 
 // kind returns the type of the file, in stat's bits.
@@ -266,35 +266,43 @@ func (d *Device) ZeroesCheaply() bool { return d.cheap }
 
 // Read fills buf from byte off on.
 func (d *Device) Read(buf []byte, off int64, done func(error)) {
-	d.reads.submit(op{kind: OpRead, buf: buf, off: off, done: done})
+	d.lane.submit(op{kind: OpRead, buf: buf, off: off, done: done})
 }
 
 // Write writes buf at byte off. It is durable only after a Flush.
 func (d *Device) Write(buf []byte, off int64, done func(error)) {
-	d.other.submit(op{kind: OpWrite, buf: buf, off: off, done: done})
+	d.lane.submit(op{kind: OpWrite, buf: buf, off: off, done: done})
 }
 
 // Flush makes durable what was written by operations that had finished when
 // it was called.
 func (d *Device) Flush(done func(error)) {
-	d.other.submit(op{kind: OpFlush, done: done})
+	d.lane.submit(op{kind: OpFlush, done: done})
 }
 
 // Zero makes n bytes at off read as zeros, and cost no space where the device
 // can do that. It works on every device, and is durable only after a Flush.
 func (d *Device) Zero(off, n int64, done func(error)) {
-	d.other.submit(op{kind: OpZero, off: off, n: n, done: done})
+	d.lane.submit(op{kind: OpZero, off: off, n: n, done: done})
 }
 
 // Waiting is how long the device has owed an answer to the oldest operation that
 // it was given, 0 if there is none.
-func (d *Device) Waiting() time.Duration { return max(d.reads.waiting(), d.other.waiting()) }
+func (d *Device) Waiting() time.Duration {
+	longest := d.lane.waiting()
+	d.readers.Lock()
+	defer d.readers.Unlock()
+	for _, r := range d.readers.all {
+		longest = max(longest, r.waiting())
+	}
+	return longest
+}
 
-// Close waits for all operations and gives the device back. Nothing may be
-// submitted any more.
+// Close waits for all operations but those of Readers, whose threads may have
+// gone, and gives the device back. If some of those are under way, as Waiting
+// tells, the kernel holds it until they end. Nothing may be submitted any more.
 func (d *Device) Close() error {
-	d.reads.close()
-	d.other.close()
+	d.lane.close()
 	if err := unix.Close(d.fd); err != nil {
 		return fmt.Errorf("close backing device %s: %w", d.path, err)
 	}

@@ -191,7 +191,7 @@ func exerciseZero(t *testing.T, d *Device) {
 	}
 	for i := int64(0); i < d.Size(); i += unit {
 		if !bytes.Equal(got[i:i+unit], data[i:i+unit]) {
-			t.Fatalf("block %d of %d begins with %d, should with %d (zeroing %d)", i/unit, d.Size()/unit, got[i], data[i], d.other.zeroing)
+			t.Fatalf("block %d of %d begins with %d, should with %d (zeroing %d)", i/unit, d.Size()/unit, got[i], data[i], d.lane.zeroing)
 		}
 	}
 }
@@ -224,10 +224,10 @@ func TestZeroWays(t *testing.T) {
 		if !d.ZeroesCheaply() {
 			t.Error("does not zero cheaply")
 		}
-		d.other.zeroing = first // nothing has been submitted
+		d.lane.zeroing = first // nothing has been submitted
 		exerciseZero(t, d)
-		if d.other.zeroing != last {
-			t.Errorf("beginning with way %d, ended with %d, should with %d", first, d.other.zeroing, last)
+		if d.lane.zeroing != last {
+			t.Errorf("beginning with way %d, ended with %d, should with %d", first, d.lane.zeroing, last)
 		}
 		if err := zero(d, 0, size); err != nil {
 			t.Error(err)
@@ -248,8 +248,8 @@ func TestZeroFails(t *testing.T) {
 	if err := zero(d, -4096, 4096); !errors.Is(err, syscall.EINVAL) {
 		t.Errorf("zero before the beginning: %v", err)
 	}
-	if d.other.zeroing != punchHole {
-		t.Errorf("then by way %d", d.other.zeroing)
+	if d.lane.zeroing != punchHole {
+		t.Errorf("then by way %d", d.lane.zeroing)
 	}
 	if err := zero(d, 0, 4096); err != nil {
 		t.Errorf("zero after a failure: %v", err)
@@ -276,7 +276,7 @@ func TestBeyondTheEnd(t *testing.T) {
 func TestClose(t *testing.T) {
 	d := openDevice(t, tempFile(t, testSize))
 	buf := aligned(t, 4096)
-	var reads, writes int // each touched by one thread only
+	var reads, writes int // touched by one thread only
 	const n = 3 * inFlight
 	for i := range int64(n) {
 		d.Read(buf, i*4096, func(error) { reads++ })
@@ -288,43 +288,6 @@ func TestClose(t *testing.T) {
 	if reads != n || writes != n {
 		t.Errorf("%d reads and %d writes of %d finished", reads, writes, n)
 	}
-}
-
-// A read does not wait for write-back: whatever else it is whose thread is kept
-// from going on, with its queue full, reads go on.
-func TestReadsPassWriteBack(t *testing.T) {
-	d := openDevice(t, tempFile(t, testSize))
-	buf := aligned(t, 4096)
-	for what, block := range map[string]func(done func(error)){
-		"write": func(done func(error)) { d.Write(buf, 0, done) },
-		"flush": d.Flush,
-		"zero":  func(done func(error)) { d.Zero(0, 4096, done) },
-	} {
-		release := make(chan struct{})
-		block(func(error) { <-release })
-		for i := range int64(2 * inFlight) {
-			d.Write(buf, i*4096, func(error) {})
-		}
-		finished := make(chan error)
-		go func() {
-			for range 100 {
-				if err := read(d, buf, testSize/2); err != nil {
-					finished <- err
-				}
-			}
-			finished <- nil
-		}()
-		select {
-		case err := <-finished:
-			if err != nil {
-				t.Error(err)
-			}
-		case <-time.After(5 * time.Minute):
-			t.Errorf("reads wait behind a %s", what)
-		}
-		close(release)
-	}
-	d.Close()
 }
 
 // A callback may submit the next operation.

@@ -4,14 +4,12 @@ import (
 	"fmt"
 	"runtime"
 	"sync"
-	"sync/atomic"
-	"syscall"
 	"time"
 
 	"ublk-pcache/internal/uring"
 )
 
-// lane is one ring with its thread. Invariant: an operation is in exactly one
+// lane is the device's own ring with its thread. Invariant: an operation is in exactly one
 // place, the queue, a slot, or finished, and done is called when it leaves the
 // slot (or, after a failure of the ring, the queue), on the lane's thread.
 //
@@ -41,18 +39,10 @@ import (
 // device's latency is above what that costs, and two threads fewer hold a P
 // for long.
 type lane struct {
-	fd    int
-	path  string // for errors
-	block bool   // the device is one, not a file
+	flight
 	ring  *uring.Ring
 	waker *uring.Messenger
-	slots []op           // by user data
-	since []atomic.Int64 // by user data: when the operation came, nanoseconds since epoch, 0 for none
-	free  []uint32       // indices of slots
 	ended chan struct{}
-
-	zeroing zeroing // the best way that has not been refused
-	zeros   []byte  // only read
 
 	mu struct {
 		sync.Mutex
@@ -62,41 +52,19 @@ type lane struct {
 	}
 }
 
-// inFlight is how many operations the device is given at once: the number of
-// requests that two queues of depth 128 can have waiting for it.
+// inFlight is how many operations the device is given at once.
 const inFlight = 256
 
 // wakeUp is the user data of a message; operations carry their slot.
 const wakeUp = inFlight
 
-// Kind tells operations apart.
-type Kind uint8
-
-const (
-	OpRead Kind = iota
-	OpWrite
-	OpFlush
-	OpZero
-)
-
-func (k Kind) String() string {
-	return [...]string{"read", "write", "flush", "zero"}[k]
-}
-
-type op struct {
-	kind Kind
-	by   zeroing // OpZero: how it was issued
-	buf  []byte  // what is left of the transfer
-	off  int64
-	n    int64 // OpZero: what is left of it
-	done func(error)
-}
-
 // startLane returns when the lane is ready for submissions.
-func startLane(fd int, path string, block bool) (*lane, error) {
-	l := &lane{fd: fd, path: path, block: block, slots: make([]op, inFlight), since: make([]atomic.Int64, inFlight), ended: make(chan struct{})}
-	for i := range l.slots {
-		l.free = append(l.free, uint32(i))
+func startLane(f flight) (*lane, error) {
+	l := &lane{flight: f, ended: make(chan struct{})}
+	l.entry = func(slot uint32) *uring.SQE {
+		sqe := l.ring.SQE()
+		sqe.UserData = uint64(slot)
+		return sqe
 	}
 	l.mu.queue.ops = make([]op, inFlight)
 	ready := make(chan error)
@@ -179,99 +147,10 @@ func (l *lane) run() {
 func (l *lane) fill() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	now := int64(time.Since(epoch))
-	for len(l.free) > 0 && l.mu.queue.n > 0 {
-		i := l.free[len(l.free)-1]
-		l.free = l.free[:len(l.free)-1]
-		l.slots[i] = l.mu.queue.pop()
-		l.since[i].Store(now)
-		l.issue(i)
+	now := time.Since(epoch)
+	for !l.full() && l.mu.queue.n > 0 {
+		l.start(l.mu.queue.pop(), now)
 	}
 	l.mu.idle = true
-	return !l.mu.closed || len(l.free) < inFlight
-}
-
-// issue queues the operation in a slot. There is an entry for each slot, and a
-// slot is issued at most once between two entries into the kernel.
-func (l *lane) issue(i uint32) {
-	o := &l.slots[i]
-	sqe := l.ring.SQE()
-	sqe.UserData = uint64(i)
-	switch o.kind {
-	case OpRead:
-		sqe.PrepareRead(l.fd, o.buf, o.off)
-	case OpWrite:
-		sqe.PrepareWrite(l.fd, o.buf, o.off)
-	case OpFlush:
-		sqe.PrepareDatasync(l.fd)
-	case OpZero:
-		l.issueZero(sqe, o)
-	}
-}
-
-func (l *lane) complete(i uint32, res int32) {
-	o := &l.slots[i]
-	if o.kind == OpZero && l.zeroMore(o, res) {
-		l.issue(i)
-		return
-	}
-	var err error
-	switch {
-	case res == -int32(syscall.ENOSPC) && l.block:
-		err = fmt.Errorf("%s at byte %d of %s: %w", o.kind, o.off, l.path, errGone)
-	case res < 0:
-		err = fmt.Errorf("%s at byte %d of %s: %w", o.kind, o.off, l.path, syscall.Errno(-res))
-	case res == 0 && len(o.buf) > 0:
-		err = fmt.Errorf("%s at byte %d of %s: %w", o.kind, o.off, l.path, errShort)
-	case int(res) < len(o.buf):
-		o.buf = o.buf[res:]
-		o.off += int64(res)
-		l.issue(i)
-		return
-	}
-	done := o.done
-	*o = op{}
-	l.since[i].Store(0)
-	l.free = append(l.free, i)
-	done(err)
-}
-
-// epoch is before any operation, on a clock that nobody sets.
-var epoch = time.Now()
-
-// waiting returns how long the device has owed an answer to the oldest operation
-// with a slot; what waits for one is younger. Any goroutine.
-func (l *lane) waiting() (longest time.Duration) {
-	for i := range l.since {
-		if at := l.since[i].Load(); at != 0 {
-			longest = max(longest, time.Since(epoch)-time.Duration(at))
-		}
-	}
-	return longest
-}
-
-// fifo is a queue that allocates only while it grows beyond its largest size.
-type fifo struct {
-	ops  []op // length a power of two
-	head int
-	n    int
-}
-
-func (q *fifo) push(o op) {
-	if q.n == len(q.ops) {
-		bigger := make([]op, 2*len(q.ops))
-		copied := copy(bigger, q.ops[q.head:])
-		copy(bigger[copied:], q.ops[:q.head])
-		q.ops, q.head = bigger, 0
-	}
-	q.ops[(q.head+q.n)&(len(q.ops)-1)] = o
-	q.n++
-}
-
-func (q *fifo) pop() op {
-	o := q.ops[q.head]
-	q.ops[q.head] = op{}
-	q.head = (q.head + 1) & (len(q.ops) - 1)
-	q.n--
-	return o
+	return !l.mu.closed || !l.empty()
 }

@@ -32,26 +32,26 @@ const (
 // a write not to show. The memory is never touched, so it costs nothing.
 const zeroPiece = 1 << 20
 
-func (l *lane) issueZero(sqe *uring.SQE, o *op) {
-	o.by = l.zeroing
+func (f *flight) issueZero(sqe *uring.SQE, o *op) {
+	o.by = f.zeroing
 	switch o.by {
 	case punchHole:
-		sqe.PrepareFallocate(l.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, o.off, o.n)
+		sqe.PrepareFallocate(f.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, o.off, o.n)
 	case zeroRange:
-		sqe.PrepareFallocate(l.fd, unix.FALLOC_FL_ZERO_RANGE|unix.FALLOC_FL_KEEP_SIZE, o.off, o.n)
+		sqe.PrepareFallocate(f.fd, unix.FALLOC_FL_ZERO_RANGE|unix.FALLOC_FL_KEEP_SIZE, o.off, o.n)
 	case writeZeros:
-		o.buf = l.zeros[:min(o.n, zeroPiece)]
-		sqe.PrepareWrite(l.fd, o.buf, o.off)
+		o.buf = f.zeros[:min(o.n, zeroPiece)]
+		sqe.PrepareWrite(f.fd, o.buf, o.off)
 	}
 }
 
 // zeroMore takes the result of an OpZero and tells whether it must be issued
 // again: in another way, or for what is left of it. Many may be in flight when
 // the first of them is refused, hence by.
-func (l *lane) zeroMore(o *op, res int32) bool {
+func (f *flight) zeroMore(o *op, res int32) bool {
 	switch {
 	case res == -int32(syscall.EOPNOTSUPP) && o.by < writeZeros:
-		l.zeroing = max(l.zeroing, o.by+1)
+		f.zeroing = max(f.zeroing, o.by+1)
 		return true
 	case o.by == writeZeros && res > 0:
 		o.off, o.n, o.buf = o.off+int64(res), o.n-int64(res), nil

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"syscall"
 
+	"ublk-pcache/backing"
 	"ublk-pcache/engine"
 	"ublk-pcache/ublk"
 )
@@ -16,8 +17,11 @@ type handler struct {
 	refused  []ublk.Completion
 }
 
-func newHandler(q *engine.Queue, from *ublk.Queue) *handler {
+func newHandler(q *engine.Queue, from *ublk.Queue, disk *backing.Device) *handler {
 	q.OnWake(from.Wake)
+	reader := disk.NewReader(from.Depth(), from.Entry)
+	from.Lend(reader.Complete)
+	q.ReadBy(reader.Read)
 	return &handler{queue: q, requests: make([]engine.Request, from.Depth())}
 }
 

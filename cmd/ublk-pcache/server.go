@@ -212,7 +212,9 @@ func (s *server) serve(recover bool) (err error) {
 	return err
 }
 
-func (s *server) handler(q *ublk.Queue) ublk.Handler { return newHandler(s.cache.Queue(q.ID()), q) }
+func (s *server) handler(q *ublk.Queue) ublk.Handler {
+	return newHandler(s.cache.Queue(q.ID()), q, s.disk)
+}
 
 // fatal ends the server because of a queue. Without its loops a device hangs;
 // the end of the process is what lets the driver keep the requests for the next
@@ -307,7 +309,7 @@ func (s *server) remove(force bool) (left []string, err error) {
 	}
 	err = errors.Join(err, deleted, s.region.Close())
 	closed, ok := inTime(s.disk.Close)
-	if !ok {
+	if !ok || s.disk.Waiting() > 0 {
 		left = append(left, fmt.Sprintf("backing device %s does not answer, process %d holds it until it does", s.dev.Backing, os.Getpid()))
 	}
 	err = errors.Join(err, closed)

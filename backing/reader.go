@@ -1,0 +1,49 @@
+package backing
+
+import (
+	"time"
+
+	"ublk-pcache/internal/uring"
+)
+
+// Reader reads the device for one thread, on a ring that this thread enters
+// anyway. What it asks for goes to the kernel, and what comes back is seen, with
+// whatever else the thread does there: no other thread has a part in it, nor a
+// message, which costs more than the read itself where the device is fast.
+//
+// The methods are for that thread alone.
+type Reader struct {
+	flight
+	later fifo // what there is no slot for
+}
+
+// NewReader makes a Reader that has up to n reads under way. entry returns the
+// ring's next entry and has the kernel's answer to it find its way to Complete,
+// with the same number, which is below n; no number is used again before. An
+// entry is asked for once between two entries into the kernel by each.
+func (d *Device) NewReader(n int, entry func(id uint32) *uring.SQE) *Reader {
+	r := &Reader{flight: d.newFlight(n), later: fifo{ops: make([]op, inFlight)}}
+	r.entry = entry
+	d.readers.Lock()
+	defer d.readers.Unlock()
+	d.readers.all = append(d.readers.all, r)
+	return r
+}
+
+// Read is Device.Read; done is called by Complete.
+func (r *Reader) Read(buf []byte, off int64, done func(error)) {
+	o := op{kind: OpRead, buf: buf, off: off, done: done}
+	if r.full() {
+		r.later.push(o)
+		return
+	}
+	r.start(o, time.Since(epoch))
+}
+
+// Complete takes the kernel's answer to an entry.
+func (r *Reader) Complete(id uint32, res int32) {
+	r.complete(id, res)
+	for !r.full() && r.later.n > 0 {
+		r.start(r.later.pop(), time.Since(epoch))
+	}
+}
