@@ -424,6 +424,22 @@ func BenchmarkIndex(b *testing.B) {
 			}
 		}
 		sub("lookup+copy", hit)
+		for _, batch := range []int{1, 16} {
+			b.Run(fmt.Sprintf("hit/batch=%d/extents=%d", batch, n), func(b *testing.B) {
+				served := newBench(b, int64(n)*8192, 1, false)
+				served.index = x
+				c := newClient(served, 0, batch, 4096, Read)
+				c.offs = c.offs[:0]
+				for _, at := range places {
+					c.offs = append(c.offs, at<<sectorShift)
+				}
+				n := whole(b.N, batch, 1)
+				b.ResetTimer()
+				c.run(n)
+				b.StopTimer()
+				served.end(b)
+			})
+		}
 		b.Run(fmt.Sprintf("collection/extents=%d", n), func(b *testing.B) {
 			var before, after runtime.MemStats
 			runtime.ReadMemStats(&before)

@@ -253,6 +253,7 @@ func TestAbandonHoldsNothing(t *testing.T) {
 		off   int64
 	}{{0, 0}, {1, 0}, {0, ondisk.StripeSize}} { // the second waits for what the first is reading
 		c.queues[r.queue].Submit(&Request{Op: Read, Off: r.off, Buf: make([]byte, 4096)})
+		c.queues[r.queue].Turn()
 	}
 	awaitHeld(disk, 2)
 

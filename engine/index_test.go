@@ -126,6 +126,8 @@ func TestIndexAgainstArray(t *testing.T) {
 						model[i].flags &^= extDirty
 					}
 				}
+			case 5:
+				lookAhead([]span{s, x.span(at(stripe), stripeSectors), x.span(at((stripe+1)%stripes), 1), s})
 			}
 		}
 		sh := x.span(0, 1).sh

@@ -31,6 +31,7 @@ type Queue struct {
 	// bytes, 0 for none yet. Every Zero of the queue names it.
 	zeros struct{ off, n uint32 }
 
+	reads    []*Request   // submitted, not looked up yet
 	keys     []ondisk.Key // stored, not committed yet; oldest first
 	entering entering     // those that have just been logged
 	filled   []*fill      // read from the disk, waiting for the commit
@@ -85,6 +86,7 @@ func newQueue(c *Cache, id int) *Queue {
 		c:        c,
 		wake:     func() {},
 		ask:      c.disk.Read,
+		reads:    make([]*Request, 0, turnRequests),
 		keys:     make([]ondisk.Key, 0, 2*turnRequests),
 		turn:     make([]*Request, 0, turnRequests),
 		finished: make([]*Request, 0, turnRequests),
@@ -113,7 +115,7 @@ func (q *Queue) OnWake(wake func()) { q.wake = wake }
 // Submit.
 func (q *Queue) ReadBy(read func(buf []byte, off int64, done func(error))) { q.ask = read }
 
-// Submit starts a request.
+// Submit takes a request. Writes have their data stored at once.
 func (q *Queue) Submit(r *Request) {
 	r.q, r.Err, r.done, r.last, r.fills = q, nil, 0, 0, nil
 	switch r.Op {
@@ -129,7 +131,7 @@ func (q *Queue) Submit(r *Request) {
 		if r.Op == Read {
 			q.counts.reads++
 			q.counts.readBytes += uint64(len(r.Buf))
-			q.read(r)
+			q.reads = append(q.reads, r)
 			return
 		}
 		if r.Op == Zero {
@@ -158,10 +160,16 @@ func (c *Cache) covers(r *Request) bool {
 // stripeLeft returns the number of bytes from off to the end of its stripe.
 func stripeLeft(off int64) int { return int(ondisk.StripeSize - off%ondisk.StripeSize) }
 
-// Turn ends a turn: it takes up what has come back, commits what was
-// submitted, and returns the requests that are finished. The slice is valid
-// until the next Turn.
+// Turn ends a turn: it answers the reads that were submitted, takes up what has
+// come back, commits the writes, and returns the requests that are finished. The
+// slice is valid until the next Turn.
 func (q *Queue) Turn() []*Request {
+	for reads := q.reads; len(reads) > 0; {
+		n := min(len(reads), readBatch)
+		q.readSome(reads[:n])
+		reads = reads[n:]
+	}
+	q.reads = q.reads[:0]
 	q.inbox.Lock()
 	list := q.inbox.list
 	q.inbox.list, q.inbox.spare = q.inbox.spare[:0], list
@@ -450,20 +458,64 @@ func (q *Queue) wait(r *Request) {
 	q.c.gc.kick()
 }
 
+// readBatch is how many reads are looked up before the first of them is answered:
+// more than that at once makes none faster.
+const readBatch = 8
+
+// readSome answers up to readBatch reads. Those that one extent covers, as is usual, are looked up
+// first, all of them: the memory that their data is in is waited for longest, and
+// the index meanwhile would leave the processor's cache.
+func (q *Queue) readSome(batch []*Request) {
+	var spans [readBatch]span
+	var hits [readBatch]extent
+	var found [readBatch]bool
+	if q.c.failure() != ErrAborted {
+		for i, r := range batch {
+			spans[i] = q.c.index.span(r.Off>>sectorShift, len(r.Buf)>>sectorShift)
+		}
+		lookAhead(spans[:len(batch)])
+		for i := range batch {
+			hits[i], found[i] = q.pinWhole(spans[i])
+		}
+	}
+	for i, r := range batch {
+		if found[i] {
+			q.answer(r, spans[i], hits[i:i+1])
+		} else {
+			q.read(r)
+		}
+	}
+}
+
+// pinWhole returns the part that the span is of the extent that it can be read
+// from, pinned, if there is one.
+func (q *Queue) pinWhole(s span) (e extent, ok bool) {
+	s.sh.Lock()
+	defer s.sh.Unlock()
+	if e, ok = s.coverLocked(); !ok || e.flags&extLoading != 0 {
+		return e, false
+	}
+	q.c.segments.all[e.seg].pins.Add(1)
+	return s.clip(e), true
+}
+
 // read answers r from the cache and asks the disk for what is not there. If
 // somebody else is already asking for a part of it, r waits for that first.
 func (q *Queue) read(r *Request) {
-	c := q.c
-	if c.failure() == ErrAborted {
+	if q.c.failure() == ErrAborted {
 		r.Err = ErrAborted
 		q.finished = append(q.finished, r)
 		return
 	}
-	s := c.index.span(r.Off>>sectorShift, len(r.Buf)>>sectorShift)
-	hits, joined := q.lookup(s, r)
-	if joined {
-		return
+	s := q.c.index.span(r.Off>>sectorShift, len(r.Buf)>>sectorShift)
+	if hits, joined := q.lookup(s, r); !joined {
+		q.answer(r, s, hits)
 	}
+}
+
+// answer reads r, which covers s, from what lookup has found.
+func (q *Queue) answer(r *Request, s span, hits []extent) {
+	c := q.c
 	for _, e := range hits {
 		buf := s.bytes(r.Buf, e)
 		if e.flags&extZero != 0 {
@@ -512,11 +564,6 @@ func (q *Queue) lookup(s span, r *Request) (hits []extent, joined bool) {
 	s.sh.Lock()
 	defer s.sh.Unlock()
 	hits = q.pieces[:0]
-	if e, ok := s.coverLocked(); ok && e.flags&extLoading == 0 { // as most are
-		q.c.segments.all[e.seg].pins.Add(1)
-		q.pieces = append(hits, s.clip(e))
-		return q.pieces, false
-	}
 	for c := s.seekLocked(s.off); c.ok() && c.at().off < s.end(); c.next() {
 		e := s.clip(*c.at())
 		if e.flags&extLoading != 0 {
