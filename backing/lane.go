@@ -9,9 +9,10 @@ import (
 	"ublk-pcache/internal/uring"
 )
 
-// lane is the device's own ring with its thread. Invariant: an operation is in exactly one
-// place, the queue, a slot, or finished, and done is called when it leaves the
-// slot (or, after a failure of the ring, the queue), on the lane's thread.
+// lane is the device's own ring with its thread. Invariant: an operation is in
+// exactly one place, the queue, a slot, or finished, and done is called when it
+// leaves the slot (or, after a failure of the ring, the queue), on the lane's
+// thread.
 //
 // # Who enters the ring
 //

@@ -168,8 +168,8 @@ func (q *Queue) Depth() int { return len(q.tags) }
 
 // Lend lets the handler have operations of its own on the queue's ring, up to
 // Depth at once: they reach the kernel with what the queue hands back, and their
-// results, for which completed is called, come with the requests. NewHandler may
-// call it.
+// results, for which completed is called, come with the requests, before a Turn.
+// NewHandler may call it.
 //
 // When the queue ends, what is under way is forgotten: the kernel finishes it
 // some time later, so its memory must stay mapped.
