@@ -12,23 +12,20 @@ import (
 // that is a quarter of the time of a read hit, copy included, and a third of what it
 // takes to enter a key. A smaller index comes faster than it can be asked for.
 
-// aheadFrom is how many nodes a shard has if that is worth while: 8 MiB of an
-// index.
+// aheadFrom is how many nodes of the largest size a shard has if that is worth
+// while: 8 MiB of them in the index.
 const aheadFrom = 8 << 20 / shardCount / 512
 
-func (sh *shard) largeLocked() bool { return sh.slab.used >= aheadFrom }
+// large reports whether it is worth while in this shard. One is like the others.
+func (sh *shard) large() bool {
+	sh.Lock()
+	defer sh.Unlock()
+	return sh.slab.class[largest].n >= aheadFrom
+}
 
 // lookAhead fetches what a search for the first sector of each span will look at.
-// The spans are of one index, whose shards are alike.
 func lookAhead(spans []span) {
-	if len(spans) < 2 {
-		return
-	}
-	sh := spans[0].sh
-	sh.Lock()
-	large := sh.largeLocked()
-	sh.Unlock()
-	if !large {
+	if len(spans) < 2 || !spans[0].sh.large() {
 		return
 	}
 	for _, s := range spans {
@@ -43,33 +40,21 @@ func lookAhead(spans []span) {
 	}
 }
 
-// lookAheadKeys does so for those keys of a kset that are not dead; where a dead
-// one points may be outside the device.
-func (c *Cache) lookAheadKeys(keys []ondisk.Key) {
+// lookAheadKeys does so for those of up to a kset's keys that are not dead, since
+// where a dead one points may be outside the device, and without these flags.
+func (c *Cache) lookAheadKeys(keys []ondisk.Key, without ondisk.KeyFlags) {
+	if len(keys) < 2 || !c.index.shards[shardOf(keys[0].Off)].large() {
+		return
+	}
 	var spans [ondisk.MaxKeys]span
 	n := 0
 	for i := range keys {
-		if k := &keys[i]; k.Gen == c.segments.all[k.Seg].gen.Load() {
+		if k := &keys[i]; k.Flags&without == 0 && k.Gen == c.segments.all[k.Seg].gen.Load() {
 			spans[n], _ = c.keySpan(k)
 			n++
 		}
 	}
 	lookAhead(spans[:n])
-}
-
-// lookAheadLocked does so for keys whose shards are locked.
-func (c *Cache) lookAheadLocked(keys []ondisk.Key) {
-	if len(keys) < 2 || !c.index.shards[shardOf(keys[0].Off)].largeLocked() {
-		return
-	}
-	for i := range keys {
-		s, _ := c.keySpan(&keys[i])
-		s.fetchRootLocked()
-	}
-	for i := range keys {
-		s, _ := c.keySpan(&keys[i])
-		s.fetchLeafLocked()
-	}
 }
 
 // fetchRootLocked fetches the root.

@@ -23,9 +23,8 @@ func TestLookAheadOfDeadKeys(t *testing.T) {
 		s := c.index.span(i, 1)
 		s.setLocked(extent{seg: 1, pos: s.off})
 	}
-	large := sh.largeLocked()
 	sh.Unlock()
-	if !large {
+	if !sh.large() {
 		t.Fatal("the index is too small to look ahead")
 	}
 	gen := c.segments.all[1].gen.Load()
@@ -33,7 +32,7 @@ func TestLookAheadOfDeadKeys(t *testing.T) {
 		{Off: 0, Len: 512, Seg: 1, Gen: gen},
 		{Off: 1 << 40, Len: 512, Seg: 1, Gen: gen + 1},
 		{Off: 1 << 20, Len: 512, Seg: 1, Gen: gen},
-	})
+	}, 0)
 }
 
 // TestReadsOfOneTurn: each of many reads that are looked up together gets its own

@@ -43,7 +43,6 @@ func (e *entering) lockShards(x *index, keys []ondisk.Key) {
 
 // enter makes the index point at the keys, and unlocks the shards.
 func (e *entering) enter(c *Cache, keys []ondisk.Key) {
-	c.lookAheadLocked(keys)
 	for _, k := range e.first {
 		shard := shardOf(keys[k-1].Off)
 		for ; k != 0; k = e.next[k-1] {

@@ -179,7 +179,7 @@ func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dro
 		most = gcKsetsSync
 	}
 	damage := c.walk(from, to, func(k *ondisk.Kset, after ondisk.Position) bool {
-		c.lookAheadKeys(k.Keys)
+		c.lookAheadKeys(k.Keys, 0)
 		for i := range k.Keys {
 			if c.forgetKey(&k.Keys[i]) {
 				dropped = append(dropped, k.Keys[i].Seg)

@@ -119,6 +119,7 @@ func (j *journal) last() uint64 {
 // the disk had before any of these writes. After errLogFull the batch is as it
 // was, without the fills.
 func (c *Cache) commit(q *Queue) error {
+	c.lookAheadKeys(q.keys[:min(len(q.keys), ondisk.MaxKeys)], 0) // while nobody waits for the locks
 	fills, n, err := c.logKeys(q)
 	if err != nil {
 		for i := range q.keys[:fills] {
