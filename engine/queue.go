@@ -227,7 +227,6 @@ func (q *Queue) commit() {
 		case nil:
 			c.writeback.wrote()
 		case errLogFull:
-			c.gc.kick()
 		default:
 			c.fail(err)
 			q.abandon()
@@ -244,7 +243,10 @@ func (q *Queue) commit() {
 		// Those who were put in line for that alone may need no segment.
 		c.wakeWriters()
 	}
-	if err == nil && len(q.keys) > 0 {
+	switch {
+	case err == errLogFull:
+		c.gc.kick() // which looks for queues that have stalled
+	case err == nil && len(q.keys) > 0:
 		q.wake()
 	}
 	stay := q.turn[:0]
@@ -475,7 +477,7 @@ func (q *Queue) readSome(batch []*Request) {
 		}
 		lookAhead(spans[:len(batch)])
 		for i := range batch {
-			hits[i], found[i] = q.pinWhole(spans[i])
+			hits[i], found[i] = q.c.pinWhole(spans[i])
 		}
 	}
 	for i, r := range batch {
@@ -489,13 +491,13 @@ func (q *Queue) readSome(batch []*Request) {
 
 // pinWhole returns the part that the span is of the extent that it can be read
 // from, pinned, if there is one.
-func (q *Queue) pinWhole(s span) (e extent, ok bool) {
+func (c *Cache) pinWhole(s span) (e extent, ok bool) {
 	s.sh.Lock()
 	defer s.sh.Unlock()
 	if e, ok = s.coverLocked(); !ok || e.flags&extLoading != 0 {
 		return e, false
 	}
-	q.c.segments.all[e.seg].pins.Add(1)
+	c.segments.all[e.seg].pins.Add(1)
 	return s.clip(e), true
 }
 
@@ -513,7 +515,8 @@ func (q *Queue) read(r *Request) {
 	}
 }
 
-// answer reads r, which covers s, from what lookup has found.
+// answer reads r, which covers s, from pinned extents, and the rest from the disk,
+// with the fills that r has and more where the memory fails.
 func (q *Queue) answer(r *Request, s span, hits []extent) {
 	c := q.c
 	for _, e := range hits {
