@@ -105,7 +105,7 @@ func (c *Config) params() params {
 
 // NewHandler makes the handler of one queue. It is called for each queue in
 // order, on the caller's goroutine, before any request arrives. The queue is
-// given for its Wake.
+// given for its Wake, and for what it lends.
 type NewHandler func(q *Queue) Handler
 
 // Device is a device served by this process.

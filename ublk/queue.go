@@ -49,7 +49,7 @@ type Handler interface {
 	Submit(r *Request)
 
 	// Turn is called when all requests that were there have been submitted,
-	// and after each Wake. It appends the requests that are finished, in any
+	// and after each Wake and each end of a lent operation. It appends the requests that are finished, in any
 	// order, and returns the slice.
 	Turn(done []Completion) []Completion
 }
@@ -58,7 +58,7 @@ type Handler interface {
 // nothing but this loop:
 //
 //	enter the kernel: hand back what is finished, wait for what is next
-//	give each new request to the handler
+//	give each new request, and the end of each lent operation, to the handler
 //	let the handler end its turn; queue the completions it returns
 //
 // A tag is in one of three states, and only this thread looks at it: with the
@@ -92,7 +92,7 @@ type Handler interface {
 // calls Wake and gets a Turn. A message to the ring costs the sender a system
 // call, so it is sent only to a thread that sleeps: state says so. The thread
 // declares itself asleep before it enters the kernel, unless a Wake has come
-// since it last woke; then it enters without waiting. A message may arrive
+// since the last Turn began; then it enters without waiting. A message may arrive
 // when its sleeper has meanwhile been woken by a request; it then causes one
 // turn too many, but never more than one is sent per sleep.
 //
@@ -116,6 +116,7 @@ type Queue struct {
 	done    []Completion
 
 	completed func(id uint32, res int32) // see Lend
+	lent      bool                       // an operation is queued
 }
 
 // Values of Queue.state.
@@ -140,10 +141,10 @@ const (
 )
 
 // Fetches carry their tag as user data, the handler's own operations their number
-// and lent, and messages wakeUp.
+// from ownFirst on, and messages wakeUp.
 const (
-	wakeUp = 1 << 16
-	lent   = 1 << 32
+	wakeUp   = 1 << 16
+	ownFirst = 1 << 32
 )
 
 func newQueue(id, depth, maxIO int, fatal func(error)) (*Queue, error) {
@@ -180,7 +181,8 @@ func (q *Queue) Lend(completed func(id uint32, res int32)) { q.completed = compl
 // Only for the queue's thread.
 func (q *Queue) Entry(id uint32) *uring.SQE {
 	sqe := q.ring.SQE()
-	sqe.UserData = lent | uint64(id)
+	sqe.UserData = ownFirst + uint64(id)
+	q.lent = true
 	return sqe
 }
 
@@ -295,6 +297,15 @@ func (q *Queue) loop() error {
 // a Turn is wanted.
 func (q *Queue) enter() error {
 	defer q.state.Store(awake)
+	if q.lent {
+		// Some drivers sleep while they take an operation, which no signal ends. In
+		// a call that kept its P the runtime would wait for that, and everybody for
+		// the runtime.
+		q.lent = false
+		if err := q.ring.Wait(0); err != nil || q.pending() {
+			return err
+		}
+	}
 	if q.pace.polls() {
 		if err := q.ring.Turn(0); err != nil || q.pending() {
 			return err
@@ -322,8 +333,8 @@ func (q *Queue) receive(cqe uring.CQE) error {
 	switch {
 	case cqe.UserData == wakeUp:
 		return nil
-	case cqe.UserData >= lent:
-		q.completed(uint32(cqe.UserData), cqe.Res)
+	case cqe.UserData >= ownFirst:
+		q.completed(uint32(cqe.UserData-ownFirst), cqe.Res)
 		return nil
 	}
 	t := &q.tags[cqe.UserData]

@@ -18,7 +18,7 @@ import (
 	"ublk-pcache/ublk"
 )
 
-// A thread whose ring fails ends the server, whichever it is: that of a queue, or one that talks to the disk. The device
+// A thread whose ring fails ends the server, whichever it is: that of a queue, or the one that talks to the disk. The device
 // stays, and what is asked of it meanwhile is answered by the next server.
 func TestRingLost(t *testing.T) {
 	quiet := quietKernel(t)
@@ -30,7 +30,7 @@ func TestRingLost(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const rings = 2 + 2 // queues; reads, everything else
+	const rings = 2 + 1 // queues; the disk's
 	for i := range rings {
 		if !end(t, d.entry(t).PID, func(pid int) error {
 			failRing(t, ringThreads(t, pid, rings)[i])
