@@ -23,7 +23,7 @@ type flight struct {
 	entry func(slot uint32) *uring.SQE
 
 	slots []op
-	since []atomic.Int64 // by slot: when the operation came, nanoseconds since epoch, 0 for none
+	since []atomic.Int64 // by slot: when the operation got it, nanoseconds since epoch, 0 for none
 	free  []uint32       // slots
 
 	zeroing zeroing // the best way that has not been refused

@@ -37,7 +37,7 @@ import (
 // message too many does no harm.
 //
 // The thread waits as ordinary blocking system calls do, giving up its P: the
-// device's latency is above what that costs, and two threads fewer hold a P
+// device's latency is above what that costs, and one thread fewer holds a P
 // for long.
 type lane struct {
 	flight

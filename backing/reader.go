@@ -1,6 +1,7 @@
 package backing
 
 import (
+	"math/bits"
 	"time"
 
 	"ublk-pcache/internal/uring"
@@ -18,11 +19,11 @@ type Reader struct {
 }
 
 // NewReader makes a Reader that has up to n reads under way. entry returns the
-// ring's next entry and has the kernel's answer to it find its way to Complete,
-// with the same number, which is below n; no number is used again before. An
-// entry is asked for once between two entries into the kernel by each.
+// ring's next entry, whose answer is to come to Complete with the same number.
+// Numbers are below n, and none is used again before its answer has come, so the
+// ring needs room for n entries.
 func (d *Device) NewReader(n int, entry func(id uint32) *uring.SQE) *Reader {
-	r := &Reader{flight: d.newFlight(n), later: fifo{ops: make([]op, inFlight)}}
+	r := &Reader{flight: d.newFlight(n), later: fifo{ops: make([]op, 1<<bits.Len(uint(n)))}}
 	r.entry = entry
 	d.readers.Lock()
 	defer d.readers.Unlock()

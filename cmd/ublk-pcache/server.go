@@ -309,8 +309,9 @@ func (s *server) remove(force bool) (left []string, err error) {
 	}
 	err = errors.Join(err, deleted, s.region.Close())
 	closed, ok := inTime(s.disk.Close)
-	if !ok || s.disk.Waiting() > 0 {
-		left = append(left, fmt.Sprintf("backing device %s does not answer, process %d holds it until it does", s.dev.Backing, os.Getpid()))
+	// Nobody hears of the answer to a read any more whose queue has ended.
+	if !ok || s.disk.Waiting() > lettingGo {
+		left = append(left, fmt.Sprintf("backing device %s does not answer, process %d, or the kernel for it, holds it until it does", s.dev.Backing, os.Getpid()))
 	}
 	err = errors.Join(err, closed)
 	s.log.Info("removed", zap.Int64("dirty_bytes", dirtyBytes(s.cache.Status())), zap.Strings("left", left), zap.Error(err))
@@ -383,7 +384,7 @@ func (l logger) Error(msg string, err error) { l.Logger.Error(msg, zap.Error(err
 // inherited (see launch.go), and its memory to itself.
 func protect(queues int) error {
 	// Queue threads hold their P while they sleep; the collector, write-back,
-	// the rings of the backing device and the control socket need their own.
+	// the ring of the backing device and the control socket need their own.
 	runtime.GOMAXPROCS(queues + 6)
 	if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT); err != nil {
 		return fmt.Errorf("lock memory: %w (raise RLIMIT_MEMLOCK)", err)

@@ -4,10 +4,13 @@ package guest
 
 import (
 	"flag"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"regexp"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -69,6 +72,43 @@ func TestUpgrade(t *testing.T) {
 		pause()
 		pcache(t, "upgrade", d.id)
 	})
+}
+
+// The server is replaced while each of its queues waits for a slow disk, over and over. What was asked of the disk does
+// not keep the next one from going on, and is asked again.
+func TestUpgradeWithReadsUnderWay(t *testing.T) {
+	const slow = 2 * time.Second // for one read
+	b := newBadDisk(t, disk, "slow", badSize)
+	wipe(t)
+	d := add(t, "-p", dax, "-b", b.path, "-q", "2")
+	b.becomes(t, b.line(0, badSize, "delay", fmt.Sprint(slow.Milliseconds()), b.under, "0", "0"))
+	var next atomic.Int64
+	var stop atomic.Bool
+	var readers sync.WaitGroup
+	for range 8 {
+		readers.Go(func() {
+			for !stop.Load() {
+				if err := <-readOne(t, d, next.Add(4096)); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for range 2 {
+		server := d.entry(t).PID
+		out := pcache(t, "upgrade", d.id)
+		t.Log(strings.TrimSpace(out))
+		_, waited, _ := strings.Cut(strings.TrimSpace(out), "requests waited for ")
+		if pause, err := time.ParseDuration(waited); err != nil || pause > slow/2 {
+			t.Errorf("the pause has something to do with the disk: %v, %v", waited, err)
+		}
+		requireEnd(t, server)
+	}
+	stop.Store(true)
+	readers.Wait()
+	d.del(t)
+	must(t, "dmsetup", "remove", b.name)
 }
 
 // install puts a shell script where the program is installed. The test binary's TestMain has put the real one there.
