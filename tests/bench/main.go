@@ -67,7 +67,7 @@ func report(results, folder string) error {
 // measured is what benchmarks said, by their names and then by unit.
 type measured struct {
 	machine map[string]string
-	cpus    string
+	cpus    int
 	values  map[string]map[string][]float64
 	missing []string // names that the report asked for in vain
 }
@@ -78,7 +78,7 @@ func read(name string) (*measured, error) {
 		return nil, err
 	}
 	defer f.Close()
-	m := &measured{machine: map[string]string{}, values: map[string]map[string][]float64{}}
+	m := &measured{cpus: 1, machine: map[string]string{}, values: map[string]map[string][]float64{}}
 	r := benchfmt.NewReader(f, name)
 	for r.Scan() {
 		res, ok := r.Result().(*benchfmt.Result)
@@ -90,8 +90,8 @@ func read(name string) (*measured, error) {
 		}
 		full := res.Name.String()
 		if i := strings.LastIndexByte(full, '-'); i >= 0 {
-			if _, err := strconv.Atoi(full[i+1:]); err == nil {
-				full, m.cpus = full[:i], full[i+1:]
+			if n, err := strconv.Atoi(full[i+1:]); err == nil {
+				full, m.cpus = full[:i], n
 			}
 		}
 		if m.values[full] == nil {
