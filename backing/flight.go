@@ -61,16 +61,18 @@ func (d *Device) newFlight(slots int) flight {
 	return f
 }
 
-func (f *flight) full() bool  { return len(f.free) == 0 }
 func (f *flight) empty() bool { return len(f.free) == len(f.slots) }
 
-// start gives an operation a slot; there must be one.
-func (f *flight) start(o op, now time.Duration) {
-	i := f.free[len(f.free)-1]
-	f.free = f.free[:len(f.free)-1]
-	f.slots[i] = o
-	f.since[i].Store(int64(now))
-	f.issue(i)
+// start moves operations from a queue to free slots.
+func (f *flight) start(queue *fifo) {
+	now := time.Since(epoch)
+	for len(f.free) > 0 && queue.n > 0 {
+		i := f.free[len(f.free)-1]
+		f.free = f.free[:len(f.free)-1]
+		f.slots[i] = queue.pop()
+		f.since[i].Store(int64(now))
+		f.issue(i)
+	}
 }
 
 func (f *flight) issue(i uint32) {

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"runtime"
 	"sync"
-	"time"
 
 	"ublk-pcache/internal/uring"
 )
@@ -53,7 +52,7 @@ type lane struct {
 	}
 }
 
-// inFlight is how many operations the device is given at once.
+// inFlight is how many operations the lane gives the device at once.
 const inFlight = 256
 
 // wakeUp is the user data of a message; operations carry their slot.
@@ -148,10 +147,7 @@ func (l *lane) run() {
 func (l *lane) fill() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	now := time.Since(epoch)
-	for !l.full() && l.mu.queue.n > 0 {
-		l.start(l.mu.queue.pop(), now)
-	}
+	l.start(&l.mu.queue)
 	l.mu.idle = true
 	return !l.mu.closed || !l.empty()
 }

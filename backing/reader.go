@@ -2,7 +2,6 @@ package backing
 
 import (
 	"math/bits"
-	"time"
 
 	"ublk-pcache/internal/uring"
 )
@@ -15,7 +14,7 @@ import (
 // The methods are for that thread alone.
 type Reader struct {
 	flight
-	later fifo // what there is no slot for
+	queue fifo // for a slot
 }
 
 // NewReader makes a Reader that has up to n reads under way. entry returns the
@@ -23,7 +22,7 @@ type Reader struct {
 // Numbers are below n, and none is used again before its answer has come, so the
 // ring needs room for n entries.
 func (d *Device) NewReader(n int, entry func(id uint32) *uring.SQE) *Reader {
-	r := &Reader{flight: d.newFlight(n), later: fifo{ops: make([]op, 1<<bits.Len(uint(n)))}}
+	r := &Reader{flight: d.newFlight(n), queue: fifo{ops: make([]op, 1<<bits.Len(uint(n)))}}
 	r.entry = entry
 	d.readers.Lock()
 	defer d.readers.Unlock()
@@ -33,18 +32,12 @@ func (d *Device) NewReader(n int, entry func(id uint32) *uring.SQE) *Reader {
 
 // Read is Device.Read; done is called by Complete.
 func (r *Reader) Read(buf []byte, off int64, done func(error)) {
-	o := op{kind: OpRead, buf: buf, off: off, done: done}
-	if r.full() {
-		r.later.push(o)
-		return
-	}
-	r.start(o, time.Since(epoch))
+	r.queue.push(op{kind: OpRead, buf: buf, off: off, done: done})
+	r.start(&r.queue)
 }
 
 // Complete takes the kernel's answer to an entry.
 func (r *Reader) Complete(id uint32, res int32) {
 	r.complete(id, res)
-	for !r.full() && r.later.n > 0 {
-		r.start(r.later.pop(), time.Since(epoch))
-	}
+	r.start(&r.queue)
 }
