@@ -28,6 +28,11 @@ func lookAhead(spans []span) {
 	if len(spans) < 2 || !spans[0].sh.large() {
 		return
 	}
+	fetchNodes(spans)
+}
+
+// fetchNodes fetches the roots of all spans, and then what is below.
+func fetchNodes(spans []span) {
 	for _, s := range spans {
 		s.sh.Lock()
 		s.fetchRootLocked()
@@ -54,7 +59,7 @@ func (c *Cache) lookAheadKeys(keys []ondisk.Key, without ondisk.KeyFlags) {
 			n++
 		}
 	}
-	lookAhead(spans[:n])
+	fetchNodes(spans[:n])
 }
 
 // fetchRootLocked fetches the root.

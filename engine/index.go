@@ -63,6 +63,11 @@ func (x *index) span(lba int64, n int) span {
 	return span{sh: sh, root: uint32(stripe / shardCount), off: uint16(lba % stripeSectors), n: uint16(n)}
 }
 
+// spanOf locates a read.
+func (x *index) spanOf(r *Request) span {
+	return x.span(r.Off>>sectorShift, len(r.Buf)>>sectorShift)
+}
+
 func (s span) end() uint16 { return s.off + s.n }
 
 // seekLocked places a cursor at the first extent that ends after off.

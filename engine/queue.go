@@ -226,7 +226,7 @@ func (q *Queue) commit() {
 		switch err {
 		case nil:
 			c.writeback.wrote()
-		case errLogFull:
+		case errLogFull: // below
 		default:
 			c.fail(err)
 			q.abandon()
@@ -464,16 +464,16 @@ func (q *Queue) wait(r *Request) {
 // more than that at once makes none faster.
 const readBatch = 8
 
-// readSome answers up to readBatch reads. Those that one extent covers, as is usual, are looked up
-// first, all of them: the memory that their data is in is waited for longest, and
-// the index meanwhile would leave the processor's cache.
+// readSome answers up to readBatch reads. Those that one extent covers, as is
+// usual, are looked up first, all of them: the memory that their data is in is
+// waited for longest, and the index meanwhile would leave the processor's cache.
 func (q *Queue) readSome(batch []*Request) {
 	var spans [readBatch]span
 	var hits [readBatch]extent
 	var found [readBatch]bool
 	if q.c.failure() != ErrAborted {
 		for i, r := range batch {
-			spans[i] = q.c.index.span(r.Off>>sectorShift, len(r.Buf)>>sectorShift)
+			spans[i] = q.c.index.spanOf(r)
 		}
 		lookAhead(spans[:len(batch)])
 		for i := range batch {
@@ -509,7 +509,7 @@ func (q *Queue) read(r *Request) {
 		q.finished = append(q.finished, r)
 		return
 	}
-	s := q.c.index.span(r.Off>>sectorShift, len(r.Buf)>>sectorShift)
+	s := q.c.index.spanOf(r)
 	if hits, joined := q.lookup(s, r); !joined {
 		q.answer(r, s, hits)
 	}
