@@ -49,8 +49,8 @@ type Handler interface {
 	Submit(r *Request)
 
 	// Turn is called when all requests that were there have been submitted,
-	// and after each Wake and each end of a lent operation. It appends the requests that are finished, in any
-	// order, and returns the slice.
+	// and after each Wake and each end of a lent operation. It appends the
+	// requests that are finished, in any order, and returns the slice.
 	Turn(done []Completion) []Completion
 }
 
