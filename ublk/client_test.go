@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -83,6 +84,27 @@ func (c *client) write() error {
 	}
 	c.writes.Add(1)
 	return nil
+}
+
+// work has clients make n requests each, half of the clients on each CPU, and
+// then verify all that they have.
+func work(t *testing.T, clients []*client, n int, request func(c *client) error) {
+	var wg sync.WaitGroup
+	for i, c := range clients {
+		wg.Go(func() {
+			onCPU(t, i%2)
+			for range n {
+				if err := request(c); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+			if err := c.verify(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func (c *client) piece() (first, n int) {

@@ -307,23 +307,13 @@ func TestWake(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	var wg sync.WaitGroup
+	var clients []*client
 	for i := range 16 {
 		c := newClient(t, fd, i, 1<<20)
 		c.base += lateFrom
-		wg.Go(func() {
-			for range 100 {
-				if err := c.write(); err != nil {
-					t.Error(err)
-					return
-				}
-			}
-			if err := c.verify(); err != nil {
-				t.Error(err)
-			}
-		})
+		clients = append(clients, c)
 	}
-	wg.Wait()
+	work(t, clients, 100, (*client).write)
 	unix.Close(fd)
 	finish(t, r.Device)
 }

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"errors"
 	"os"
-	"sync"
 	"testing"
 	"time"
 
@@ -77,26 +76,17 @@ func TestLend(t *testing.T) {
 		t.Fatal(err)
 	}
 	fd := open(t, r.Path())
-	var wg sync.WaitGroup
-	for i := range 32 {
-		c := newClient(t, fd, i/2, lateFrom/16)
-		if i%2 == 1 {
-			c.base += lateFrom
+	var clients []*client
+	for _, from := range []int64{0, lateFrom} {
+		for i := range 16 {
+			c := newClient(t, fd, i, lateFrom/16)
+			c.base += from
+			clients = append(clients, c)
 		}
-		wg.Go(func() {
-			onCPU(t, i/2%2)
-			for range 50 {
-				if err := errors.Join(c.write(), c.read(c.piece()), c.read(c.piece())); err != nil {
-					t.Error(err)
-					return
-				}
-			}
-			if err := c.verify(); err != nil {
-				t.Error(err)
-			}
-		})
 	}
-	wg.Wait()
+	work(t, clients, 50, func(c *client) error {
+		return errors.Join(c.write(), c.read(c.piece()), c.read(c.piece()))
+	})
 	unix.Close(fd)
 	finish(t, r.Device)
 	for i, h := range lenders {
