@@ -54,7 +54,7 @@ func (c *Cache) lookAheadKeys(keys []ondisk.Key, without ondisk.KeyFlags) {
 	var spans [ondisk.MaxKeys]span
 	n := 0
 	for i := range keys {
-		if k := &keys[i]; k.Flags&without == 0 && k.Gen == c.segments.all[k.Seg].gen.Load() {
+		if k := &keys[i]; k.Flags&without == 0 && k.Gen == c.segments.all[k.Seg].gen.Load() && !c.overwritten.has(k) {
 			spans[n], _ = c.keySpan(k)
 			n++
 		}

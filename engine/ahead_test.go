@@ -21,7 +21,7 @@ func TestLookAheadOfDeadKeys(t *testing.T) {
 	sh.Lock()
 	for i := int64(0); i < stripeSectors; i += 2 {
 		s := c.index.span(i, 1)
-		s.setLocked(extent{seg: 1, pos: s.off})
+		s.setLocked(extent{seg: 1, pos: s.off}, nil)
 	}
 	sh.Unlock()
 	if !sh.large() {

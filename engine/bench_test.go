@@ -370,7 +370,7 @@ func indexed(n int) *index {
 	for _, i := range dice.Perm(n) {
 		s := x.span(int64(i)*16, 8)
 		s.sh.Lock()
-		s.setLocked(extent{seg: uint32(dice.IntN(benchFull / ondisk.SegmentSize)), pos: uint16(dice.IntN(4000) * 8)})
+		s.setLocked(extent{seg: uint32(dice.IntN(benchFull / ondisk.SegmentSize)), pos: uint16(dice.IntN(4000) * 8)}, nil)
 		s.sh.Unlock()
 	}
 	return x
@@ -468,7 +468,7 @@ func BenchmarkIndex(b *testing.B) {
 		sub("insert", func(i int) {
 			s := x.span(places[i%len(places)], 8)
 			s.sh.Lock()
-			s.setLocked(extent{seg: 1, pos: uint16(i % 4000 * 8)})
+			s.setLocked(extent{seg: 1, pos: uint16(i % 4000 * 8)}, nil)
 			s.sh.Unlock()
 		})
 		runtime.KeepAlive(x)

@@ -106,12 +106,13 @@ type Cache struct {
 	log    Logger
 	crc    bool // keys carry a checksum of their data
 
-	index    *index
-	segments segments
-	journal  journal
-	space    space
-	tails    tails
-	queues   []*Queue
+	index       *index
+	overwritten overwritten
+	segments    segments
+	journal     journal
+	space       space
+	tails       tails
+	queues      []*Queue
 
 	writeback   writeback
 	fingerprint fingerprint
@@ -176,6 +177,7 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 	}
 	c.queues = make([]*Queue, o.Queues)
 	c.segments.init(layout, o.Queues)
+	c.overwritten.init(len(layout.Chain))
 	c.tails.init(layout)
 	c.gc.init(layout.Info.Flags.GCPercent())
 	c.writeback.init(c, o.WritebackDepth)

@@ -48,7 +48,7 @@ func (e *entering) enter(c *Cache, keys []ondisk.Key) {
 		for ; k != 0; k = e.next[k-1] {
 			key := &keys[k-1]
 			s, p := c.keySpan(key)
-			s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: keyState(key, true)})
+			s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: keyState(key, true)}, &c.overwritten)
 		}
 		e.last[shard] = 0
 		c.index.shards[shard].Unlock()

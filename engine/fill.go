@@ -224,7 +224,7 @@ func (f *fill) giveUp() {
 	for _, e := range f.at.partsLocked(parts[:0], func(e extent) bool {
 		return e.flags&extLoading != 0 && e.seg == f.id
 	}) {
-		f.at.sub(e).cutLocked()
+		f.at.sub(e).cutLocked(nil)
 	}
 	waiters := f.waiters
 	f.waiters = nil

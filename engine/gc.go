@@ -205,6 +205,9 @@ func (c *Cache) forgetKey(k *ondisk.Key) bool {
 	if k.Gen != c.segments.all[k.Seg].gen.Load() {
 		return false
 	}
+	if c.overwritten.has(k) {
+		return true
+	}
 	s, p := c.keySpan(k)
 	c.gc.key = c.index.forget(s, p, c.gc.key)
 	return true

@@ -99,8 +99,9 @@ func (sh *shard) sectorsLocked(e extent, n int64) {
 }
 
 // cutLocked takes every extent, or part of one, out of the span. An extent
-// may stick out on the left, on the right, on both sides, or lie inside.
-func (s span) cutLocked() {
+// may stick out on the left, on the right, on both sides, or lie inside. Where
+// over is not nil, it is told what has been taken out.
+func (s span) cutLocked(over *overwritten) {
 	for {
 		c := s.seekLocked(s.off)
 		if !c.ok() {
@@ -109,6 +110,9 @@ func (s span) cutLocked() {
 		e := *c.at()
 		if e.off >= s.end() {
 			return
+		}
+		if over != nil {
+			over.add(s.clip(e))
 		}
 		head, tail := e.off < s.off, e.end() > s.end()
 		switch {
@@ -137,13 +141,14 @@ func (s span) cutLocked() {
 
 // setLocked makes the span point at e, which has the span's bounds, over
 // whatever was there, and joins it with its neighbours where they continue
-// each other.
-func (s span) setLocked(e extent) {
+// each other. Where over is not nil, it is told what was there: only if e is at a
+// place that the index does not have yet.
+func (s span) setLocked(e extent, over *overwritten) {
 	e.off, e.n = s.off, s.n
-	if s.setAtOnceLocked(e) {
+	if s.setAtOnceLocked(e, over) {
 		return
 	}
-	s.cutLocked()
+	s.cutLocked(over)
 	s.sh.countLocked(e, 1)
 	c := s.seekLocked(s.end())
 	if c.ok() && e.abuts(*c.at()) {
@@ -167,7 +172,7 @@ func (s span) setLocked(e extent) {
 // one way down the tree is not enough: where extents are cut, or joined with the
 // one behind. Writers and replay mostly overwrite the same blocks, come to new
 // ones, or go on where they left off.
-func (s span) setAtOnceLocked(e extent) bool {
+func (s span) setAtOnceLocked(e extent, over *overwritten) bool {
 	c := descend(&s.sh.slab, s.root, s.off)
 	if c.depth == 0 {
 		return false
@@ -175,7 +180,7 @@ func (s span) setAtOnceLocked(e extent) bool {
 	before, follows := c.before()
 	if follows && before.off == e.off && before.n == e.n {
 		c.prev()
-		return s.replaceLocked(c, e)
+		return s.replaceLocked(c, e, over)
 	}
 	if follows && before.end() > e.off {
 		return false
@@ -196,7 +201,7 @@ func (s span) setAtOnceLocked(e extent) bool {
 
 // replaceLocked puts e in the place of an extent with the same bounds, unless it
 // is to be joined with a neighbour.
-func (s span) replaceLocked(c cursor, e extent) bool {
+func (s span) replaceLocked(c cursor, e extent, over *overwritten) bool {
 	if before, ok := c.before(); ok && before.abuts(e) {
 		return false
 	}
@@ -204,6 +209,9 @@ func (s span) replaceLocked(c cursor, e extent) bool {
 		return false
 	}
 	old := c.at()
+	if over != nil {
+		over.add(*old)
+	}
 	s.sh.sectorsLocked(*old, -int64(old.n))
 	s.sh.sectorsLocked(e, int64(e.n))
 	*old = e
@@ -259,7 +267,7 @@ func (x *index) forget(s span, p place, scratch []extent) []extent {
 	defer s.sh.Unlock()
 	scratch = s.partsLocked(scratch[:0], func(e extent) bool { return p.holds(e) && e.flags&extDirty == 0 })
 	for _, e := range scratch {
-		s.sub(e).cutLocked()
+		s.sub(e).cutLocked(nil)
 	}
 	return scratch
 }
@@ -272,7 +280,7 @@ func (x *index) forgetClean() {
 			s.sh.Lock()
 			scratch = s.partsLocked(scratch[:0], func(e extent) bool { return e.flags&(extDirty|extLoading) == 0 })
 			for _, e := range scratch {
-				s.sub(e).cutLocked()
+				s.sub(e).cutLocked(nil)
 			}
 			s.sh.Unlock()
 		}
@@ -300,7 +308,7 @@ func (x *index) clean(s span, p place, scratch []extent) []extent {
 	scratch = s.partsLocked(scratch[:0], p.holds)
 	for _, e := range scratch {
 		e.flags &^= extDirty
-		s.sub(e).setLocked(e)
+		s.sub(e).setLocked(e, nil)
 	}
 	return scratch
 }

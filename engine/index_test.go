@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"math/bits"
 	"math/rand/v2"
 	"testing"
 
@@ -78,16 +79,27 @@ func TestIndexAgainstArray(t *testing.T) {
 		grain := rapid.SampledFrom([]int{1, 1, 8, 64}).Draw(t, "grain")
 		maxLen := rapid.SampledFrom([]int{1, 4, 64, 2048}).Draw(t, "maxLen")
 		var next uint32
+		const ops, prefilled = 600, 8
+		var over overwritten
+		over.init((prefilled+ops)/4 + 1)
+		for seg := range over.of {
+			over.begin(uint32(seg))
+		}
+		type place struct {
+			seg uint32
+			pos uint16
+		}
+		lost := map[place]bool{}
 		// Every second sector makes a tree of three levels.
 		if rapid.Bool().Draw(t, "deep") {
 			for i := 0; i < stripeSectors; i += 2 {
 				s := x.span(at(0)+int64(i), 1)
-				s.setLocked(extent{seg: 1, pos: s.off})
+				s.setLocked(extent{seg: 1, pos: s.off}, nil)
 				models[0][i] = sector{1, s.off, 0, true}
 			}
-			next = 8
+			next = prefilled
 		}
-		for range rapid.IntRange(1, 600).Draw(t, "ops") {
+		for range rapid.IntRange(1, ops).Draw(t, "ops") {
 			stripe := rapid.IntRange(0, stripes-1).Draw(t, "stripe")
 			model := &models[stripe]
 			off := rapid.IntRange(0, (stripeSectors-1)/grain).Draw(t, "at") * grain
@@ -98,14 +110,17 @@ func TestIndexAgainstArray(t *testing.T) {
 				e := extent{seg: next / 4, pos: s.off, flags: rapid.SampledFrom([]uint16{0, extDirty, extZero, extZero | extDirty}).Draw(t, "state")}
 				next++
 				s.sh.Lock()
-				s.setLocked(e)
+				s.setLocked(e, &over)
 				s.sh.Unlock()
 				for i := s.off; i < s.end(); i++ {
+					if old := model[i]; old.set && old.flags&extZero == 0 {
+						lost[place{old.seg, old.pos}] = true
+					}
 					model[i] = sector{e.seg, e.pos + i - s.off, e.flags, true}
 				}
 			case 0, 1:
 				s.sh.Lock()
-				s.cutLocked()
+				s.cutLocked(nil)
 				s.sh.Unlock()
 				for i := s.off; i < s.end(); i++ {
 					model[i] = sector{}
@@ -177,6 +192,20 @@ func TestIndexAgainstArray(t *testing.T) {
 		if count != sh.sectors {
 			t.Fatalf("counted %v sectors, kept %v", count, sh.sectors)
 		}
+		told := 0
+		for seg := range over.of {
+			for i := range over.of[seg].Load() {
+				told += bits.OnesCount64(over.of[seg].Load()[i].Load())
+			}
+		}
+		for p := range lost {
+			if !over.has(&ondisk.Key{Seg: p.seg, SegOff: uint32(p.pos) << sectorShift, Len: sectorSize}) {
+				t.Fatalf("what was set over %d of segment %d has not been told", p.pos, p.seg)
+			}
+		}
+		if told != len(lost) {
+			t.Fatalf("told of %d sectors, %d were set over", told, len(lost))
+		}
 	})
 }
 
@@ -189,7 +218,7 @@ func TestIndexBytes(t *testing.T) {
 	var most int64
 	set := func(x *index, lba int64, n int) {
 		s := x.span(lba, n)
-		s.setLocked(extent{seg: dice.Uint32N(1 << 20), pos: uint16(dice.IntN(30000)) &^ 1})
+		s.setLocked(extent{seg: dice.Uint32N(1 << 20), pos: uint16(dice.IntN(30000)) &^ 1}, nil)
 	}
 	random := func(perStripe int) *index {
 		stripes := int64(1<<19/perStripe + 1)
@@ -242,7 +271,7 @@ func TestIndexBytes(t *testing.T) {
 				for j := range sh.slab.roots {
 					s := span{sh: sh, root: uint32(j), n: stripeSectors}
 					for _, e := range s.partsLocked(nil, func(extent) bool { return dice.IntN(2) == 0 }) {
-						s.sub(e).cutLocked()
+						s.sub(e).cutLocked(nil)
 					}
 				}
 			}
@@ -260,7 +289,7 @@ func TestIndexBytes(t *testing.T) {
 					s := span{sh: sh, root: uint32(j), n: stripeSectors}
 					for k, e := range s.partsLocked(nil, func(extent) bool { return true }) {
 						if k%41 >= mergeBelow/2+1 {
-							s.sub(e).cutLocked()
+							s.sub(e).cutLocked(nil)
 						}
 					}
 				}

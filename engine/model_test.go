@@ -74,6 +74,7 @@ func TestModel(t *testing.T) {
 			"spoil":      m.damageDirty,
 			"restart":    m.restart,
 			"check":      m.check,
+			"":           func(t *rapid.T) { m.cache.checkOverwritten(t) }, // after each of them
 		})
 		m.finish(t)
 	})
@@ -632,6 +633,7 @@ func (m *model) check(t *rapid.T) {
 		}
 		m.compare(t, r.Buf, lba, "the cache")
 	}
+	m.cache.checkPlaces(t)
 }
 
 func (m *model) compare(t *rapid.T, buf []byte, lba int64, who string) {

@@ -595,5 +595,5 @@ func (q *Queue) lookup(s span, r *Request) (hits []extent, joined bool) {
 func (q *Queue) claimLocked(s span, r *Request, from, to uint16) {
 	e := extent{off: from, n: to - from, flags: extLoading}
 	e.seg = q.addFill(r, s, e).id
-	s.sub(e).setLocked(e)
+	s.sub(e).setLocked(e, nil)
 }

@@ -17,8 +17,8 @@ import (
 // its generation has moved on.
 //
 // A pin is taken under the lock of the shard whose extent leads to the
-// segment, and extents of a key go before its reference does, so no pin is
-// taken of a dying segment.
+// segment, and extents of a key go before its reference does, or are about to
+// go under that lock (overwritten.go), so no pin is taken of a dying segment.
 type segment struct {
 	refs atomic.Int32
 	pins atomic.Int32
@@ -137,6 +137,7 @@ func (c *Cache) takeData() (uint32, bool) {
 	if c.crc {
 		c.sumsOf(seg).clear()
 	}
+	c.overwritten.begin(seg)
 	n := c.segments.good()
 	used := n - c.segments.free()
 	limit := int(c.gc.percent.Load()) * n / 100

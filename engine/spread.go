@@ -117,9 +117,9 @@ func enterAll(batch []placed) {
 		sh.Lock()
 		for _, i := range order[begin:end] {
 			if p := &batch[i]; p.dead {
-				p.s.cutLocked()
+				p.s.cutLocked(nil)
 			} else {
-				p.s.setLocked(p.e)
+				p.s.setLocked(p.e, nil)
 			}
 		}
 		sh.Unlock()

@@ -81,7 +81,7 @@ func (c *Cache) Status() Status {
 		CleanBytes:      u.clean,
 		ZeroBytes:       u.zero,
 		Extents:         u.extents,
-		IndexBytes:      u.bytes + c.segments.sumBytes(),
+		IndexBytes:      u.bytes + c.segments.sumBytes() + c.overwritten.bytes(),
 		WrittenBack:     c.writeback.written.Load(),
 		RoundBytes:      c.writeback.inRound.Load(),
 		Waiting:         int(c.space.waiting.Load()),

@@ -180,6 +180,7 @@ func (s storm) run(t *testing.T, seed uint64) {
 		case <-time.After(time.Duration(rnd.IntN(1500)) * time.Millisecond):
 		}
 		faulty.Store(false)
+		r.checkOverwritten(t)
 		if err := r.kill(); err != nil {
 			t.Fatal(err)
 		}
