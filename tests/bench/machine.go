@@ -159,10 +159,11 @@ func (m *measured) machineGoals(g *goals) {
 const (
 	aboveNull = "A cache has the data to move and to log, the null device has none. In a profile of the server under random reads the\n" +
 		"copy out of the pmem is the largest part besides the system call, which both have, and more than all that the engine adds. Under\n" +
-		"random writes it is the store, and what the engine adds (locks, index, kset) is somewhat less; write-back and garbage collection, which\n" +
-		"look up each key of the log once more, on the same two processors, are about twice the store. At depth 1 a server looks for\n" +
-		"the next request for a while before it sleeps. Under emulation the next write to the cache mostly comes later than that, and the next one\n" +
-		"to the null device, which answers sooner, mostly in time: a sleep costs more than all that the cache does."
+		"random writes what the engine adds (locks, index, kset) is about twice the store; write-back and garbage collection, which each\n" +
+		"read the log once more and write the little that has not been overwritten, on the same two processors, are as much as both. At\n" +
+		"depth 1 a server looks for the next request for a while before it sleeps. Under emulation the next write to the cache mostly\n" +
+		"comes later than that, and the next one to the null device, which answers sooner, mostly in time: a sleep costs more than all\n" +
+		"that the cache does."
 	aboveC = "The C server binds each queue's thread to the processor that its requests come from. With as many clients as processors,\n" +
 		"client and server then take turns, and a sleep of the server brings several times as many requests as one of ours, whose threads go\n" +
 		"where the scheduler puts them; with one client they have the other processor, and are faster for it."
