@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"iter"
 	"sync/atomic"
 	"unsafe"
 
@@ -62,10 +63,8 @@ func (o *overwritten) add(e extent) {
 	if bits == nil {
 		return
 	}
-	for pos, n := uint(e.pos), uint(e.n); n > 0; {
-		mask, covered := sectorMask(pos, n)
-		bits[pos/64].Or(mask)
-		pos, n = pos+covered, n-covered
+	for word, mask := range sectorMasks(uint(e.pos), uint(e.n)) {
+		bits[word].Or(mask)
 	}
 }
 
@@ -75,21 +74,26 @@ func (o *overwritten) has(k *ondisk.Key) bool {
 	if bits == nil || k.Flags&ondisk.KeyZero != 0 {
 		return false
 	}
-	for pos, n := uint(k.SegOff>>sectorShift), uint(k.Len>>sectorShift); n > 0; {
-		mask, covered := sectorMask(pos, n)
-		if bits[pos/64].Load()&mask != mask {
+	for word, mask := range sectorMasks(uint(k.SegOff>>sectorShift), uint(k.Len>>sectorShift)) {
+		if bits[word].Load()&mask != mask {
 			return false
 		}
-		pos, n = pos+covered, n-covered
 	}
 	return true
 }
 
-// sectorMask returns the bits of the first of n sectors from pos on, as far as they
-// are in one word, and how many that are.
-func sectorMask(pos, n uint) (mask uint64, covered uint) {
-	covered = min(n, 64-pos%64)
-	return ^uint64(0) >> (64 - covered) << (pos % 64), covered
+// sectorMasks yields the words that have bits of n sectors from pos on, and those
+// bits.
+func sectorMasks(pos, n uint) iter.Seq2[uint, uint64] {
+	return func(yield func(uint, uint64) bool) {
+		for n > 0 {
+			first, some := pos%64, min(n, 64-pos%64)
+			if !yield(pos/64, ^uint64(0)>>(64-some)<<first) {
+				return
+			}
+			pos, n = pos+some, n-some
+		}
+	}
 }
 
 // bytes returns the memory that the bits take.
