@@ -45,8 +45,9 @@ func fetchNodes(spans []span) {
 	}
 }
 
-// lookAheadKeys does so for those of up to a kset's keys that are not dead, since
-// where a dead one points may be outside the device, and without these flags.
+// lookAheadKeys does so for up to a kset's keys, but not for those with the flags of
+// without, nor for dead ones, which may point outside the device, nor for those that
+// nobody will look for, since they are overwritten.
 func (c *Cache) lookAheadKeys(keys []ondisk.Key, without ondisk.KeyFlags) {
 	if len(keys) < 2 || !c.index.shards[shardOf(keys[0].Off)].large() {
 		return
@@ -54,7 +55,7 @@ func (c *Cache) lookAheadKeys(keys []ondisk.Key, without ondisk.KeyFlags) {
 	var spans [ondisk.MaxKeys]span
 	n := 0
 	for i := range keys {
-		if k := &keys[i]; k.Flags&without == 0 && k.Gen == c.segments.all[k.Seg].gen.Load() && !c.overwritten.has(k) {
+		if k := &keys[i]; k.Flags&without == 0 && !c.dead(k) && !c.overwritten.has(k) {
 			spans[n], _ = c.keySpan(k)
 			n++
 		}

@@ -106,7 +106,7 @@ func (c *Cache) skip(to ondisk.Position) (dropped []uint32, damage *ondisk.Damag
 	head, hidden := c.journal.account()
 	damage = c.walk(to, head, func(k *ondisk.Kset, _ ondisk.Position) bool {
 		for i := range k.Keys {
-			if key := &k.Keys[i]; key.Gen == c.segments.all[key.Seg].gen.Load() {
+			if key := &k.Keys[i]; !c.dead(key) {
 				hidden[key.Seg]--
 			}
 		}

@@ -202,7 +202,7 @@ func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dro
 // forgetKey removes what the index still has of a key and reports whether the
 // key is one that holds a reference.
 func (c *Cache) forgetKey(k *ondisk.Key) bool {
-	if k.Gen != c.segments.all[k.Seg].gen.Load() {
+	if c.dead(k) {
 		return false
 	}
 	if c.overwritten.has(k) {

@@ -164,6 +164,10 @@ func keyState(k *ondisk.Key, dirty bool) (flags uint16) {
 	return flags
 }
 
+// dead reports whether the generation of a key has passed: its data may be somebody
+// else's by now.
+func (c *Cache) dead(k *ondisk.Key) bool { return k.Gen != c.segments.all[k.Seg].gen.Load() }
+
 // keySpan returns what a key covers and where.
 func (c *Cache) keySpan(k *ondisk.Key) (span, place) {
 	s := c.index.span(int64(k.Off>>sectorShift), int(k.Len>>sectorShift))

@@ -555,7 +555,7 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
 // collectKey adds what the index still has of a key, and returns its size. It
 // leaves out what is known to be stuck.
 func (c *Cache) collectKey(k *ondisk.Key, known map[where][]extent) (bytes int) {
-	if k.Gen != c.segments.all[k.Seg].gen.Load() || c.overwritten.has(k) {
+	if c.dead(k) || c.overwritten.has(k) {
 		return 0
 	}
 	s, p := c.keySpan(k)
