@@ -118,18 +118,34 @@ type Device struct {
 	ended  chan struct{}
 }
 
-// Add makes a device and returns when its disk is ready for I/O. The kernel
-// reads its partition table through the handlers, before Add returns or, since
-// 6.18 at the latest, soon after; opening the disk waits for that. If Add fails
-// nothing is left behind.
+// Add makes a device and returns when its disk is ready for I/O. See Create and
+// Start, which it consists of.
+func Add(cfg Config, newHandler NewHandler, fatal func(error)) (*Device, error) {
+	u, err := Create(cfg, fatal)
+	if err != nil {
+		return nil, err
+	}
+	return u.Start(newHandler)
+}
+
+// Unstarted is a device that has everything but its disk: a number, and queues
+// that wait to be told who handles their requests.
+type Unstarted struct {
+	control *control
+	d       *Device
+}
+
+// Create makes a device without a disk. What the driver may refuse, a number
+// that is taken, a geometry, one device too many, it refuses here. Start or
+// Discard must follow. If Create fails nothing is left behind.
 //
 // fatal is called when a queue cannot go on, on the queue's thread or that of
 // a Wake, possibly more than once. It must end the process: the disk hangs
 // until then, and can be recovered afterwards.
 //
-// Add raises GOMAXPROCS to four more than there are queues if it is lower,
+// Create raises GOMAXPROCS to four more than there are queues if it is lower,
 // because a queue's thread holds its P while it waits (see uring.Ring.Turn).
-func Add(cfg Config, newHandler NewHandler, fatal func(error)) (*Device, error) {
+func Create(cfg Config, fatal func(error)) (*Unstarted, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
@@ -137,9 +153,18 @@ func Add(cfg Config, newHandler NewHandler, fatal func(error)) (*Device, error) 
 	if err != nil {
 		return nil, err
 	}
-	defer c.close()
-	if err := c.requireFeatures(); err != nil {
+	u := &Unstarted{control: c}
+	if err := u.create(cfg, fatal); err != nil {
+		c.close()
 		return nil, err
+	}
+	return u, nil
+}
+
+func (u *Unstarted) create(cfg Config, fatal func(error)) error {
+	c := u.control
+	if err := c.requireFeatures(); err != nil {
+		return err
 	}
 	info, err := c.add(devInfo{
 		nrHwQueues:    uint16(cfg.Queues),
@@ -150,16 +175,16 @@ func Add(cfg Config, newHandler NewHandler, fatal func(error)) (*Device, error) 
 		flags:         featureUserRecovery | featureUserRecoveryReissue | featureCmdIoctlEncode | featureQuiesce,
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	d := &Device{info: info}
-	if err := d.begin(c, cfg, newHandler, fatal); err != nil {
-		return nil, errors.Join(err, c.delete(info.devID))
+	u.d = &Device{info: info}
+	if err := u.d.prepare(c, cfg, fatal); err != nil {
+		return errors.Join(err, c.delete(info.devID))
 	}
-	return d, nil
+	return nil
 }
 
-func (d *Device) begin(c *control, cfg Config, newHandler NewHandler, fatal func(error)) error {
+func (d *Device) prepare(c *control, cfg Config, fatal func(error)) error {
 	if err := d.check(); err != nil {
 		return err
 	}
@@ -169,8 +194,35 @@ func (d *Device) begin(c *control, cfg Config, newHandler NewHandler, fatal func
 	if err := d.makeQueues(fatal); err != nil {
 		return err
 	}
-	return d.bringUp(newHandler, func() error { return c.start(d.info.devID) })
+	return d.openChar()
 }
+
+// Start lets the disk appear and returns when it is ready for I/O. The kernel
+// reads its partition table through the handlers, before Start returns or, since
+// 6.18 at the latest, soon after; opening the disk waits for that. If Start fails
+// nothing is left behind.
+func (u *Unstarted) Start(newHandler NewHandler) (*Device, error) {
+	defer u.control.close()
+	id := u.d.info.devID
+	if err := u.d.bringUp(newHandler, func() error { return u.control.start(id) }); err != nil {
+		return nil, errors.Join(err, u.control.delete(id))
+	}
+	return u.d, nil
+}
+
+// Discard takes the device back.
+func (u *Unstarted) Discard() error {
+	defer u.control.close()
+	u.d.abandon()
+	unix.Close(u.d.char)
+	return u.control.delete(u.d.info.devID)
+}
+
+// ID is the device's number.
+func (u *Unstarted) ID() int { return u.d.ID() }
+
+// Path is where the disk will be.
+func (u *Unstarted) Path() string { return u.d.Path() }
 
 const (
 	// recoveryPatience: a dead server's device is free for recovery at once,
@@ -188,7 +240,7 @@ const (
 // Recover takes over the device of a server that has died, with the same
 // queues and depth (see Lookup), and returns when its disk does I/O again.
 // Requests that were with the dead server are submitted again. If it fails the
-// device still waits for a server. The other parameters are as for Add.
+// device still waits for a server. For fatal see Create.
 func Recover(id int, newHandler NewHandler, fatal func(error)) (*Device, error) {
 	s, err := Prepare(id, fatal)
 	if err != nil {
@@ -250,6 +302,9 @@ func (s *Successor) TakeOver(newHandler NewHandler) (*Device, error) {
 	d, id := s.d, s.d.info.devID
 	if err := s.control.waitForDeath(id); err != nil {
 		d.abandon()
+		return nil, err
+	}
+	if err := d.openChar(); err != nil {
 		return nil, err
 	}
 	if err := d.bringUp(newHandler, func() error { return s.control.endRecovery(id) }); err != nil {
@@ -317,11 +372,7 @@ func (d *Device) check() error {
 // bringUp does what adding and recovering have in common once the queues are
 // made: let every queue fetch its tags, start. If it fails all of it has been
 // taken back but the device itself.
-func (d *Device) bringUp(newHandler NewHandler, start func() error) (err error) {
-	if d.char, err = openChar(d.info.devID); err != nil {
-		d.abandon()
-		return err
-	}
+func (d *Device) bringUp(newHandler NewHandler, start func() error) error {
 	if err := d.fetch(newHandler); err != nil {
 		d.leave()
 		return err
@@ -344,17 +395,19 @@ func prepareRuntime(queues int) error {
 	return nil
 }
 
-// openChar opens the device's character device. udev may have it open for a
-// moment, and only one process can; half a second is many times what it needs.
-func openChar(id uint32) (int, error) {
-	path := fmt.Sprintf("/dev/ublkc%d", id)
+// openChar opens the device's character device, or ends the queues. udev may
+// have it open for a moment, and only one process can; half a second is many
+// times what it needs.
+func (d *Device) openChar() (err error) {
+	path := fmt.Sprintf("/dev/ublkc%d", d.info.devID)
 	for attempt := 0; ; attempt++ {
-		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		d.char, err = unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 		if err == nil {
-			return fd, nil
+			return nil
 		}
 		if attempt == 10 || !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENOENT) {
-			return -1, fmt.Errorf("open %s: %w", path, err)
+			d.abandon()
+			return fmt.Errorf("open %s: %w", path, err)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
