@@ -12,6 +12,7 @@ import (
 	"os"
 	"time"
 
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"ublk-pcache/engine"
@@ -92,18 +93,40 @@ func silence(id int, err error) error {
 	return fmt.Errorf("the server of device %d is dead: bring it back with 'ublk-pcache recover %d', or remove the device with 'ublk-pcache del %d'", id, id, id)
 }
 
-// listen opens the control socket. It is root's from the beginning: see main
-// for the umask.
-func (s *server) listen() error {
+// listen opens the control socket, which accept then serves. It is root's from
+// the beginning: see main for the umask. A device that is continued does without
+// one for a while if the folder is full.
+func (s *server) listen(recover bool) (err error) {
 	path := statePath(s.dev.ID, ".sock")
 	os.Remove(path)
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	s.socket, err = net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
-		return fmt.Errorf("open the control socket: %w", err)
+		s.socket = nil
+		if !recover {
+			return fmt.Errorf("open the control socket: %w", err)
+		}
+		s.log.Error("the control socket cannot be opened, commands do not reach the server until it can", zap.Error(err))
+		return nil
 	}
+	s.socket.SetUnlinkOnClose(false) // a server that follows has it, too
+	return nil
+}
+
+// listenAgain is how often a server that has no control socket tries to open it.
+const listenAgain = time.Second
+
+// accept serves the control socket.
+func (s *server) accept() {
 	go func() {
+		for s.socket == nil {
+			time.Sleep(listenAgain)
+			s.listen(true)
+		}
 		for {
-			conn, err := l.AcceptUnix()
+			conn, err := s.socket.AcceptUnix()
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
 			if err != nil {
 				time.Sleep(acceptPause)
 				continue
@@ -111,7 +134,13 @@ func (s *server) listen() error {
 			s.receive(conn)
 		}
 	}()
-	return nil
+}
+
+func (s *server) closeSocket() error {
+	if s.socket == nil {
+		return nil
+	}
+	return s.socket.Close()
 }
 
 // receive lets a client in that may come, if there is a place for it.

@@ -44,16 +44,23 @@ open is not removed. A backing device that does not answer is not waited for.`,
 				d.printDirty("", dirtyBytes(*r.Status))
 				return nil
 			}
-			// Everything acknowledged is in the cache; all that is left to
-			// remove is the device.
-			if err := ublk.Remove(id, force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
-				return d.removalError(err)
+			if err := d.removeDead(force); err != nil {
+				return err
 			}
-			return errors.Join(d.remove(), d.printDirtyOfDead())
+			return d.printDirtyOfDead()
 		},
 	}
 	cmd.Flags().BoolVar(&force, "force", false, "even if the device is open")
 	return cmd
+}
+
+// removeDead removes a device without a server. Everything acknowledged is in the
+// cache; all that is left to remove is the device.
+func (d *device) removeDead(force bool) error {
+	if err := ublk.Remove(d.ID, force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
+		return d.removalError(err)
+	}
+	return d.remove()
 }
 
 // removalError says what to do about a device that cannot be removed.

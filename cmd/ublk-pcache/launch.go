@@ -1,16 +1,20 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -27,10 +31,23 @@ import (
 // exits. So whoever starts a server takes both on one thread and starts the
 // server from that thread.
 
+// What is left of the one who calls is kept from the server, which outlives them
+// and runs for others: the working directory (its file system could never be
+// unmounted), descriptors and environment here, stray signal masks in main,
+// limits in protect.
+
 // launch starts a server for o and prints the device's path once it is ready,
 // or returns why it is not. With Foreground this process becomes the server,
 // so that whoever started it has it for a child.
-func launch(o serveOptions) error {
+func launch(o serveOptions) (err error) {
+	if !o.Recover {
+		if err := o.Device.refuseShared(); err != nil {
+			return err
+		}
+	}
+	if err := o.see(); err != nil {
+		return err
+	}
 	config, err := json.Marshal(o)
 	if err != nil {
 		return err
@@ -39,26 +56,64 @@ func launch(o serveOptions) error {
 	if err != nil {
 		return err
 	}
+	isolate := func() error { return isolate(self, o.PMEM.Path, o.Backing.Path) }
 	if o.Foreground {
-		runtime.LockOSThread()
-		if err := isolate(self, o.Device.PMEM, o.Device.Backing); err != nil {
-			return err
-		}
-		return fmt.Errorf("execute %s: %w", self, unix.Exec(self, []string{os.Args[0], "serve", string(config)}, os.Environ()))
+		return become(self, string(config), isolate)
 	}
-	r, w, err := os.Pipe()
+	var answer string
+	if unitsUsable() {
+		answer, err = spawnUnit(self, o)
+	} else {
+		answer, err = spawn(self, string(config), isolate, o)
+	}
 	if err != nil {
 		return err
 	}
+	path, ready := strings.CutPrefix(answer, readyPrefix)
+	if !ready {
+		return errors.New(answer)
+	}
+	fmt.Print(path)
+	return nil
+}
+
+// become makes this process the server.
+func become(self, config string, isolate func() error) error {
+	runtime.LockOSThread()
+	if err := isolate(); err != nil {
+		return err
+	}
+	if err := os.Chdir("/"); err != nil {
+		return err
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	if err := unix.Dup3(int(null.Fd()), unix.Stdin, 0); err != nil {
+		return fmt.Errorf("leave standard input: %w", err)
+	}
+	return fmt.Errorf("execute %s: %w", self, unix.Exec(self, []string{os.Args[0], "serve", config}, serverEnv()))
+}
+
+// spawn starts a server in the background and returns its answer.
+func spawn(self, config string, isolate func() error, o serveOptions) (answer string, err error) {
+	interrupted, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM, unix.SIGHUP)
+	defer stop()
+	r, w, err := os.Pipe()
+	if err != nil {
+		return "", err
+	}
 	defer r.Close()
-	cmd := exec.Command(self, "serve", string(config))
+	cmd := exec.Command(self, "serve", config)
+	cmd.Dir, cmd.Env = "/", serverEnv()
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	started := make(chan error)
 	go func() {
 		// Never unlocked: a thread with these properties ends with its goroutine.
 		runtime.LockOSThread()
-		err := isolate(self, o.Device.PMEM, o.Device.Backing)
+		err := isolate()
 		if err == nil {
 			err = cmd.Start()
 		}
@@ -67,22 +122,59 @@ func launch(o serveOptions) error {
 	err = <-started
 	w.Close()
 	if err != nil {
-		return fmt.Errorf("start the server: %w", err)
+		return "", fmt.Errorf("start the server: %w", err)
 	}
-	answer, err := io.ReadAll(r)
-	if err != nil {
-		return fmt.Errorf("wait for the server: %w", err)
-	}
-	path, ready := strings.CutPrefix(string(answer), readyPrefix)
+	stopWaiting := context.AfterFunc(interrupted, func() { r.SetReadDeadline(time.Now()) })
+	defer stopWaiting()
+	said, err := io.ReadAll(r)
 	switch {
-	case ready:
-		fmt.Print(path)
-		return cmd.Process.Release()
-	case len(answer) > 0:
-		return fmt.Errorf("%s", answer)
-	default:
-		return fmt.Errorf("the server died before it was ready: %v", cmd.Wait())
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return "", takeBack(cmd, o)
+	case err != nil:
+		return "", fmt.Errorf("wait for the server: %w", err)
+	case len(said) == 0:
+		return "", fmt.Errorf("the server died before it was ready: %v", cmd.Wait())
 	}
+	return string(said), cmd.Process.Release()
+}
+
+// takeBack ends a server that nobody waits for any more, and removes what it has
+// made. A device that was there before waits again.
+func takeBack(cmd *exec.Cmd, o serveOptions) error {
+	pid := cmd.Process.Pid
+	cmd.Process.Kill()
+	if _, ok := inTime(cmd.Wait); !ok {
+		return fmt.Errorf("interrupted: process %d waits for its disk or its memory, and ends when that answers (see 'ublk-pcache list' then)", pid)
+	}
+	return takenBack(o, func(d *device) bool { return d.PID == pid })
+}
+
+// takenBack is the error of a command that was broken off and whose server has
+// ended. It removes the device that this has begun, if it is a new one.
+func takenBack(o serveOptions, its func(*device) bool) error {
+	err := errors.New("interrupted")
+	if o.Recover {
+		return err
+	}
+	devices, broken := readStates()
+	for _, d := range devices {
+		if d.damage == nil && its(d) {
+			err = errors.Join(err, d.removeDead(true))
+		}
+	}
+	return errors.Join(err, broken)
+}
+
+// serverEnv is what a server gets of the environment: where programs are, what
+// systemd tells it, and the time zone for its log.
+func serverEnv() []string {
+	env := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	for _, name := range []string{"TZ", "NOTIFY_SOCKET", "INVOCATION_ID", "JOURNAL_STREAM", "GOTRACEBACK"} {
+		if value, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+value)
+		}
+	}
+	return env
 }
 
 // readyPrefix begins the answer of a server that is ready; the path of its
@@ -148,7 +240,7 @@ func newServeCmd() *cobra.Command {
 			if err := json.Unmarshal([]byte(args[0]), &o); err != nil {
 				return err
 			}
-			if o.Foreground && o.Upgrade == nil {
+			if o.Foreground && o.Upgrade == nil && o.AnswerFD == 0 {
 				s, err := start(o)
 				if err != nil {
 					return err
@@ -158,7 +250,11 @@ func newServeCmd() *cobra.Command {
 				s.wait()
 				return nil
 			}
-			ready := inherited(readyFD, "ready")
+			fd, refused := uintptr(readyFD), 1
+			if o.AnswerFD != 0 {
+				fd, refused = uintptr(o.AnswerFD), exitRefused
+			}
+			ready := inherited(fd, "ready")
 			var s *server
 			var err error
 			if o.Upgrade != nil {
@@ -168,7 +264,10 @@ func newServeCmd() *cobra.Command {
 			}
 			if err != nil {
 				fmt.Fprint(ready, oneLine(err))
-				os.Exit(1)
+				os.Exit(refused)
+			}
+			if o.AnswerFD != 0 {
+				daemon.SdNotify(false, daemon.SdNotifyReady)
 			}
 			fmt.Fprintln(ready, readyPrefix+s.dev.Device)
 			ready.Close()

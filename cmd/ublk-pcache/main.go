@@ -9,22 +9,30 @@
 // socket per device takes requests while the server lives, and a log.
 //
 // There is one file per command; server.go is what a server does, launch.go
-// how it becomes one, state.go and control.go where the two roles meet.
+// how it becomes one, files.go what it opens, state.go and control.go where the
+// two roles meet.
 package main
 
 import (
 	"fmt"
+	"math"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"ublk-pcache/ublk"
 )
 
 func main() {
+	if err := leaveCaller(); err != nil {
+		fmt.Fprintln(os.Stderr, "ublk-pcache:", err)
+		os.Exit(1)
+	}
 	root := &cobra.Command{
 		Use:           "ublk-pcache",
 		Short:         "A persistent-memory cache in front of a slow disk, served in user space",
@@ -44,12 +52,39 @@ func main() {
 		newAddCmd(), newRecoverCmd(), newDelCmd(), newFlushCmd(),
 		newStatusCmd(), newListCmd(), newSetCmd(), newUpgradeCmd(),
 		newFormatCmd(), newDumpCmd(), newCheckCmd(), newRepairCmd(), newWritebackCmd(),
-		newRunCmd(), newIsBackingCmd(), newServeCmd(),
+		newRunCmd(), newIsBackingCmd(), newServeCmd(), newUnitCmd(),
 	)
 	if err := root.Execute(); err != nil {
 		fmt.Fprintln(os.Stderr, "ublk-pcache:", oneLine(err))
 		os.Exit(1)
 	}
+}
+
+// leaveCaller keeps what this process was given by its caller from those that it
+// starts: blocked signals, which every thread and child inherits, and descriptors
+// that the caller did not close.
+func leaveCaller() error {
+	var blocked unix.Sigset_t
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, nil, &blocked); err != nil {
+		return fmt.Errorf("ask which signals are blocked: %w", err)
+	}
+	if blocked != (unix.Sigset_t{}) {
+		// The runtime has taken note of the mask already: it takes another start.
+		runtime.LockOSThread()
+		if err := unix.PthreadSigmask(unix.SIG_SETMASK, &unix.Sigset_t{}, nil); err != nil {
+			return fmt.Errorf("unblock signals: %w", err)
+		}
+		self, err := os.Executable()
+		if err != nil {
+			return err
+		}
+		return fmt.Errorf("unblock signals: %w", unix.Exec(self, os.Args, os.Environ()))
+	}
+	firstOther := uint(unix.Stderr + 1)
+	if err := unix.CloseRange(firstOther, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("keep descriptors to this process: %w (Linux 5.11 is needed)", err)
+	}
+	return nil
 }
 
 // oneLine keeps an error that was joined from several on one line.

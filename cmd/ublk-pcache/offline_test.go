@@ -247,12 +247,25 @@ func newServerIn(t *testing.T, dir string) *server {
 	return s
 }
 
-// TestPrepareRefuses: what a new cache cannot be is refused before it is made.
-func TestPrepareRefuses(t *testing.T) {
+// makeCache does what a plan for a blank region says.
+func (s *server) makeCache(t *testing.T) *plan {
+	t.Helper()
+	p, err := s.plan(&serveOptions{})
+	if err == nil {
+		err = p.format(s.region)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// TestPlanRefuses: what a new cache cannot be is refused before it is made.
+func TestPlanRefuses(t *testing.T) {
 	s := newServer(t)
 	refused := func(o serveOptions, words ...string) {
 		t.Helper()
-		_, err := s.prepare(&o)
+		_, err := s.plan(&o)
 		fails(t, err, words...)
 		if blank, err := ondisk.Blank(s.region, s.region.Size()); !blank {
 			t.Errorf("a refused cache was formatted (%v)", err)
@@ -266,25 +279,21 @@ func TestPrepareRefuses(t *testing.T) {
 	for _, choice := range []engine.Choice{engine.Overwrite, engine.Discard} {
 		refused(serveOptions{Changed: choice}, s.dev.PMEM, "--changed="+string(choice))
 	}
-	if _, err := s.prepare(&serveOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	s.makeCache(t)
 	c, err := engine.Open(s.region, disk{s.disk}, engine.Options{Queues: s.dev.Queues, Log: logger{s.log}})
 	if err != nil {
-		t.Fatalf("as many queues as prepare allows: %v", err)
+		t.Fatalf("as many queues as a plan allows: %v", err)
 	}
 	c.Close()
 	other := s.region.Durable() // a plain file has checksums
-	_, err = s.prepare(&serveOptions{DataCRC: &other})
+	_, err = s.plan(&serveOptions{DataCRC: &other})
 	fails(t, err, s.dev.PMEM, fmt.Sprintf("--data-crc=%t, not %t", !other, other))
 }
 
 // TestDumpFingerprint: dump shows the record from the first opening on.
 func TestDumpFingerprint(t *testing.T) {
 	s := newServer(t)
-	if err := s.format(&serveOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	s.makeCache(t)
 	for _, want := range []string{"fingerprint  none", "of a backing device of 4194304 bytes, with dirty_tail at 0:0 or 0:0"} {
 		s.region.Close()
 		out, err := execute(newDumpCmd(), s.dev.PMEM)

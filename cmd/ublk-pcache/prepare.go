@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/google/uuid"
 	"go.uber.org/zap"
 
 	"ublk-pcache/engine"
@@ -11,18 +12,22 @@ import (
 	"ublk-pcache/pmem"
 )
 
-// prepare makes sure that the region holds a cache that may be put in front of
-// the disk: it refuses what does not fit, and formats what is blank, or what
-// it was told to. The returned function binds the cache to the disk where that
-// has not been done; it is for when the cache has been opened.
-func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
-	nothing := func() error { return nil }
+// plan is what has to be stored in the region for its cache to be put in front of
+// the disk.
+type plan struct {
+	make     *ondisk.FormatOptions // a new cache; nil: there is one
+	identity *ondisk.Identity      // binds the cache to the disk; nil: that has been done
+	over     ondisk.Replica        // the newest copy of the present one
+}
+
+// plan looks at the region and refuses what does not fit. It changes nothing.
+func (s *server) plan(o *serveOptions) (*plan, error) {
 	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
 	if o.Existing && errors.Is(err, ondisk.ErrNotFormatted) {
 		return nil, fmt.Errorf("%s holds no cache; if it is to begin with a new one: ublk-pcache format %s", s.dev.PMEM, s.dev.PMEM)
 	}
 	if !o.Recover && (errors.Is(err, ondisk.ErrNotFormatted) || o.Format) {
-		return nothing, s.format(o)
+		return s.planNew(o)
 	}
 	if err != nil {
 		if o.Recover {
@@ -37,20 +42,48 @@ func (s *server) prepare(o *serveOptions) (bind func() error, err error) {
 		s.log.Warn("others can get at the cache", zap.Error(err))
 	}
 	id, mine := layout.Identity, identityOf(s.disk)
-	write := func() error {
-		return ondisk.WriteIdentity(s.region, layout.IdentityCopies.Newest, mine)
+	if o.Recover {
+		if err := s.dev.mustHave(id); err != nil {
+			return nil, err
+		}
 	}
-	if id == nil {
-		return write, nil
-	}
-	if err := misfit(s.dev.PMEM, id, s.dev.Backing, mine, o.Force); err != nil {
-		return nil, err
-	}
-	if mine.BackingSize > id.BackingSize || !id.Matches(mine.Serial) {
+	if id != nil {
+		if err := misfit(s.dev.PMEM, id, s.dev.Backing, mine, o.Force); err != nil {
+			return nil, err
+		}
 		mine.UUID = id.UUID
-		return write, nil
 	}
-	return nothing, nil
+	s.dev.Cache = uuid.UUID(mine.UUID).String()
+	p := &plan{over: layout.IdentityCopies.Newest}
+	if id == nil || mine.BackingSize > id.BackingSize || !id.Matches(mine.Serial) {
+		p.identity = mine
+	}
+	return p, nil
+}
+
+// mustHave refuses a cache that is not the one that the device began with: an
+// empty one, say, made in its place.
+func (d *device) mustHave(id *ondisk.Identity) error {
+	if id != nil && (d.Cache == "" || d.Cache == uuid.UUID(id.UUID).String()) { // older servers did not note it
+		return nil
+	}
+	return fmt.Errorf("%s holds another cache than the one of device %d, which must have been formatted meanwhile (put the right one there; the device waits; to give up what it held: ublk-pcache del --force %d)", d.PMEM, d.ID, d.ID)
+}
+
+// format makes the new cache, if there is to be one.
+func (p *plan) format(r *pmem.Region) error {
+	if p.make == nil {
+		return nil
+	}
+	return ondisk.Format(r, *p.make)
+}
+
+// bind ties the cache to the disk. It is for when the cache has been opened.
+func (p *plan) bind(r *pmem.Region) error {
+	if p.identity == nil {
+		return nil
+	}
+	return ondisk.WriteIdentity(r, p.over, p.identity)
 }
 
 // misfit says why a backing device cannot be the one that a cache belongs to, nil
@@ -78,20 +111,20 @@ func (s *server) openError(o *serveOptions, err error) error {
 	return fmt.Errorf("cache %s: %w", s.dev.PMEM, err)
 }
 
-// format makes a new cache, if that is harmless or was asked for.
-func (s *server) format(o *serveOptions) error {
+// planNew plans a new cache, if that is harmless or was asked for.
+func (s *server) planNew(o *serveOptions) (*plan, error) {
 	segments := int(ondisk.SegmentsIn(s.region.Size()))
 	switch most := engine.MaxQueues(segments); {
 	case s.dev.Queues > most:
-		return fmt.Errorf("--queues %d: a cache on %s, of %d segments, can have 1 to %d", s.dev.Queues, s.dev.PMEM, segments, most)
+		return nil, fmt.Errorf("--queues %d: a cache on %s, of %d segments, can have 1 to %d", s.dev.Queues, s.dev.PMEM, segments, most)
 	case o.Changed != engine.Refuse:
-		return fmt.Errorf("--changed=%s: a new cache on %s holds nothing yet that this could be about (leave it out)", o.Changed, s.dev.PMEM)
+		return nil, fmt.Errorf("--changed=%s: a new cache on %s holds nothing yet that this could be about (leave it out)", o.Changed, s.dev.PMEM)
 	}
 	if err := mayFormat(s.region, o.Format, o.Force); err != nil {
-		return err
+		return nil, err
 	}
 	if err := exposed(s.region.Path()); err != nil {
-		return err
+		return nil, err
 	}
 	opts := ondisk.FormatOptions{
 		// On a plain file a power cut may lose some pages and keep others;
@@ -106,7 +139,8 @@ func (s *server) format(o *serveOptions) error {
 	if o.GCPercent != nil {
 		opts.GCPercent = *o.GCPercent
 	}
-	return ondisk.Format(s.region, opts)
+	s.dev.Cache = uuid.UUID(opts.Identity.UUID).String()
+	return &plan{make: &opts}, nil
 }
 
 // mayFormat refuses to format a region that is not blank unless asked to, and

@@ -56,7 +56,7 @@ data can only be written over what is there now: it has been promised.`,
 // recovery is how to continue a device.
 func recovery(d *device, info ublk.Info) serveOptions {
 	o := serveOptions{Device: *d, Recover: true}
-	o.Device.Queues, o.Device.Depth = info.Queues, info.Depth
+	o.Device.Queues, o.Device.Depth, o.Device.Unit = info.Queues, info.Depth, ""
 	return o
 }
 

@@ -33,10 +33,7 @@ func newWard(t *testing.T) *ward {
 }
 
 func (w *ward) fill(t *testing.T, s *server) {
-	bind, err := s.prepare(&serveOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	plan := s.makeCache(t)
 	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
 	if err != nil {
 		t.Fatal(err)
@@ -49,7 +46,7 @@ func (w *ward) fill(t *testing.T, s *server) {
 	if _, err := c.Rest(); err != nil {
 		t.Fatal(err)
 	}
-	if err := bind(); err != nil {
+	if err := plan.bind(s.region); err != nil {
 		t.Fatal(err)
 	}
 	w.pmem, w.backing, w.model = s.dev.PMEM, s.dev.Backing, make([]byte, s.disk.Size())

@@ -3,10 +3,10 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/signal"
 	"runtime"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -27,6 +27,8 @@ import (
 // serveOptions is what a server is told.
 type serveOptions struct {
 	Device     device `json:"device"`
+	PMEM       seen   `json:"pmem"`
+	Backing    seen   `json:"backing"`
 	Recover    bool   `json:"recover"`
 	Foreground bool   `json:"foreground"`
 	Format     bool   `json:"format"`
@@ -40,6 +42,11 @@ type serveOptions struct {
 	// Upgrade makes the new server follow the one that starts it, at this end of
 	// the log (see upgrade.go).
 	Upgrade *engine.Head `json:"upgrade,omitempty"`
+	Socket  bool         `json:"socket,omitempty"` // it is handed over, too
+
+	// Where the caller of a server in a unit waits (see unit.go).
+	Answer   string `json:"answer,omitempty"`
+	AnswerFD int    `json:"answer_fd,omitempty"`
 }
 
 // server is one running device and everything under it.
@@ -50,6 +57,8 @@ type server struct {
 	disk   *backing.Device
 	cache  *engine.Cache
 	ublk   *ublk.Device
+	socket *net.UnixListener // nil: it could not be opened yet
+	made   bool              // PMEM was made by this process
 
 	foreground bool
 	signals    chan os.Signal // that ask for the device to go
@@ -75,8 +84,11 @@ func unstarted(o serveOptions) *server {
 	return s
 }
 
-// start brings a device up, or leaves nothing behind. Everything that can be
-// refused is refused before the first byte is written.
+// start brings a device up. Everything that can be refused is refused before the
+// first byte is written, by the driver, too; what may want for room, in the
+// folder of state files, is made before. So nothing fails once the disk is there,
+// and a device that was there before is never taken away: without a server it
+// waits. What fails before that leaves nothing behind.
 func start(o serveOptions) (_ *server, err error) {
 	s := unstarted(o)
 	if _, err := ublk.Features(); err != nil {
@@ -86,11 +98,7 @@ func start(o serveOptions) (_ *server, err error) {
 		if err := reserve(&s.dev); err != nil {
 			return nil, err
 		}
-		defer func() {
-			if err != nil {
-				s.dev.remove()
-			}
-		}()
+		defer closeOnError(&err, s.dev.remove)
 	}
 	if err := s.openLog(o.Foreground); err != nil {
 		return nil, err
@@ -98,29 +106,25 @@ func start(o serveOptions) (_ *server, err error) {
 	if err := protect(s.dev.Queues); err != nil {
 		return nil, err
 	}
-	if s.disk, err = whenFree(o.Recover, backing.ErrInUse, func() (*backing.Device, error) {
-		return backing.Open(s.dev.Backing)
-	}); err != nil {
+	if err := s.openFiles(&o); err != nil {
 		return nil, err
 	}
-	defer closeOnError(&err, s.disk.Close)
-	path, _, _ := strings.Cut(s.dev.PMEM, ",size=")
-	_, statErr := os.Stat(path)
-	if s.region, err = whenFree(o.Recover, pmem.ErrInUse, func() (*pmem.Region, error) {
-		return pmem.Open(s.dev.PMEM, pmem.ReadWrite)
-	}); err != nil {
-		return nil, err
-	}
-	defer closeOnError(&err, func() error {
-		if os.IsNotExist(statErr) {
-			os.Remove(path)
-		}
-		return s.region.Close()
-	})
-	s.dev.PMEM = path
-
-	bind, err := s.prepare(&o)
+	defer closeOnError(&err, s.closeFiles)
+	plan, err := s.plan(&o)
 	if err != nil {
+		return nil, err
+	}
+	device, err := s.prepareDevice(o.Recover)
+	if err != nil {
+		return nil, err
+	}
+	defer closeOnError(&err, func() error { return device.discard() })
+	if err := s.listen(o.Recover); err != nil {
+		return nil, err
+	}
+	defer closeOnError(&err, s.closeSocket)
+
+	if err := plan.format(s.region); err != nil {
 		return nil, err
 	}
 	options := s.engineOptions()
@@ -130,26 +134,22 @@ func start(o serveOptions) (_ *server, err error) {
 		return nil, s.openError(&o, err)
 	}
 	defer closeOnError(&err, s.cache.Close)
-	if err := bind(); err != nil {
+	if err := plan.bind(s.region); err != nil {
 		return nil, err
 	}
-	if err := s.serve(o.Recover); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			s.ublk.Stop(true)
-			s.ublk.Delete()
-		}
-	}()
 	if o.GCPercent != nil {
 		if err := s.cache.SetGCPercent(*o.GCPercent); err != nil {
 			return nil, err
 		}
 	}
-	if err := s.announce(); err != nil {
+	s.dev.servedByUs()
+	if err := s.dev.save(); err != nil {
 		return nil, err
 	}
+	if s.ublk, err = device.start(s.handler); err != nil {
+		return nil, err
+	}
+	s.accept()
 	s.log.Info("serving", zap.Any("device", s.dev), zap.Bool("recovered", o.Recover))
 	return s, nil
 }
@@ -158,44 +158,27 @@ func (s *server) engineOptions() engine.Options {
 	return engine.Options{Queues: s.dev.Queues, WritebackDepth: s.dev.Writeback, Log: logger{s.log}}
 }
 
-// announce lets commands find the server.
-func (s *server) announce() error {
-	s.dev.ID, s.dev.Device = s.ublk.ID(), s.ublk.Path()
-	s.dev.servedByUs()
-	if err := s.dev.save(); err != nil {
-		return err
-	}
-	return s.listen()
-}
-
-const (
-	// deathPatience is how long a killed process may take to let go of what it
-	// had open: its memory is given back first, which may be a lot.
-	deathPatience = 30 * time.Second
-	deathStep     = 10 * time.Millisecond
-)
-
-// whenFree opens something that a server which has just died may still hold.
-func whenFree[T any](recover bool, inUse error, open func() (T, error)) (T, error) {
-	for begin := time.Now(); ; time.Sleep(deathStep) {
-		v, err := open()
-		if !recover || !errors.Is(err, inUse) || time.Since(begin) > deathPatience {
-			return v, err
-		}
-	}
-}
-
 func closeOnError(err *error, close func() error) {
 	if *err != nil {
 		close()
 	}
 }
 
-// serve makes the block device, or takes over the one of a dead server.
-func (s *server) serve(recover bool) (err error) {
+// pendingDevice is all of a block device but the disk.
+type pendingDevice struct {
+	start   func(ublk.NewHandler) (*ublk.Device, error)
+	discard func() error
+}
+
+// prepareDevice makes a new device that start shows, or what takes over the one of
+// a dead server.
+func (s *server) prepareDevice(recover bool) (*pendingDevice, error) {
 	if recover {
-		s.ublk, err = ublk.Recover(s.dev.ID, s.handler, s.fatal)
-		return err
+		device, err := ublk.Prepare(s.dev.ID, s.fatal)
+		if err != nil {
+			return nil, err
+		}
+		return &pendingDevice{start: device.TakeOver, discard: nothing}, nil // the end of the process does it
 	}
 	// A discard becomes zeros on the disk, too. If they had to be transferred,
 	// the one that mkfs begins with would be as much work as filling the disk.
@@ -203,14 +186,25 @@ func (s *server) serve(recover bool) (err error) {
 	if s.disk.ZeroesCheaply() {
 		discard = engine.MaxZero
 	}
-	s.ublk, err = ublk.Add(ublk.Config{
+	device, err := ublk.Create(ublk.Config{
 		ID: s.dev.ID, Queues: s.dev.Queues, Depth: s.dev.Depth,
 		Size: s.disk.Size(), BlockSize: s.disk.BlockSize(), ChunkSize: ondisk.StripeSize,
 		MaxDiscard: discard, MaxZeroes: engine.MaxZero,
 		VolatileCache: !s.region.Durable(),
-	}, s.handler, s.fatal)
-	return err
+	}, s.fatal)
+	if err != nil {
+		return nil, err
+	}
+	s.dev.Device = device.Path()
+	p := &pendingDevice{discard: device.Discard}
+	p.start = func(h ublk.NewHandler) (*ublk.Device, error) {
+		p.discard = nothing // Start does it itself
+		return device.Start(h)
+	}
+	return p, nil
 }
+
+func nothing() error { return nil }
 
 func (s *server) handler(q *ublk.Queue) ublk.Handler {
 	return newHandler(s.cache.Queue(q.ID()), q, s.disk)
@@ -386,6 +380,9 @@ func protect(queues int) error {
 	// Queue threads hold their P while they sleep; the collector, write-back,
 	// the ring of the backing device and the control socket need their own.
 	runtime.GOMAXPROCS(queues + 6)
+	if err := unlimited(); err != nil {
+		return err
+	}
 	if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT); err != nil {
 		return fmt.Errorf("lock memory: %w (raise RLIMIT_MEMLOCK)", err)
 	}
@@ -399,6 +396,35 @@ func protect(queues int) error {
 		return fmt.Errorf("leave no core: %w", err)
 	}
 	return nil
+}
+
+// mostFiles is how many files a server may have open, if it can choose: rings,
+// queues and clients need some hundred.
+const mostFiles = 65536
+
+// unlimited lifts the limits that whoever started the server had for programs of
+// their own. One of a file's size would make write-back to a file fail, one of
+// processor time would end the server.
+func unlimited() error {
+	for limit, name := range map[int]string{
+		unix.RLIMIT_FSIZE: "RLIMIT_FSIZE", unix.RLIMIT_CPU: "RLIMIT_CPU", unix.RLIMIT_AS: "RLIMIT_AS",
+		unix.RLIMIT_DATA: "RLIMIT_DATA", unix.RLIMIT_MEMLOCK: "RLIMIT_MEMLOCK", unix.RLIMIT_NPROC: "RLIMIT_NPROC",
+	} {
+		if err := raise(limit, unix.RLIM_INFINITY); err != nil {
+			return fmt.Errorf("lift %s: %w (raise it for whoever starts the server)", name, err)
+		}
+	}
+	raise(unix.RLIMIT_NOFILE, mostFiles) // with fewer there is less room for clients
+	return nil
+}
+
+// raise makes a limit at least n.
+func raise(limit int, n uint64) error {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(limit, &l); err != nil || l.Cur >= n {
+		return err
+	}
+	return unix.Setrlimit(limit, &unix.Rlimit{Cur: n, Max: max(n, l.Max)})
 }
 
 // disk is the backing device as the engine sees it.

@@ -27,12 +27,16 @@ var stateDir = "/run/ublk-pcache"
 // device is the content of a state file: everything that a server needs to
 // take over from one that died, and what list shows. The file is made before
 // anything else of a device, unless it is there, and so reserves its number. It
-// appears whole and is replaced whole, so it is never seen half written.
+// appears whole and is replaced whole, so it is never seen half written. It has
+// a second one beside it, which is the room for the next state: a folder that is
+// full must not keep a device from being continued.
 type device struct {
 	ID        int    `json:"id"`
 	Device    string `json:"device"`
 	PMEM      string `json:"pmem"`
 	Backing   string `json:"backing"`
+	Cache     string `json:"cache"`          // UUID of the cache on PMEM; empty before it is known
+	Unit      string `json:"unit,omitempty"` // of systemd's, in which the server is
 	PID       int    `json:"pid"`
 	Started   uint64 `json:"started"` // when PID was, in clock ticks since boot
 	Queues    int    `json:"queues"`
@@ -61,8 +65,13 @@ func checkStateDir() error {
 	return nil
 }
 
-// stateSize is more than two paths and some numbers can take, in bytes.
-const stateSize = 64 << 10
+const (
+	// stateSize is more than two paths and some numbers can take, in bytes.
+	stateSize = 64 << 10
+	// stateRoom is what is reserved for a state in any case, in bytes: the next one
+	// may be longer, for a number that has one digit more.
+	stateRoom = 8 << 10
+)
 
 func statePath(id int, ext string) string {
 	return filepath.Join(stateDir, strconv.Itoa(id)+ext)
@@ -72,9 +81,6 @@ func statePath(id int, ext string) string {
 // with the first that neither we nor the driver use.
 func reserve(d *device) error {
 	if err := os.MkdirAll(stateDir, 0o700); err != nil {
-		return err
-	}
-	if err := d.refuseShared(); err != nil {
 		return err
 	}
 	if d.ID >= 0 {
@@ -99,7 +105,8 @@ func reserve(d *device) error {
 }
 
 // refuseShared refuses a pmem or backing device that belongs to another
-// device, also to one whose server is dead and holds no lock any more.
+// device, also to one whose server is dead and holds no lock any more. It is for
+// those who see all that is mounted: names may lead to one file on several ways.
 func (d *device) refuseShared() error {
 	others, err := readStates()
 	if err != nil {
@@ -146,8 +153,12 @@ func (d *device) create() (ok bool, err error) {
 	}
 	defer f.Close()
 	d.servedByUs()
-	if err := json.NewEncoder(f).Encode(d); err != nil {
+	data, err := d.encode()
+	if err != nil {
 		return false, err
+	}
+	if _, err := f.Write(data); err != nil {
+		return false, fmt.Errorf("make %s: %w", statePath(d.ID, ".json"), err)
 	}
 	err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), unix.AT_FDCWD, statePath(d.ID, ".json"), unix.AT_SYMLINK_FOLLOW)
 	if errors.Is(err, fs.ErrExist) {
@@ -156,20 +167,60 @@ func (d *device) create() (ok bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("make %s: %w", statePath(d.ID, ".json"), err)
 	}
+	if err := d.stage(); err != nil {
+		return false, errors.Join(err, d.remove())
+	}
 	return true, nil
+}
+
+// encode fills what is reserved for a state with spaces.
+func (d *device) encode() ([]byte, error) {
+	data, err := json.Marshal(d)
+	if err != nil {
+		return nil, err
+	}
+	return append(data, bytes.Repeat([]byte(" "), max(0, stateRoom-len(data)))...), nil
 }
 
 // save replaces the file of d, whole or not at all.
 func (d *device) save() error {
-	data, err := json.Marshal(d)
+	if err := d.stage(); err != nil {
+		return fmt.Errorf("write %s: %w", statePath(d.ID, ".new"), err)
+	}
+	return d.publish()
+}
+
+// stage writes the state that publish is to publish. Room for it is needed the
+// first time only.
+func (d *device) stage() error {
+	data, err := d.encode()
 	if err != nil {
 		return err
 	}
-	tmp := statePath(d.ID, ".new")
-	if err := os.WriteFile(tmp, data, 0o600); err != nil {
+	// Not truncated first: the pages that the file has are the room.
+	f, err := os.OpenFile(statePath(d.ID, ".new"), os.O_CREATE|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
 		return err
 	}
-	return os.Rename(tmp, statePath(d.ID, ".json"))
+	defer f.Close()
+	if _, err := f.WriteAt(data, 0); err != nil {
+		return err
+	}
+	return f.Truncate(int64(len(data)))
+}
+
+// publish replaces the state file by what was staged. The old one is the room for
+// the next.
+func (d *device) publish() error {
+	from, to := statePath(d.ID, ".new"), statePath(d.ID, ".json")
+	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_EXCHANGE)
+	if errors.Is(err, fs.ErrNotExist) { // somebody has taken the old one away
+		err = os.Rename(from, to)
+	}
+	if err != nil {
+		return fmt.Errorf("replace %s: %w", to, err)
+	}
+	return nil
 }
 
 // remove takes away everything of a device that is gone.
@@ -216,19 +267,32 @@ func startOf(pid int) uint64 {
 // good, the error wraps errDamaged.
 func readState(id int) (*device, error) {
 	path := statePath(id, ".json")
-	data, err := readRegular(path)
+	d, err := decodeState(path, id)
+	if err != nil {
+		// It may have been replaced while it was read, and then written to as the
+		// room for the next one.
+		d, err = decodeState(path, id)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("no device %d (see 'ublk-pcache list')", id)
 	}
-	d := &device{}
-	if err == nil {
-		err = json.Unmarshal(data, d)
-	}
-	if err == nil && !d.plausible(id) {
-		err = errors.New("it does not describe this device")
-	}
 	if err != nil {
 		return nil, fmt.Errorf("state file %s %w: %w (remove the device with 'ublk-pcache del %d', dirty data stays in its cache, and add it again)", path, errDamaged, err, id)
+	}
+	return d, nil
+}
+
+func decodeState(path string, id int) (*device, error) {
+	data, err := readRegular(path)
+	if err != nil {
+		return nil, err
+	}
+	d := &device{}
+	if err := json.Unmarshal(data, d); err != nil {
+		return nil, err
+	}
+	if !d.plausible(id) {
+		return nil, errors.New("it does not describe this device")
 	}
 	return d, nil
 }

@@ -235,3 +235,43 @@ func TestStateDirOfOthers(t *testing.T) {
 		})
 	}
 }
+
+// TestSaveNeedsNoRoom: once a device has its state file, it can be replaced in a
+// folder that takes nothing more.
+func TestSaveNeedsNoRoom(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting takes root")
+	}
+	ownStateDir(t)
+	if err := syscall.Mount("none", stateDir, "tmpfs", 0, "size=64k,nr_inodes=8,mode=700"); err != nil {
+		t.Skipf("no tmpfs can be mounted here: %v", err)
+	}
+	t.Cleanup(func() { syscall.Unmount(stateDir, syscall.MNT_DETACH) })
+	d := someDevice(5)
+	if ok, err := d.create(); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	var full error
+	for i := 0; full == nil; i++ {
+		full = os.WriteFile(filepath.Join(stateDir, fmt.Sprint("fill", i)), make([]byte, 64<<10), 0o600)
+	}
+	if err := os.WriteFile(filepath.Join(stateDir, "more"), make([]byte, 4096), 0o600); err == nil {
+		t.Fatal("the folder is not full")
+	}
+	for i := range 3 {
+		d.PID = 1_000_000 + i
+		if err := d.save(); err != nil {
+			t.Fatalf("save %d in a full folder: %v", i, err)
+		}
+		if got, err := readState(5); err != nil || got.PID != d.PID {
+			t.Fatalf("saved process %d, read %+v, %v", d.PID, got, err)
+		}
+	}
+	if _, err := someDevice(6).create(); err == nil {
+		t.Error("a second device was made in a full folder")
+	}
+	left, err := filepath.Glob(filepath.Join(stateDir, "6.*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("what could not be made has left %v (%v)", left, err)
+	}
+}

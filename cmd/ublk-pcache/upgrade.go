@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -34,7 +35,7 @@ import (
 //	queues end, device released
 //	the log's last head ───────────────▶  replays the rest, takes the device
 //	                    ◀──────── live    requests go on
-//	                    ◀─────── ready    state file and socket are the new one's
+//	                    ◀─────── ready    the state file is the new one's, and it serves the socket
 //	answers the command, ends
 //
 // Up to "queues end" whatever goes wrong with the new server, its death
@@ -51,6 +52,7 @@ const (
 	gateFD = readyFD + 1 + iota
 	inheritedPmemFD
 	inheritedDiskFD
+	inheritedSocketFD // with Upgrade.Socket
 )
 
 // What a new server says on readyFD, a line each, before readyPrefix.
@@ -140,6 +142,9 @@ func (s *server) upgrade() (reply, error) {
 		s.removal.Unlock()
 		return reply{}, fmt.Errorf("device %d: the new server did not get ready, the old one goes on: %w", s.dev.ID, err)
 	}
+	if s.socket != nil {
+		s.socket.Close() // the new server has it, too, and takes what waits there
+	}
 	began := time.Now()
 	s.ublk.LetGo()
 	last, err := s.cache.Retire()
@@ -150,13 +155,15 @@ func (s *server) upgrade() (reply, error) {
 		err = n.expect(live)
 	}
 	pause := time.Since(began)
-	if err == nil {
-		err = n.expect(readyPrefix + s.dev.Device)
-	}
 	if err != nil {
 		n.kill()
 		s.log.Error("the new server has failed, the device waits (ublk-pcache recover continues)", zap.Error(err))
 		return reply{}, fmt.Errorf("%w: %w (device %d waits: ublk-pcache recover %d)", errRetired, err, s.dev.ID, s.dev.ID)
+	}
+	// The device is the new server's now, whatever becomes of what it has to say yet.
+	if err := n.expect(readyPrefix + s.dev.Device); err != nil {
+		s.log.Error("the new server serves, but has not said that it is ready", zap.Error(err))
+		return reply{}, fmt.Errorf("%w after it had taken over: %w (see 'ublk-pcache list'; if it is dead: ublk-pcache recover %d)", errRetired, err, s.dev.ID)
 	}
 	s.log.Info("replaced", zap.Int("by", n.cmd.Process.Pid), zap.Duration("pause", pause))
 	return reply{Upgrade: &upgraded{PID: n.cmd.Process.Pid, Pause: pause}}, nil
@@ -178,7 +185,7 @@ func (s *server) startNext(head engine.Head) (*next, error) {
 	if err != nil {
 		return n, err
 	}
-	config, err := json.Marshal(serveOptions{Device: s.dev, Upgrade: &head, Foreground: s.foreground})
+	config, err := json.Marshal(serveOptions{Device: s.dev, Upgrade: &head, Foreground: s.foreground, Socket: s.socket != nil})
 	if err != nil {
 		return n, err
 	}
@@ -198,8 +205,17 @@ func (s *server) startNext(head engine.Head) (*next, error) {
 	}
 	defer heard.Close()
 	cmd := exec.Command(self, "serve", string(config))
+	cmd.Dir, cmd.Env = "/", serverEnv()
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.ExtraFiles = []*os.File{told, heard, s.region.File(), disk}
+	if s.socket != nil {
+		socket, err := s.socket.File()
+		if err != nil {
+			return n, err
+		}
+		defer socket.Close()
+		cmd.ExtraFiles = append(cmd.ExtraFiles, socket)
+	}
 	if err := cmd.Start(); err != nil {
 		return n, err
 	}
@@ -238,7 +254,8 @@ func (n *next) kill() {
 
 // succeed makes this process the server that follows the one that started it,
 // and says on tell how far it is. A process that fails here has nothing to take
-// back: its end is enough.
+// back: its end is enough. What may want for room it makes before it says that it
+// is prepared.
 func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 	s := unstarted(o)
 	if err := s.openLog(o.Foreground); err != nil {
@@ -253,12 +270,19 @@ func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 	if s.region, err = pmem.Inherit(inherited(inheritedPmemFD, s.dev.PMEM)); err != nil {
 		return nil, err
 	}
+	if err := s.inheritSocket(o.Socket); err != nil {
+		return nil, err
+	}
 	follower, err := engine.Follow(s.region, disk{s.disk}, s.engineOptions(), *o.Upgrade)
 	if err != nil {
 		return nil, fmt.Errorf("cache %s: %w", s.dev.PMEM, err)
 	}
 	device, err := ublk.Prepare(s.dev.ID, s.fatal)
 	if err != nil {
+		return nil, err
+	}
+	s.dev.servedByUs()
+	if err := s.dev.stage(); err != nil {
 		return nil, err
 	}
 	fmt.Fprintln(tell, prepared)
@@ -273,13 +297,36 @@ func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 		return nil, err
 	}
 	fmt.Fprintln(tell, live)
-	if err := s.announce(); err != nil {
-		return nil, err
+	// From here on nothing may fail: the device is ours.
+	if err := s.dev.publish(); err != nil {
+		s.log.Error("others do not hear of the new server", zap.Error(err))
 	}
+	if s.socket == nil {
+		s.listen(true)
+	}
+	s.accept()
 	// While the old server, which systemd knows, is there: its end must not be
 	// taken for the service's. And from here, since a message whose sender has
 	// gone belongs to nobody.
 	daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", os.Getpid()))
 	s.log.Info("serving, in place of another server", zap.Any("device", s.dev))
 	return s, nil
+}
+
+// inheritSocket takes over the control socket. Where it was not handed over, as by
+// an older program, which still listens, a new one takes its place when the server
+// is live.
+func (s *server) inheritSocket(handed bool) error {
+	if !handed {
+		return nil
+	}
+	f := inherited(inheritedSocketFD, "socket")
+	defer f.Close()
+	l, err := net.FileListener(f)
+	if err != nil {
+		return fmt.Errorf("take over the control socket: %w", err)
+	}
+	s.socket = l.(*net.UnixListener)
+	s.socket.SetUnlinkOnClose(false)
+	return nil
 }

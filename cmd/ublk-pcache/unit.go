@@ -1,0 +1,240 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"os"
+	"os/signal"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/dbus"
+	"github.com/coreos/go-systemd/v22/unit"
+	"github.com/coreos/go-systemd/v22/util"
+	godbus "github.com/godbus/dbus/v5"
+	"github.com/google/uuid"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"ublk-pcache/ublk"
+)
+
+// A process that was started from a login belongs to that login: systemd kills it
+// at logout where KillUserProcesses is set, and freezes it with the user's slice
+// before the machine sleeps, under everybody's mounts. So where systemd runs, a
+// server of add or recover gets a unit of its own, in the system's slice. That
+// also starts it again when it dies: the unit's command begins a device once, for
+// the add that waits for it, and after that continues the one that the unit has.
+//
+// The add waits on a socket in the abstract namespace, since no descriptor can be
+// handed to a unit. The first to call there as root is answered for.
+
+// exitRefused is the exit status of a server that was refused, or had nothing to
+// continue: systemd does not start it again. EX_CONFIG of sysexits.h.
+const exitRefused = 78
+
+// unitsUsable reports whether systemd runs here and sees the same files as we do.
+func unitsUsable() bool {
+	if !util.IsRunningSystemd() {
+		return false
+	}
+	for _, ns := range []string{"mnt", "pid"} {
+		ours, err1 := os.Readlink("/proc/self/ns/" + ns)
+		its, err2 := os.Readlink("/proc/1/ns/" + ns)
+		if err1 != nil || err2 != nil || ours != its {
+			return false
+		}
+	}
+	return true
+}
+
+// unitOf names the unit of a server by its pmem, of which each has its own.
+func unitOf(pmem string) string {
+	return "ublk-pcache-" + unit.UnitNamePathEscape(pmem) + ".service"
+}
+
+// spawnUnit starts a server in a unit and returns its answer.
+func spawnUnit(self string, o serveOptions) (answer string, err error) {
+	interrupted, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM, unix.SIGHUP)
+	defer stop()
+	systemd, err := dbus.NewSystemdConnectionContext(interrupted)
+	if err != nil {
+		return "", fmt.Errorf("reach systemd: %w", err)
+	}
+	defer systemd.Close()
+	o.Device.Unit, o.Answer = unitOf(o.PMEM.Path), "@ublk-pcache-"+uuid.NewString()
+	caller, err := net.ListenUnix("unix", &net.UnixAddr{Name: o.Answer, Net: "unix"})
+	if err != nil {
+		return "", fmt.Errorf("listen for the server: %w", err)
+	}
+	defer caller.Close()
+	config, err := json.Marshal(o)
+	if err != nil {
+		return "", err
+	}
+	ended := make(chan string, 1)
+	if _, err := systemd.StartTransientUnitContext(interrupted, o.Device.Unit, "fail", unitProperties(o, []string{self, "unit", string(config)}), ended); err != nil {
+		return "", fmt.Errorf("start %s: %w (see 'systemctl status %s')", o.Device.Unit, err, o.Device.Unit)
+	}
+	type said struct {
+		text []byte
+		err  error
+	}
+	heard := make(chan said, 1)
+	go func() {
+		text, err := hear(caller)
+		heard <- said{text, err}
+	}()
+	select {
+	case s := <-heard:
+		if s.err != nil {
+			return "", fmt.Errorf("wait for %s: %w", o.Device.Unit, s.err)
+		}
+		if len(s.text) == 0 {
+			return "", fmt.Errorf("the server died before it was ready (see 'journalctl -u %s')", o.Device.Unit)
+		}
+		return string(s.text), nil
+	case result := <-ended:
+		// Done and failed both come after what the server said, if it said anything.
+		select {
+		case s := <-heard:
+			if len(s.text) > 0 {
+				return string(s.text), nil
+			}
+		case <-time.After(lettingGo):
+		}
+		return "", fmt.Errorf("%s did not start: %s (see 'journalctl -u %s')", o.Device.Unit, result, o.Device.Unit)
+	case <-interrupted.Done():
+		return "", takeBackUnit(systemd, o)
+	}
+}
+
+// hear returns what the server says, up to its end.
+func hear(caller *net.UnixListener) ([]byte, error) {
+	for {
+		conn, err := caller.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		defer conn.Close()
+		if refuseStranger(conn) == nil {
+			return io.ReadAll(conn)
+		}
+	}
+}
+
+// takeBackUnit is takeBack for a server in a unit.
+func takeBackUnit(systemd *dbus.Conn, o serveOptions) error {
+	if err := systemd.KillUnitWithTarget(context.Background(), o.Device.Unit, dbus.All, int32(unix.SIGKILL)); err != nil {
+		return fmt.Errorf("interrupted, but %s cannot be ended: %w", o.Device.Unit, err)
+	}
+	stopped := make(chan string, 1)
+	if _, err := systemd.StopUnitContext(context.Background(), o.Device.Unit, "replace", stopped); err == nil {
+		if _, ok := inTime(func() error { <-stopped; return nil }); !ok {
+			return fmt.Errorf("interrupted: %s waits for its disk or its memory, and ends when that answers (see 'ublk-pcache list' then)", o.Device.Unit)
+		}
+	}
+	return takenBack(o, func(d *device) bool { return d.Unit == o.Device.Unit })
+}
+
+// unitProperties are those of systemd/ublk-pcache@.service, which says why.
+func unitProperties(o serveOptions, command []string) []dbus.Property {
+	property := func(name string, value any) dbus.Property {
+		return dbus.Property{Name: name, Value: godbus.MakeVariant(value)}
+	}
+	type statuses struct{ Exit, Signal []int32 }
+	pmem, _ := splitSpec(o.Device.PMEM)
+	return []dbus.Property{
+		dbus.PropExecStart(command, false),
+		dbus.PropDescription(fmt.Sprintf("Persistent-memory cache on %s for %s", pmem, o.Device.Backing)),
+		dbus.PropSlice("system.slice"),
+		dbus.PropType("notify"),
+		property("NotifyAccess", "all"),
+		property("DefaultDependencies", false),
+		dbus.PropBefore("local-fs-pre.target", "shutdown.target"),
+		dbus.PropConflicts("shutdown.target"),
+		property("CollectMode", "inactive-or-failed"),
+		property("TimeoutStartUSec", uint64(math.MaxUint64)), // whoever waits for it can break it off
+		property("Restart", "always"),
+		property("RestartPreventExitStatus", statuses{Exit: []int32{0, exitRefused}, Signal: []int32{}}),
+		property("RestartUSec", uint64((100 * time.Millisecond).Microseconds())),
+		property("StartLimitIntervalUSec", uint64(time.Minute.Microseconds())),
+		property("StartLimitBurst", uint32(20)),
+		property("KillMode", "mixed"),
+		property("SendSIGKILL", false),
+		property("TimeoutStopUSec", uint64((90 * time.Second).Microseconds())),
+		property("OOMScoreAdjust", int32(-1000)),
+		property("LimitMEMLOCK", uint64(math.MaxUint64)),
+		property("LimitNOFILE", uint64(mostFiles)),
+		property("PrivateMounts", true),
+	}
+}
+
+// newUnitCmd is what a unit of spawnUnit runs, each time that it is started.
+func newUnitCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:    "unit CONFIG",
+		Hidden: true,
+		Args:   cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			var o serveOptions
+			if err := json.Unmarshal([]byte(args[0]), &o); err != nil {
+				return err
+			}
+			o.Foreground = true
+			if conn, err := net.Dial("unix", o.Answer); err == nil {
+				return begin(o, conn.(*net.UnixConn))
+			}
+			err := goOn(o.Device.Unit)
+			if errors.Is(err, errNothingWaits) {
+				fmt.Fprintln(os.Stderr, "ublk-pcache:", err)
+				os.Exit(exitRefused)
+			}
+			return err
+		},
+	}
+}
+
+// begin becomes the server that the caller at the other end of conn waits for.
+func begin(o serveOptions, conn *net.UnixConn) error {
+	f, err := conn.File()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFD, 0); err != nil { // inherited, not closed
+		return fmt.Errorf("keep the connection to the caller: %w", err)
+	}
+	o.AnswerFD = int(f.Fd())
+	return launch(o)
+}
+
+var errNothingWaits = errors.New("no device waits for a server")
+
+// goOn becomes the server that continues the device of a unit whose server died.
+func goOn(unit string) error {
+	devices, err := readStates()
+	if err != nil {
+		return err
+	}
+	for _, d := range devices {
+		if d.Unit != unit || d.damage != nil || d.alive() {
+			continue
+		}
+		info, err := ublk.Lookup(d.ID)
+		if err != nil {
+			return err
+		}
+		if info.State == ublk.Dead {
+			return fmt.Errorf("device %d has lost its disk, nothing can be continued (remove what is left: ublk-pcache del %d)", d.ID, d.ID)
+		}
+		o := recovery(d, info)
+		o.Foreground, o.Device.Unit = true, unit
+		return launch(o)
+	}
+	return fmt.Errorf("%w of %s", errNothingWaits, unit)
+}
