@@ -10,8 +10,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"runtime"
-	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -200,33 +198,7 @@ func isolate(keep ...string) error {
 	if err := unix.Mount("none", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fmt.Errorf("leave the mount namespace: %w", err)
 	}
-	return unmountAllBut(append(keep, "/dev", "/proc", stateDir, "/sys"))
-}
-
-// unmountAllBut detaches every mount of the calling thread's namespace that is
-// on the way to none of the paths.
-func unmountAllBut(keep []string) error {
-	info, err := os.ReadFile("/proc/thread-self/mountinfo")
-	if err != nil {
-		return fmt.Errorf("list mounts: %w", err)
-	}
-	lines := strings.Split(strings.TrimSpace(string(info)), "\n")
-	// Later mounts may cover earlier ones.
-	for _, line := range slices.Backward(lines) {
-		// Field 5 is the mount point, with \040 and the like for special bytes
-		// (fs/proc_namespace.c, show_mountinfo).
-		point, err := strconv.Unquote(`"` + strings.Fields(line)[4] + `"`)
-		if err != nil {
-			return fmt.Errorf("list mounts: %q: %w", line, err)
-		}
-		below := strings.TrimSuffix(point, "/") + "/"
-		if slices.ContainsFunc(keep, func(path string) bool { return strings.HasPrefix(path+"/", below) }) {
-			continue
-		}
-		if err := unix.Unmount(point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL {
-			return fmt.Errorf("unmount %s in the server's namespace: %w", point, err)
-		}
-	}
+	unmountAllBut(neededPaths(keep...))
 	return nil
 }
 

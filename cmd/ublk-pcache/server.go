@@ -103,6 +103,7 @@ func start(o serveOptions) (_ *server, err error) {
 	if err := s.openLog(o.Foreground); err != nil {
 		return nil, err
 	}
+	s.reportMounts()
 	if err := protect(s.dev.Queues); err != nil {
 		return nil, err
 	}

@@ -261,6 +261,7 @@ func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 	if err := s.openLog(o.Foreground); err != nil {
 		return nil, err
 	}
+	s.reportMounts()
 	if err := protect(s.dev.Queues); err != nil {
 		return nil, err
 	}
