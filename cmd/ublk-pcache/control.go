@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
@@ -61,45 +62,11 @@ const (
 	acceptPause = 100 * time.Millisecond
 )
 
-// ask sends a command to the server of a device and returns its answer.
-func ask(id int, cmd command) (*reply, error) {
-	conn, err := net.Dial("unix", statePath(id, ".sock"))
-	if err != nil {
-		return nil, silence(id, err)
-	}
-	defer conn.Close()
-	// A server that refuses does not wait for the command, so an error here is
-	// not the end of it.
-	sent := json.NewEncoder(conn).Encode(cmd)
-	var r reply
-	if err := json.NewDecoder(conn).Decode(&r); err != nil {
-		return nil, fmt.Errorf("the server of device %d died before it answered: %w", id, errors.Join(sent, err))
-	}
-	if r.Error != "" {
-		return nil, errors.New(r.Error)
-	}
-	return &r, nil
-}
-
-// silence says why a server cannot be reached.
-func silence(id int, err error) error {
-	d, broken := readState(id)
-	switch {
-	case broken != nil:
-		return broken
-	case d.alive():
-		return fmt.Errorf("the server of device %d (pid %d) does not answer: %w", id, d.PID, err)
-	}
-	return fmt.Errorf("the server of device %d is dead: bring it back with 'ublk-pcache recover %d', or remove the device with 'ublk-pcache del %d'", id, id, id)
-}
-
-// listen opens the control socket, which accept then serves. It is root's from
-// the beginning: see main for the umask. A device that is continued does without
-// one for a while if the folder is full.
+// listen opens the control socket, which accept then serves. A device that is
+// continued does without one for a while if the folder is full.
 func (s *server) listen(recover bool) (err error) {
-	path := statePath(s.dev.ID, ".sock")
-	os.Remove(path)
-	s.socket, err = net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	os.Remove(statePath(s.dev.ID, ".sock")) // its place is needed where there is no more
+	s.socket, err = openSocket(s.dev.ID)
 	if err != nil {
 		s.socket = nil
 		if !recover {
@@ -143,6 +110,19 @@ func (s *server) closeSocket() error {
 	return s.socket.Close()
 }
 
+// openSocket makes the socket of a device. It is root's from the beginning: see
+// main for the umask. And it is made under another name, so that where one server
+// follows another there is no moment without a socket.
+func openSocket(id int) (*net.UnixListener, error) {
+	made := statePath(id, ".sock.new")
+	os.Remove(made)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: made, Net: "unix"})
+	if err == nil {
+		err = os.Rename(made, statePath(id, ".sock"))
+	}
+	return l, err
+}
+
 // receive lets a client in that may come, if there is a place for it.
 func (s *server) receive(conn *net.UnixConn) {
 	if err := refuseStranger(conn); err != nil {
@@ -169,21 +149,26 @@ func (s *server) receive(conn *net.UnixConn) {
 // refuseStranger refuses a client that is not root. The folder and the socket's
 // mode keep them out already, unless somebody has changed those.
 func refuseStranger(conn *net.UnixConn) error {
-	raw, err := conn.SyscallConn()
+	peer, err := peerOf(conn)
 	if err != nil {
-		return err
-	}
-	var peer *unix.Ucred
-	controlled := raw.Control(func(fd uintptr) {
-		peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	})
-	if err := errors.Join(controlled, err); err != nil {
 		return fmt.Errorf("ask who is calling: %w", err)
 	}
 	if peer.Uid != 0 {
 		return fmt.Errorf("only root may give commands, not user %d", peer.Uid)
 	}
 	return nil
+}
+
+// peerOf tells who is at the other end of a connection.
+func peerOf(conn *net.UnixConn) (peer *unix.Ucred, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	controlled := raw.Control(func(fd uintptr) {
+		peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
+	return peer, errors.Join(controlled, err)
 }
 
 // converse serves one client. The context that obey gets ends when the client
@@ -195,6 +180,12 @@ func converse(conn net.Conn, obey func(context.Context, command) (reply, error))
 		answer(conn, reply{}, err)
 		return reply{}, err
 	}
+	if hungUp(conn) {
+		// Whoever has been told that nobody answers must not find later that the
+		// command was carried out.
+		conn.Close()
+		return reply{}, errHungUp
+	}
 	conn.SetReadDeadline(time.Time{})
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -205,6 +196,28 @@ func converse(conn net.Conn, obey func(context.Context, command) (reply, error))
 	r, err := obey(ctx, cmd)
 	answer(conn, r, err)
 	return r, err
+}
+
+// errHungUp: nobody waits for an answer any more.
+var errHungUp = errors.New("the client has gone")
+
+// hungUp reports whether a client has gone. One that has only said that this was
+// all has not.
+func hungUp(conn net.Conn) (gone bool) {
+	c, ok := conn.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return true
+	}
+	controlled := raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd)}} // POLLHUP is always told
+		n, _ := unix.Poll(p, 0)
+		gone = n > 0 && p[0].Revents&unix.POLLHUP != 0
+	})
+	return gone || controlled != nil
 }
 
 // readCommand reads a command and nothing else.
