@@ -93,7 +93,7 @@ func TestStart(t *testing.T) {
 	}
 	info, err := Lookup(r.ID())
 	want := Info{ID: r.ID(), State: Live, PID: os.Getpid(), Path: r.Path(), Queues: 2, Depth: 32,
-		MaxIO: MaxIO, Size: ramSize, BlockSize: 512}
+		MaxIO: MaxIO, Size: ramSize}
 	if err != nil || info != want {
 		t.Errorf("Lookup: %+v, %v", info, err)
 	}

@@ -39,15 +39,14 @@ func (s State) String() string {
 
 // Info is what the driver tells about a device, whoever serves it.
 type Info struct {
-	ID        int
-	State     State
-	PID       int    // of the server, 0 if there is none
-	Path      string // of the disk, which exists unless State is Dead
-	Queues    int
-	Depth     int
-	MaxIO     int   // bytes
-	Size      int64 // bytes
-	BlockSize int   // logical, bytes
+	ID     int
+	State  State
+	PID    int    // of the server, 0 if there is none
+	Path   string // of the disk, which exists unless State is Dead
+	Queues int
+	Depth  int
+	MaxIO  int   // bytes
+	Size   int64 // bytes, 0 without a disk
 }
 
 // Lookup tells about one device. It wraps ErrNoDevice if there is none.
@@ -93,27 +92,36 @@ func List() ([]Info, error) {
 	return all, nil
 }
 
+// lookup does not read the parameters, which the driver keeps behind a lock that
+// START_DEV and STOP_DEV hold while they wait for the server (drivers/block/
+// ublk_drv.c, ublk_ctrl_get_params): whoever looks at a device must not wait for
+// one that does not answer.
 func (c *control) lookup(id uint32) (Info, error) {
 	info, err := c.info(id)
 	if err != nil {
 		return Info{}, err
 	}
-	p, err := c.params(id)
-	if err != nil {
-		return Info{}, err
-	}
 	return Info{
-		ID:        int(info.devID),
-		State:     State(info.state),
-		PID:       max(0, int(info.ublksrvPID)),
-		Path:      diskPath(info.devID),
-		Queues:    int(info.nrHwQueues),
-		Depth:     int(info.queueDepth),
-		MaxIO:     int(info.maxIOBufBytes),
-		Size:      int64(p.devSectors) << sectorShift,
-		BlockSize: 1 << p.logicalBSShift,
+		ID:     int(info.devID),
+		State:  State(info.state),
+		PID:    max(0, int(info.ublksrvPID)),
+		Path:   diskPath(info.devID),
+		Queues: int(info.nrHwQueues),
+		Depth:  int(info.queueDepth),
+		MaxIO:  int(info.maxIOBufBytes),
+		Size:   sectors(info.devID) << sectorShift,
 	}, nil
 }
+
+// sectors is the size of a disk, 0 if there is none.
+func sectors(id uint32) int64 {
+	text, _ := os.ReadFile(filepath.Join(sysBlock(id), "size"))
+	n, _ := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	return n
+}
+
+// sysBlock is where the kernel describes a disk.
+func sysBlock(id uint32) string { return "/sys/block/" + filepath.Base(diskPath(id)) }
 
 // Remove stops and deletes a device that this process does not serve, normally
 // one whose server has died; requests that wait for a server then fail. For
