@@ -136,9 +136,9 @@ func (s *server) receive(conn *net.UnixConn) {
 			<-s.clients
 			switch {
 			case r.Upgrade != nil:
-				os.Exit(0)
+				s.exit(0)
 			case errors.Is(err, errRetired):
-				os.Exit(1) // systemd starts another
+				s.exit(1) // systemd starts another
 			}
 		}()
 	default:

@@ -13,7 +13,6 @@ import (
 
 	"github.com/google/uuid"
 	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
 	"golang.org/x/sys/unix"
 
 	"ublk-pcache/backing"
@@ -80,7 +79,9 @@ func unstarted(o serveOptions) *server {
 	// From the beginning: a server that has taken a device over is not to die of
 	// one.
 	signal.Notify(s.signals, os.Interrupt, syscall.SIGTERM)
-	signal.Ignore(syscall.SIGHUP)
+	// Neither of the terminal that it was started from, nor of whoever reads what
+	// it prints.
+	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
 	return s
 }
 
@@ -100,9 +101,8 @@ func start(o serveOptions) (_ *server, err error) {
 		}
 		defer closeOnError(&err, s.dev.remove)
 	}
-	if err := s.openLog(o.Foreground); err != nil {
-		return nil, err
-	}
+	s.openLog(o.Foreground)
+	defer closeOnError(&err, s.log.Sync)
 	s.reportMounts()
 	if err := protect(s.dev.Queues); err != nil {
 		return nil, err
@@ -216,7 +216,7 @@ func (s *server) handler(q *ublk.Queue) ublk.Handler {
 // server.
 func (s *server) fatal(err error) {
 	s.log.Error("a queue has failed, the server ends (ublk-pcache recover continues)", zap.Error(err))
-	os.Exit(1)
+	s.exit(1)
 }
 
 // endStep is how often a server that was told to end looks whether the device is
@@ -235,6 +235,7 @@ func (s *server) wait() {
 			for range maxClients {
 				s.clients <- struct{}{}
 			}
+			s.log.Sync()
 			return
 		case <-s.signals:
 		case <-again:
@@ -310,6 +311,7 @@ func (s *server) remove(force bool) (left []string, err error) {
 	}
 	err = errors.Join(err, closed)
 	s.log.Info("removed", zap.Int64("dirty_bytes", dirtyBytes(s.cache.Status())), zap.Strings("left", left), zap.Error(err))
+	s.log.Sync() // which may make the file
 	s.dev.remove()
 	return left, err
 }
@@ -342,31 +344,6 @@ func (s *server) status() *engine.Status {
 		st.Error = fmt.Sprintf("backing device %s has not answered for %v", s.dev.Backing, waiting.Round(time.Second))
 	}
 	return &st
-}
-
-// openLog sets up the server's log: a console for a person in front of it, else
-// JSON in a file that is not on any disk. That file is standard error, so that
-// the last words of a dying runtime are there as well.
-func (s *server) openLog(foreground bool) (err error) {
-	config := zap.NewProductionConfig()
-	config.Sampling = nil
-	config.EncoderConfig.TimeKey = "time"
-	config.EncoderConfig.EncodeTime = zapcore.ISO8601TimeEncoder
-	config.OutputPaths = []string{"stderr"}
-	if foreground {
-		config.Encoding = "console"
-	} else {
-		f, err := os.OpenFile(statePath(s.dev.ID, ".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		if err := unix.Dup3(int(f.Fd()), unix.Stderr, 0); err != nil {
-			return fmt.Errorf("log to %s: %w", f.Name(), err)
-		}
-	}
-	s.log, err = config.Build()
-	return err
 }
 
 // logger is the log as the engine sees it.

@@ -225,7 +225,7 @@ func (d *device) publish() error {
 
 // remove takes away everything of a device that is gone.
 func (d *device) remove() error {
-	for _, ext := range []string{".sock", ".sock.new", ".log", ".new"} {
+	for _, ext := range []string{".sock", ".sock.new", ".log", ".log.1", ".new"} {
 		os.Remove(statePath(d.ID, ext))
 	}
 	if err := os.Remove(statePath(d.ID, ".json")); !errors.Is(err, fs.ErrNotExist) {

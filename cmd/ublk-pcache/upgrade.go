@@ -258,9 +258,8 @@ func (n *next) kill() {
 // is prepared.
 func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 	s := unstarted(o)
-	if err := s.openLog(o.Foreground); err != nil {
-		return nil, err
-	}
+	s.openLog(o.Foreground)
+	defer closeOnError(&err, s.log.Sync)
 	s.reportMounts()
 	if err := protect(s.dev.Queues); err != nil {
 		return nil, err

@@ -1,0 +1,219 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"golang.org/x/sys/unix"
+)
+
+// A server's log goes to standard error, so that the last words of a dying
+// runtime are there as well: a person or systemd in the foreground, and else a
+// file that is not on any disk.
+//
+// Whoever reads it must not matter to the server. A reader may stand still, or be
+// gone; the folder may be full. So a line is only put into a buffer, from where
+// somebody takes it who may be blocked, and what does not fit is counted. And
+// what happens again and again, as with a disk that fails, must matter neither:
+// each message is written ten times a minute, and the file has a size.
+
+const (
+	// logSize is what the file may grow to, in bytes: some thousand lines, with
+	// room for the trace that the runtime leaves. As much is kept of what was
+	// before.
+	logSize = 1 << 20
+	// logPending is how much may wait to be written: more than a start has to say.
+	logPending = 64 << 10
+	// logRepeats is how often a message is written within a minute.
+	logRepeats = 10
+	// lastWords is how long a server that ends waits for its last lines to be
+	// written. Requests wait for the next one meanwhile.
+	lastWords = 200 * time.Millisecond
+)
+
+// newLog makes a log that out takes.
+func newLog(out *logOutput, encoding func(zapcore.EncoderConfig) zapcore.Encoder) *zap.Logger {
+	config := zap.NewProductionEncoderConfig()
+	config.TimeKey = "time"
+	config.EncodeTime = zapcore.ISO8601TimeEncoder
+	out.encoder = encoding(config)
+	core := zapcore.NewSamplerWithOptions(zapcore.NewCore(out.encoder, out, zap.InfoLevel), time.Minute, logRepeats, 0,
+		zapcore.SamplerHook(func(_ zapcore.Entry, d zapcore.SamplingDecision) {
+			if d&zapcore.LogDropped != 0 {
+				out.leaveOut()
+			}
+		}))
+	return zap.New(core, zap.AddCaller(), zap.ErrorOutput(out))
+}
+
+// openLog sets up the server's log.
+func (s *server) openLog(foreground bool) {
+	if foreground {
+		s.log = newLog(&logOutput{write: func(p []byte) error { return writeAll(unix.Stderr, p) }}, zapcore.NewConsoleEncoder)
+		return
+	}
+	f := &logFile{path: statePath(s.dev.ID, ".log"), fd: unix.Stderr}
+	f.open() // or later
+	s.log = newLog(&logOutput{write: f.write}, zapcore.NewJSONEncoder)
+}
+
+// logOutput takes lines without ever waiting.
+type logOutput struct {
+	write   func([]byte) error // may wait
+	encoder zapcore.Encoder
+
+	mu struct {
+		sync.Mutex
+		pending []byte
+		lost    int           // lines, since that was last said
+		idle    chan struct{} // closed when nothing is pending any more, nil while that is so
+	}
+}
+
+// Write implements zapcore.WriteSyncer.
+func (o *logOutput) Write(line []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.mu.pending)+len(line) > logPending {
+		o.mu.lost++
+		return len(line), nil
+	}
+	o.mu.pending = append(o.mu.pending, line...)
+	if o.mu.idle == nil {
+		o.mu.idle = make(chan struct{})
+		go o.drain()
+	}
+	return len(line), nil
+}
+
+// leaveOut counts a line that is not written.
+func (o *logOutput) leaveOut() {
+	o.mu.Lock()
+	o.mu.lost++
+	o.mu.Unlock()
+}
+
+// drain writes what is pending, and first how much is not.
+func (o *logOutput) drain() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for len(o.mu.pending) > 0 {
+		lines, lost := o.mu.pending, o.mu.lost
+		o.mu.pending = nil
+		o.mu.Unlock()
+		text := lines
+		if lost > 0 {
+			text = append(o.gap(lost), lines...)
+		}
+		err := o.write(text)
+		o.mu.Lock()
+		if err == nil {
+			o.mu.lost -= lost
+		} else {
+			o.mu.lost += bytes.Count(lines, []byte("\n"))
+		}
+	}
+	close(o.mu.idle)
+	o.mu.idle = nil
+}
+
+// gap is the line for lines that are missing.
+func (o *logOutput) gap(lost int) []byte {
+	b, err := o.encoder.EncodeEntry(zapcore.Entry{Level: zap.WarnLevel, Time: time.Now(), Message: "messages are missing here: they repeat themselves, or could not be written"},
+		[]zapcore.Field{zap.Int("count", lost)})
+	if err != nil {
+		return nil
+	}
+	defer b.Free()
+	return bytes.Clone(b.Bytes())
+}
+
+// Sync implements zapcore.WriteSyncer: it waits until everything is written, or
+// not for ever.
+func (o *logOutput) Sync() error {
+	o.mu.Lock()
+	idle := o.mu.idle
+	o.mu.Unlock()
+	if idle == nil {
+		return nil
+	}
+	select {
+	case <-idle:
+		return nil
+	case <-time.After(lastWords):
+		return fmt.Errorf("the log takes longer than %v", lastWords)
+	}
+}
+
+// exit ends the server as it is. What it has said is to be read.
+func (s *server) exit(code int) {
+	s.log.Sync()
+	os.Exit(code)
+}
+
+// logFile is a log of bounded size that has a descriptor of its own, which others
+// write to, too: the runtime, and while one server follows another both.
+type logFile struct {
+	path string
+	fd   int
+	made bool
+}
+
+// open puts the file behind the descriptor.
+func (f *logFile) open() error {
+	fd, err := unix.Open(f.path, unix.O_CREAT|unix.O_APPEND|unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	err = unix.Dup3(fd, f.fd, 0)
+	f.made = err == nil
+	return err
+}
+
+// write writes lines to the file, or to a new one if it is full.
+func (f *logFile) write(p []byte) error {
+	if !f.made {
+		if err := f.open(); err != nil {
+			return err
+		}
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(f.fd, &st); err != nil {
+		return err
+	}
+	if st.Size+int64(len(p)) > logSize {
+		os.Rename(f.path, f.path+".1")
+		if f.open() != nil {
+			// Better no past than no bound.
+			if err := unix.Ftruncate(f.fd, 0); err != nil {
+				return err
+			}
+		}
+	}
+	return writeAll(f.fd, p)
+}
+
+// writeAll writes to a descriptor that may be anything, and not ours alone.
+func writeAll(fd int, p []byte) error {
+	for len(p) > 0 {
+		n, err := unix.Write(fd, p)
+		switch err {
+		case nil:
+			p = p[n:]
+		case unix.EINTR:
+		case unix.EAGAIN: // somebody has made it so
+			if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, -1); err != nil && err != unix.EINTR {
+				return err
+			}
+		default:
+			return err
+		}
+	}
+	return nil
+}
