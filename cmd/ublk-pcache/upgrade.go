@@ -15,6 +15,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"ublk-pcache/backing"
 	"ublk-pcache/engine"
@@ -303,6 +304,8 @@ func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 	}
 	if s.socket == nil {
 		s.listen(true)
+	} else {
+		s.listenAsUs()
 	}
 	s.accept()
 	// While the old server, which systemd knows, is there: its end must not be
@@ -329,4 +332,16 @@ func (s *server) inheritSocket(handed bool) error {
 	s.socket = l.(*net.UnixListener)
 	s.socket.SetUnlinkOnClose(false)
 	return nil
+}
+
+// listenAsUs makes those who connect see this process at the other end: it is the
+// last that has called listen (net/unix/af_unix.c, unix_listen, 7.3).
+func (s *server) listenAsUs() {
+	raw, err := s.socket.SyscallConn()
+	if err == nil {
+		err = errors.Join(raw.Control(func(fd uintptr) { err = unix.Listen(int(fd), unix.SOMAXCONN) }), err)
+	}
+	if err != nil {
+		s.log.Error("the control socket is still the old server's to those who ask", zap.Error(err))
+	}
 }
