@@ -27,8 +27,13 @@ func run(t *testing.T, name string, args ...string) string {
 // loopDevice makes a block device of testSize bytes.
 func loopDevice(t *testing.T, args ...string) string {
 	t.Helper()
+	return loopOn(t, tempFile(t, testSize), args...)
+}
+
+func loopOn(t *testing.T, file string, args ...string) string {
+	t.Helper()
 	exec.Command("modprobe", "loop").Run() // fails where it is built in
-	device := run(t, "losetup", append([]string{"--find", "--show", tempFile(t, testSize)}, args...)...)
+	device := run(t, "losetup", append([]string{"--find", "--show", file}, args...)...)
 	t.Cleanup(func() { run(t, "losetup", "--detach", device) })
 	return device
 }

@@ -4,9 +4,9 @@
 // there, see Reader, so a read somebody waits for is never queued behind
 // write-back.
 //
-// The device is opened exclusively and without the page cache: the cache in
-// front of it is persistent memory, a second one in DRAM would only make
-// flushes slow and errors late.
+// The device is opened exclusively and, where it can be, without the page cache:
+// the cache in front of it is persistent memory, a second one in DRAM would only
+// make flushes slow and errors late.
 package backing
 
 import (
@@ -18,7 +18,6 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-	"ublk-pcache/internal/uring"
 )
 
 // fileBlock is the block size of a plain file, as of the disks it stands for.
@@ -217,31 +216,30 @@ func (d *Device) openFile() error {
 	d.size = st.Size
 	d.blockSize = fileBlock
 	d.cheap = punches(d.fd, d.size)
-	if d.inherited {
-		return nil // the other process uses the same flags
-	}
-	return d.tryDirect()
+	return d.chooseDirect()
 }
 
-// tryDirect switches the file to O_DIRECT if it can do that in units of
-// fileBlock. Some file systems cannot at all, some only in larger units, and
-// not all say so; a read does.
-func (d *Device) tryDirect() error {
-	if d.size < 2*fileBlock {
-		return nil
+// chooseDirect switches the file to O_DIRECT if it can do that in units of
+// fileBlock, and otherwise away from it. Buffers lie on its multiples, too. A
+// larger unit never becomes the block size: a cache may hold writes of fileBlock
+// bytes for this file.
+//
+// Only the kernel knows (statx(2), STATX_DIOALIGN, since 6.1), and not on all
+// file systems. A read proves nothing: one of a hole does not reach the disk,
+// and one of data only the disk that it is on. So a file system that does not say
+// goes through the page cache, which takes every unit.
+//
+// An inherited descriptor has the flags that another version chose.
+func (d *Device) chooseDirect() error {
+	var st unix.Statx_t
+	fits := func(unit uint32) bool { return unit > 0 && fileBlock%unit == 0 }
+	if err := unix.Statx(d.fd, "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st); err == nil &&
+		st.Mask&unix.STATX_DIOALIGN != 0 && fits(st.Dio_offset_align) && fits(st.Dio_mem_align) {
+		if _, err := unix.FcntlInt(uintptr(d.fd), unix.F_SETFL, openFlags|unix.O_DIRECT); err == nil {
+			return nil
+		}
 	}
-	if _, err := unix.FcntlInt(uintptr(d.fd), unix.F_SETFL, openFlags|unix.O_DIRECT); err != nil {
-		return nil
-	}
-	buf, err := uring.AlignedBuffer(fileBlock)
-	if err != nil {
-		return err
-	}
-	defer uring.FreeBuffer(buf)
-	if n, err := unix.Pread(d.fd, buf, fileBlock); err == nil && n == fileBlock {
-		return nil
-	}
-	_, err = unix.FcntlInt(uintptr(d.fd), unix.F_SETFL, openFlags)
+	_, err := unix.FcntlInt(uintptr(d.fd), unix.F_SETFL, openFlags)
 	return err
 }
 
