@@ -18,6 +18,7 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+	"ublk-pcache/internal/filelock"
 )
 
 // fileBlock is the block size of a plain file, as of the disks it stands for.
@@ -46,6 +47,8 @@ type Device struct {
 	inherited bool // fd is open from the beginning, with its flags
 	block     bool // a block device, not a file
 
+	lock *filelock.Lock // of a file
+
 	lane    *lane
 	readers struct {
 		sync.Mutex
@@ -58,9 +61,7 @@ type Device struct {
 func Open(path string) (*Device, error) {
 	d := &Device{path: path, fd: -1}
 	if err := d.open(); err != nil {
-		if d.fd >= 0 {
-			unix.Close(d.fd)
-		}
+		d.release()
 		return nil, fmt.Errorf("open backing device %s: %w", path, err)
 	}
 	return d, nil
@@ -69,15 +70,14 @@ func Open(path string) (*Device, error) {
 // Inherit opens a device again by what another process has it open with, and
 // shares that process's claim to it.
 func Inherit(f *os.File) (*Device, error) {
-	d := &Device{path: f.Name(), inherited: true}
+	d := &Device{path: f.Name(), fd: -1, inherited: true}
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err == nil {
 		d.fd = fd
-		if err = d.open(); err != nil {
-			unix.Close(fd)
-		}
+		err = d.open()
 	}
 	if err != nil {
+		d.release()
 		return nil, fmt.Errorf("open backing device %s: %w", d.path, err)
 	}
 	return d, nil
@@ -203,11 +203,18 @@ func (d *Device) openFile() error {
 	if err := d.openDescriptor(0); err != nil {
 		return err
 	}
-	err := onceFree(unix.EWOULDBLOCK, func() error { return unix.Flock(d.fd, unix.LOCK_EX|unix.LOCK_NB) })
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return fmt.Errorf("%w: another process has locked it", ErrInUse)
+	take := filelock.Take
+	if d.inherited {
+		take = filelock.Inherit
+	}
+	err := onceFree(filelock.ErrHeld, func() (err error) {
+		d.lock, err = take(d.fd, filelock.Exclusive)
+		return err
+	})
+	if errors.Is(err, filelock.ErrHeld) {
+		return fmt.Errorf("%w: %w", ErrInUse, err)
 	} else if err != nil {
-		return fmt.Errorf("lock it: %w", err)
+		return err
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(d.fd, &st); err != nil {
@@ -301,10 +308,21 @@ func (d *Device) Waiting() time.Duration {
 // tells, the kernel holds it until they end. Nothing may be submitted any more.
 func (d *Device) Close() error {
 	d.lane.close()
-	if err := unix.Close(d.fd); err != nil {
+	if err := d.release(); err != nil {
 		return fmt.Errorf("close backing device %s: %w", d.path, err)
 	}
 	return nil
+}
+
+// release gives back as much as was taken.
+func (d *Device) release() error {
+	if d.lock != nil {
+		d.lock.Close()
+	}
+	if d.fd < 0 {
+		return nil
+	}
+	return unix.Close(d.fd)
 }
 
 func ioctlGetInt64(fd int, request uint) (int64, error) {

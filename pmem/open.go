@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+	"ublk-pcache/internal/filelock"
 )
 
 // MinSize is the least size in bytes that is opened: no cache is smaller, and
@@ -37,8 +38,8 @@ func (m Mode) protection() int {
 	return [...]int{unix.PROT_READ | unix.PROT_WRITE, unix.PROT_READ}[m]
 }
 
-func (m Mode) lock() int {
-	return [...]int{unix.LOCK_EX, unix.LOCK_SH}[m] | unix.LOCK_NB
+func (m Mode) lock() filelock.Mode {
+	return [...]filelock.Mode{filelock.Exclusive, filelock.Shared}[m]
 }
 
 // Open maps what spec names: a device-dax device, a file on a DAX file system,
@@ -47,7 +48,7 @@ func (m Mode) lock() int {
 // lack of it, and otherwise asks for just that size. A file made by a call
 // that fails is removed again.
 //
-// The region is locked (flock) against other processes until Close.
+// The region is locked against other processes until Close, see package filelock.
 func Open(spec string, mode Mode) (*Region, error) {
 	path, size, err := parseSpec(spec)
 	if err != nil {
@@ -62,7 +63,7 @@ func Open(spec string, mode Mode) (*Region, error) {
 	}
 	var r *Region
 	if err == nil {
-		r, err = mapFile(f, size, mode)
+		r, err = mapFile(f, size, mode, filelock.Take)
 	}
 	if err != nil {
 		if created {
@@ -77,7 +78,7 @@ func Open(spec string, mode Mode) (*Region, error) {
 // Inherit maps a region that is open already, for another process that has it
 // locked: f shares its lock. Path tells the name that f was made with.
 func Inherit(f *os.File) (*Region, error) {
-	r, err := mapFile(f, 0, ReadWrite)
+	r, err := mapFile(f, 0, ReadWrite, filelock.Inherit)
 	if err != nil {
 		return nil, fmt.Errorf("pmem %s: %w", f.Name(), err)
 	}
@@ -167,8 +168,11 @@ func plain(err error) error {
 	return err
 }
 
+// claim takes or goes on with the lock of an open file.
+type claim func(fd int, mode filelock.Mode) (*filelock.Lock, error)
+
 // mapFile maps f, which must have the size want unless that is 0.
-func mapFile(f *os.File, want int64, mode Mode) (*Region, error) {
+func mapFile(f *os.File, want int64, mode Mode, claim claim) (_ *Region, err error) {
 	size, device, err := sizeOf(f)
 	if err != nil {
 		return nil, err
@@ -179,13 +183,18 @@ func mapFile(f *os.File, want int64, mode Mode) (*Region, error) {
 	if err := checkSize(size); err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), mode.lock()); err != nil {
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, ErrInUse
-		}
-		return nil, fmt.Errorf("flock: %w", err)
+	lock, err := claim(int(f.Fd()), mode.lock())
+	if errors.Is(err, filelock.ErrHeld) {
+		return nil, ErrInUse
+	} else if err != nil {
+		return nil, err
 	}
-	r := &Region{file: f, kind: File, mode: mode}
+	defer func() {
+		if err != nil {
+			lock.Close()
+		}
+	}()
+	r := &Region{file: f, kind: File, mode: mode, lock: lock}
 	if device {
 		r.kind = DevDax
 		r.mem, err = unix.Mmap(int(f.Fd()), 0, int(size), mode.protection(), unix.MAP_SHARED)

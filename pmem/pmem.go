@@ -50,6 +50,7 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+	"ublk-pcache/internal/filelock"
 )
 
 // Kind is what a region is made of.
@@ -76,6 +77,7 @@ type Region struct {
 	kind Kind
 	mode Mode
 	file *os.File // nil for HeapMemory
+	lock *filelock.Lock
 }
 
 // Heap returns a region of size bytes, a multiple of 8, on the Go heap. The
@@ -180,6 +182,7 @@ func (r *Region) Close() error {
 	}
 	err := unix.Munmap(r.mem)
 	r.mem = nil
+	r.lock.Close()
 	if closed := r.file.Close(); err == nil {
 		err = closed
 	}
