@@ -128,3 +128,38 @@ func TestBlockRefusals(t *testing.T) {
 	run(t, "swapoff", loop)
 	openDevice(t, loop).Close()
 }
+
+// TestZonedDevice: what write-back cannot write to is refused at once.
+func TestZonedDevice(t *testing.T) {
+	run(t, "modprobe", "null_blk", "nr_devices=1", "gb=1", "zoned=1", "zone_size=64", "memory_backed=0")
+	t.Cleanup(func() { run(t, "rmmod", "null_blk") })
+	refuse(t, "/dev/nullb0", ErrZoned, "dm-zoned")
+}
+
+// TestFindsMount: a mount is named that this process does not see, and one whose
+// name has a space.
+func TestFindsMount(t *testing.T) {
+	loop := loopDevice(t)
+	run(t, "mkfs.ext4", "-q", loop)
+	dir := filepath.Join(t.TempDir(), "my disk")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mount", loop, dir)
+	refuse(t, loop, ErrInUse, "it is mounted on "+dir+": unmount it")
+	run(t, "umount", dir)
+
+	// In a namespace of its own, until its input ends.
+	cmd := exec.Command("unshare", "--mount", "sh", "-c", `mount "$0" "$1" && echo && read -r _`, loop, dir)
+	in, err1 := cmd.StdinPipe()
+	out, err2 := cmd.StdoutPipe()
+	if err1 != nil || err2 != nil || cmd.Start() != nil {
+		t.Fatal(err1, err2)
+	}
+	if _, err := out.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	refuse(t, loop, ErrInUse, "it is mounted on "+dir+" in the mount namespace of process "+strconv.Itoa(cmd.Process.Pid), "unmount it there")
+	in.Close()
+	cmd.Wait()
+}

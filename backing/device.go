@@ -195,7 +195,10 @@ func (d *Device) openBlock() error {
 	}
 	disk := findDisk(st.Rdev)
 	d.serial = disk.serial()
-	d.cheap = disk.writesZeroes()
+	d.cheap = disk.zeroesCheaply()
+	if disk.zoned() {
+		return ErrZoned
+	}
 	return nil
 }
 
@@ -260,13 +263,13 @@ func (d *Device) Size() int64 { return d.size }
 // or 4096 on common devices, 512 for a file.
 func (d *Device) BlockSize() int { return d.blockSize }
 
-// Serial identifies the device across reboots and renaming: its world-wide
-// name or serial number, with "-partN" for a partition. It is empty for a
-// device without one, and for a file.
+// Serial is what the device's maker calls it: its world-wide name or serial
+// number, with "-partN" for a partition. It is empty for a device without one,
+// and for a file.
 func (d *Device) Serial() string { return d.serial }
 
 // ZeroesCheaply tells whether Zero is done by the device or the file system,
-// without transferring the zeros to it.
+// without transferring the zeros to it or having them written to the medium.
 func (d *Device) ZeroesCheaply() bool { return d.cheap }
 
 // Read fills buf from byte off on.

@@ -1,7 +1,6 @@
 package backing
 
 import (
-	"bufio"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -20,7 +19,7 @@ type disk struct {
 }
 
 func findDisk(device uint64) disk {
-	dir, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(device), unix.Minor(device)))
+	dir, err := filepath.EvalSymlinks("/sys/dev/block/" + numberOf(device))
 	if err != nil {
 		return disk{}
 	}
@@ -59,30 +58,67 @@ func (d disk) serial() string {
 	return ""
 }
 
-// writesZeroes tells whether the disk has a command for that.
-func (d disk) writesZeroes() bool {
-	n, err := strconv.ParseUint(attribute(d.whole, "queue/write_zeroes_max_bytes"), 10, 64)
-	return err == nil && n > 0
+// zoned tells whether the disk refuses writes anywhere but at the end of a zone.
+// One that is only better off without them ("host-aware") is as any other.
+func (d disk) zoned() bool { return attribute(d.whole, "queue/zoned") == "host-managed" }
+
+// zeroesCheaply tells whether the disk has a command for writing zeros that does
+// not write them to the medium. That it has one is not enough: a SAS disk has,
+// and writes as long as if they had been sent. There are, the surest first,
+//
+//   - what the kernel says, since 6.17, also of disks that are built on others;
+//   - how a SCSI disk zeroes (drivers/scsi/sd.c, zeroing_mode);
+//   - the disks below;
+//   - of all others, whether they discard, or have no moving parts.
+func (d disk) zeroesCheaply() bool {
+	if d.number("queue/write_zeroes_max_bytes") == 0 {
+		return false
+	}
+	if d.number("queue/write_zeroes_unmap_max_hw_bytes") > 0 {
+		return true
+	}
+	if modes, _ := filepath.Glob(filepath.Join(d.whole, "device/scsi_disk/*/zeroing_mode")); len(modes) > 0 {
+		return strings.HasSuffix(attribute(filepath.Dir(modes[0]), "zeroing_mode"), "_unmap")
+	}
+	if below, _ := filepath.Glob(filepath.Join(d.whole, "slaves/*")); len(below) > 0 {
+		return !slices.ContainsFunc(below, func(link string) bool {
+			dir, err := filepath.EvalSymlinks(link)
+			return err != nil || !diskAt(dir).zeroesCheaply()
+		})
+	}
+	return d.number("queue/discard_max_bytes") > 0 || attribute(d.whole, "queue/rotational") == "0"
+}
+
+// number is 0 where there is none.
+func (d disk) number(name string) uint64 {
+	n, _ := strconv.ParseUint(attribute(d.whole, name), 10, 64)
+	return n
 }
 
 // blockHolder says what keeps a device from being opened exclusively, and what
 // to do about it. It is a search for something to tell the user: mounts and
-// swap, on the device or its partitions, then devices built on top of it.
+// swap, on the device, its partitions or the disk that it is one of, then devices
+// built on top of these.
 func blockHolder(path string) string {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
 		return err.Error()
 	}
 	d := findDisk(st.Rdev)
-	devices := []string{fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))}
-	parts, _ := filepath.Glob(filepath.Join(d.dir, "*", "partition"))
 	folders := []string{d.dir}
+	if d.whole != d.dir {
+		folders = append(folders, d.whole)
+	}
+	parts, _ := filepath.Glob(filepath.Join(d.dir, "*", "partition"))
 	for _, part := range parts {
 		folders = append(folders, filepath.Dir(part))
-		devices = append(devices, attribute(filepath.Dir(part), "dev"))
+	}
+	devices := []string{numberOf(st.Rdev)}
+	for _, folder := range folders {
+		devices = append(devices, attribute(folder, "dev"))
 	}
 	if mount := mountOf(devices); mount != "" {
-		return fmt.Sprintf("it is mounted on %s: unmount it", mount)
+		return fmt.Sprintf("it is mounted on %s", mount)
 	}
 	if swap := swapOn(devices); swap != "" {
 		return fmt.Sprintf("it holds swap (%s): swapoff it", swap)
@@ -95,35 +131,100 @@ func blockHolder(path string) string {
 	return "another program has it open exclusively: stop that program"
 }
 
-// mountOf looks through /proc/self/mountinfo (proc_pid_mountinfo(5)): the
-// third field is the device, the fifth the place.
+func numberOf(device uint64) string {
+	return fmt.Sprintf("%d:%d", unix.Major(device), unix.Minor(device))
+}
+
+// namespaces is how many mount namespaces are looked at: all that are worth it
+// for an error message.
+const namespaces = 256
+
+// mountOf finds where one of the devices is mounted, and says how to undo it. The
+// mounts of this process are the last ones to look at: a server's own namespace is
+// all but empty. Those of the first process are what users see, and everybody else
+// may have some of their own.
 func mountOf(devices []string) string {
-	f, err := os.Open("/proc/self/mountinfo")
+	if place := mountedIn("1", devices); place != "" {
+		return place + ": unmount it"
+	}
+	processes, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return ""
 	}
-	defer f.Close()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		if fields := strings.Fields(s.Text()); len(fields) > 4 && slices.Contains(devices, fields[2]) {
-			return fields[4]
+	seen := map[string]bool{}
+	for _, dir := range processes {
+		namespace, err := os.Readlink(filepath.Join(dir, "ns/mnt"))
+		if err != nil || seen[namespace] {
+			continue
+		}
+		if len(seen) == namespaces {
+			break
+		}
+		seen[namespace] = true
+		pid := filepath.Base(dir)
+		if place := mountedIn(pid, devices); place != "" {
+			return fmt.Sprintf("%s in the mount namespace of process %s (%s): unmount it there", place, pid, attribute(dir, "comm"))
+		}
+	}
+	return ""
+}
+
+// mountedIn looks through the mounts of a process (proc_pid_mountinfo(5)): the
+// third field is the device, the fifth the place. btrfs, which may have several
+// devices, has a number of its own there, and one of them as the second field
+// behind "-". With other file systems anybody may mount that says what they like.
+func mountedIn(pid string, devices []string) string {
+	info, err := os.ReadFile(filepath.Join("/proc", pid, "mountinfo"))
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(info)) {
+		fields := strings.Fields(line)
+		sep := slices.Index(fields, "-")
+		if sep < 6 || len(fields) < sep+3 {
+			continue
+		}
+		if slices.Contains(devices, fields[2]) ||
+			fields[sep+1] == "btrfs" && slices.Contains(devices, blockAt(unescape(fields[sep+2]))) {
+			return unescape(fields[4])
 		}
 	}
 	return ""
 }
 
 func swapOn(devices []string) string {
-	f, err := os.Open("/proc/swaps")
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		name, _, _ := strings.Cut(s.Text(), " ")
-		var st unix.Stat_t
-		if unix.Stat(name, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK &&
-			slices.Contains(devices, fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))) {
+	swaps, _ := os.ReadFile("/proc/swaps")
+	for line := range strings.Lines(string(swaps)) {
+		name, _, _ := strings.Cut(line, " ")
+		if name = unescape(name); slices.Contains(devices, blockAt(name)) {
 			return name
 		}
 	}
 	return ""
+}
+
+// blockAt is the number of the block device at a path, or nothing.
+func blockAt(path string) string {
+	var st unix.Stat_t
+	if !strings.HasPrefix(path, "/dev/") || unix.Stat(path, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return ""
+	}
+	return numberOf(st.Rdev)
+}
+
+// unescape undoes what the kernel does to bytes in names that would end a field
+// (fs/seq_file.c, mangle_path): a backslash and three octal digits.
+func unescape(s string) string {
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b.WriteByte(byte(n))
+				i += 3
+				continue
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
 }
