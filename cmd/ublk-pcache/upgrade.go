@@ -339,7 +339,9 @@ func (s *server) inheritSocket(handed bool) error {
 func (s *server) listenAsUs() {
 	raw, err := s.socket.SyscallConn()
 	if err == nil {
-		err = errors.Join(raw.Control(func(fd uintptr) { err = unix.Listen(int(fd), unix.SOMAXCONN) }), err)
+		var refused error
+		err = raw.Control(func(fd uintptr) { refused = unix.Listen(int(fd), unix.SOMAXCONN) })
+		err = errors.Join(err, refused)
 	}
 	if err != nil {
 		s.log.Error("the control socket is still the old server's to those who ask", zap.Error(err))
