@@ -17,7 +17,8 @@ type Report struct {
 	Dead  int // keys of a generation that is past
 	Dirty int // keys at or after dirty_tail, neither clean nor dead
 
-	DirtyBytes int64 // what those keys cover, counting overwritten data too
+	DirtyBytes  int64 // what those keys cover, counting overwritten data too
+	BehindBytes int64 // likewise, of the keys behind damage of the log
 
 	Damaged    Ranges // dirty data that is not what it was, overwritten data too
 	Unreadable Ranges // cached data that cannot be read, likewise
@@ -25,6 +26,8 @@ type Report struct {
 
 	Problems []error // the first maxProblems of them
 	More     int     // how many there were beyond
+
+	left *remains // of a cache, if there is no superblock
 }
 
 // maxProblems bounds the report of an image that is wrong all over.
@@ -69,6 +72,11 @@ func check(r io.ReaderAt, size int64, data bool) *Report {
 	}
 	if err != nil {
 		for _, fault := range err.(Faults) {
+			if noSuperblock(fault) {
+				if rep.left = findRemains(r, size); rep.left.found {
+					fault = ErrSuperblockLost
+				}
+			}
 			rep.problem(fault)
 		}
 		return rep
@@ -80,19 +88,21 @@ func check(r io.ReaderAt, size int64, data bool) *Report {
 	rep.End, _ = l.WalkLog(r, l.KeyTail, c.kset)
 	c.claim(rep.End.Pos.Seg, logRole)
 	if rep.End.Damage != nil {
-		rep.problem(l.covered(r, rep.End.Damage))
+		var err error
+		rep.BehindBytes, err = l.covered(r, rep.End.Damage)
+		rep.problem(err)
 	}
 	return rep
 }
 
-// covered adds to damage of the log what dirty data lies behind it.
-func (l *Layout) covered(r io.ReaderAt, d *Damage) error {
+// covered adds to damage of the log what dirty data lies behind it, and counts
+// that, overwritten data, too.
+func (l *Layout) covered(r io.ReaderAt, d *Damage) (bytes int64, err error) {
 	from := d.Ahead
 	if d.DirtyTail != nil {
 		from = d.DirtyTail
 	}
 	var dirty Ranges
-	bytes := int64(0)
 	if from != nil {
 		l.walkOn(r, *from, func(_ Position, k *Kset) error {
 			for i := range k.Keys {
@@ -104,7 +114,7 @@ func (l *Layout) covered(r io.ReaderAt, d *Damage) error {
 			return nil
 		})
 	}
-	return fmt.Errorf("%w; behind that lie %d bytes of dirty data, %v", d, bytes, &dirty)
+	return bytes, fmt.Errorf("%w; behind that lie %d bytes of dirty data, %v", d, bytes, &dirty)
 }
 
 type checker struct {

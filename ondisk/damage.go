@@ -182,13 +182,20 @@ func (w *walker) endsAt(at Position) bool {
 
 // search looks at every place in the rest of the segment for a kset that will
 // do.
-func (w *walker) search(do func() bool) *Position {
-	chunk := make([]byte, min(64<<10, SegmentData-w.pos.Off))
+func (w *walker) search(do func() bool) *Position { return w.searchTo(SegmentData, 8, do) }
+
+// searchTo is search up to a place in the segment, in what can be read in units of
+// so many bytes.
+func (w *walker) searchTo(end uint32, unit int, do func() bool) *Position {
+	if end <= w.pos.Off {
+		return nil
+	}
+	chunk := make([]byte, min(64<<10, end-w.pos.Off))
 	magic := le.AppendUint64(nil, ksetMagic)
-	for base := w.pos.Off; base < SegmentData; base += uint32(len(chunk)) {
-		p := chunk[:min(uint32(len(chunk)), SegmentData-base)]
+	for base := w.pos.Off; base < end; base += uint32(len(chunk)) {
+		p := chunk[:min(uint32(len(chunk)), end-base)]
 		if err := readFull(w.r, p, w.l.Offset(w.pos.Seg, base)); err != nil {
-			readAround(w.r, p, w.l.Offset(w.pos.Seg, base))
+			readAround(w.r, p, w.l.Offset(w.pos.Seg, base), unit)
 		}
 		for i := 0; ; {
 			hit := bytes.Index(p[i:], magic)

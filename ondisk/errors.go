@@ -7,9 +7,10 @@ import (
 
 // Why a device cannot be opened as a cache. Each says what to do about it.
 var (
-	ErrNotFormatted   = errors.New("no cache on this device: the superblock at byte 4096 is empty (to make one: ublk-pcache format)")
+	ErrNotFormatted   = errors.New("no cache on this device: the superblock at byte 4096 is empty (ublk-pcache check shows whether parts of one are left; to make one: ublk-pcache format)")
 	ErrMagic          = errors.New("no cache on this device: the superblock has another magic number; is it the right device?")
 	ErrSuperblock     = errors.New("superblock at byte 4096 is damaged: its crc does not match (to mend it: ublk-pcache repair)")
+	ErrSuperblockLost = errors.New("superblock at byte 4096 is lost, but parts of a cache are there (to mend it: ublk-pcache repair)")
 	ErrBigEndian      = errors.New("the cache was written by a big-endian host; open it on one")
 	ErrSize           = errors.New("the device is smaller than its cache; use the device it was made on, whole")
 	ErrNotInitialised = errors.New("the cache was never completely formatted; format it again")

@@ -160,7 +160,7 @@ func (o *Overlay) Copy(w interface {
 	for off := int64(0); off < o.size; off += copyChunk {
 		p := buf[:min(copyChunk, o.size-off)]
 		if readFull(o, p, off) != nil {
-			readAround(o, p, off)
+			readAround(o, p, off, 8)
 		}
 		if off == 0 {
 			clear(p[SuperblockOff:][:SuperblockSize])
@@ -173,24 +173,24 @@ func (o *Overlay) Copy(w interface {
 		return err
 	}
 	super := buf[:SuperblockSize]
-	readAround(o, super, SuperblockOff)
+	readAround(o, super, SuperblockOff, 8)
 	if _, err := w.WriteAt(super, SuperblockOff); err != nil {
 		return err
 	}
 	return w.Sync()
 }
 
-// readAround reads what can be read, down to single words, and zeros for the
-// rest.
-func readAround(r io.ReaderAt, p []byte, off int64) {
+// readAround reads what can be read, down to units of so many bytes, and zeros for
+// the rest.
+func readAround(r io.ReaderAt, p []byte, off int64, least int) {
 	for _, unit := range []int{overlayPageSize, 8} {
-		if len(p) <= unit {
+		if len(p) <= unit || unit < least {
 			continue
 		}
 		for i := 0; i < len(p); i += unit {
 			part := p[i:min(i+unit, len(p))]
 			if readFull(r, part, off+int64(i)) != nil {
-				readAround(r, part, off+int64(i))
+				readAround(r, part, off+int64(i), least)
 			}
 		}
 		return

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
 
@@ -32,10 +31,8 @@ bound to its backing device by the first add.`,
 				return err
 			}
 			defer r.Close()
-			if !force {
-				if err := refuseFormat(r); err != nil {
-					return err
-				}
+			if err := formatCommand(force).check(r, ""); err != nil {
+				return err
 			}
 			if err := exposed(r.Path()); err != nil {
 				return err
@@ -56,27 +53,6 @@ bound to its backing device by the first add.`,
 	f.IntVar(&gc, "gc-percent", gc, "how full garbage collection lets the cache become, 0 to 90")
 	f.BoolVar(&force, "force", false, "overwrite whatever the device holds, dirty data too")
 	return cmd
-}
-
-// refuseFormat returns what a format would destroy, nil if nothing.
-func refuseFormat(r *pmem.Region) error {
-	blank, err := ondisk.Blank(r, r.Size())
-	if err != nil {
-		return fmt.Errorf("%s: %w (to format it all the same: --force)", r.Path(), err)
-	}
-	if blank {
-		return nil
-	}
-	rep := ondisk.Check(r, r.Size(), false)
-	switch {
-	case len(rep.Problems) > 0 && errors.Is(rep.Problems[0], ondisk.ErrNotFormatted) && rep.Keys == 0:
-		return fmt.Errorf("%s holds no cache, but is not blank (to overwrite what is there: --force)", r.Path())
-	case len(rep.Problems) > 0:
-		return fmt.Errorf("%s holds a cache that is not in order, with %d bytes of dirty data: %w (save that with ublk-pcache writeback, mend it with repair, or give up what it holds with --force)", r.Path(), rep.DirtyBytes, rep.Problems[0])
-	case rep.Dirty > 0:
-		return fmt.Errorf("%s holds a cache with %d bytes of dirty data that its backing device does not have (flush it first, or lose them with --force)", r.Path(), rep.DirtyBytes)
-	}
-	return fmt.Errorf("%s holds a cache without dirty data (to give up what it holds: --force)", r.Path())
 }
 
 // exposed returns an error if users without any right to the disk may read or

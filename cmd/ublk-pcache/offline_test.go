@@ -164,7 +164,7 @@ func TestCheckDamaged(t *testing.T) {
 		t.Errorf("no JSON: %q", out)
 	}
 	_, err = execute(newFormatCmd(), image)
-	fails(t, err, image, "not in order", "--force")
+	fails(t, err, image, "a damaged cache", "--force")
 }
 
 func TestFormatCommand(t *testing.T) {
@@ -204,7 +204,7 @@ func TestFormatCommand(t *testing.T) {
 		t.Errorf("%q, %v", out, err)
 	}
 
-	// Something that is not a cache.
+	// What is left of a cache.
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -214,7 +214,7 @@ func TestFormatCommand(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = execute(newFormatCmd(), path)
-	fails(t, err, path, "no cache", "not blank", "--force")
+	fails(t, err, path, "a damaged cache, without dirty data", "superblock", "--force")
 	_, err = execute(newCheckCmd(), path)
 	fails(t, err, path, "problems found: 1")
 }
@@ -247,17 +247,16 @@ func newServerIn(t *testing.T, dir string) *server {
 	return s
 }
 
-// makeCache does what a plan for a blank region says.
-func (s *server) makeCache(t *testing.T) *plan {
+// format makes the cache that is planned for a blank region, and does not open it.
+func (s *server) format(t *testing.T) {
 	t.Helper()
 	p, err := s.plan(&serveOptions{})
 	if err == nil {
-		err = p.format(s.region)
+		err = ondisk.Format(s.region, *p.make)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	return p
 }
 
 // TestPlanRefuses: what a new cache cannot be is refused before it is made.
@@ -279,7 +278,7 @@ func TestPlanRefuses(t *testing.T) {
 	for _, choice := range []engine.Choice{engine.Overwrite, engine.Discard} {
 		refused(serveOptions{Changed: choice}, s.dev.PMEM, "--changed="+string(choice))
 	}
-	s.makeCache(t)
+	s.format(t)
 	c, err := engine.Open(s.region, disk{s.disk}, engine.Options{Queues: s.dev.Queues, Log: logger{s.log}})
 	if err != nil {
 		t.Fatalf("as many queues as a plan allows: %v", err)
@@ -293,7 +292,7 @@ func TestPlanRefuses(t *testing.T) {
 // TestDumpFingerprint: dump shows the record from the first opening on.
 func TestDumpFingerprint(t *testing.T) {
 	s := newServer(t)
-	s.makeCache(t)
+	s.format(t)
 	for _, want := range []string{"fingerprint  none", "of a backing device of 4194304 bytes, with dirty_tail at 0:0 or 0:0"} {
 		s.region.Close()
 		out, err := execute(newDumpCmd(), s.dev.PMEM)

@@ -9,7 +9,6 @@ import (
 
 	"ublk-pcache/engine"
 	"ublk-pcache/ondisk"
-	"ublk-pcache/pmem"
 )
 
 // plan is what has to be stored in the region for its cache to be put in front of
@@ -23,17 +22,11 @@ type plan struct {
 // plan looks at the region and refuses what does not fit. It changes nothing.
 func (s *server) plan(o *serveOptions) (*plan, error) {
 	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
-	if o.Existing && errors.Is(err, ondisk.ErrNotFormatted) {
-		return nil, fmt.Errorf("%s holds no cache; if it is to begin with a new one: ublk-pcache format %s", s.dev.PMEM, s.dev.PMEM)
-	}
-	if !o.Recover && (errors.Is(err, ondisk.ErrNotFormatted) || o.Format) {
+	if !o.Recover && (err != nil || o.Format) {
 		return s.planNew(o)
 	}
 	if err != nil {
-		if o.Recover {
-			return nil, fmt.Errorf("cache %s cannot continue device %d: %w (look with 'ublk-pcache check %s', and see 'ublk-pcache repair'; the device waits)", s.dev.PMEM, s.dev.ID, err, s.dev.PMEM)
-		}
-		return nil, fmt.Errorf("cache %s: %w (look with 'ublk-pcache check %s', mend it with 'ublk-pcache repair'; to give up what it holds: --format)", s.dev.PMEM, err, s.dev.PMEM)
+		return nil, s.gone()
 	}
 	if crc := layout.Info.Flags.DataCRC(); o.DataCRC != nil && *o.DataCRC != crc {
 		return nil, fmt.Errorf("cache %s was formatted with --data-crc=%t, not %t (leave the option out, or make a new cache with --format)", s.dev.PMEM, crc, *o.DataCRC)
@@ -70,20 +63,25 @@ func (d *device) mustHave(id *ondisk.Identity) error {
 	return fmt.Errorf("%s holds another cache than the one of device %d, which must have been formatted meanwhile (put the right one there; the device waits; to give up what it held: ublk-pcache del --force %d)", d.PMEM, d.ID, d.ID)
 }
 
-// format makes the new cache, if there is to be one.
-func (p *plan) format(r *pmem.Region) error {
-	if p.make == nil {
-		return nil
+// openCache does what was planned, and opens the cache.
+func (s *server) openCache(o *serveOptions, p *plan) (err error) {
+	if p.make != nil {
+		if err := ondisk.Format(s.region, *p.make); err != nil {
+			return err
+		}
 	}
-	return ondisk.Format(r, *p.make)
-}
-
-// bind ties the cache to the disk. It is for when the cache has been opened.
-func (p *plan) bind(r *pmem.Region) error {
-	if p.identity == nil {
-		return nil
+	options := s.engineOptions()
+	options.Changed = o.Changed
+	s.cache, err = engine.Open(s.region, disk{s.disk}, options)
+	if err != nil {
+		return s.openError(o, err)
 	}
-	return ondisk.WriteIdentity(r, p.over, p.identity)
+	if p.identity != nil {
+		if err := ondisk.WriteIdentity(s.region, p.over, p.identity); err != nil {
+			return errors.Join(err, s.cache.Close())
+		}
+	}
+	return nil
 }
 
 // misfit says why a backing device cannot be the one that a cache belongs to, nil
@@ -108,20 +106,59 @@ func (s *server) openError(o *serveOptions, err error) error {
 	case errors.Is(err, engine.ErrUnchanged):
 		return fmt.Errorf("cache %s: %s: %w, so nothing is discarded (leave out --changed=discard, or give up what the cache holds with --format --force)", s.dev.PMEM, s.dev.Backing, err)
 	}
+	var damage *ondisk.Damage
+	var faults ondisk.Faults
+	switch {
+	case errors.As(err, &damage), errors.As(err, &faults):
+		return s.damagedError(o, true, err)
+	case errors.Is(err, engine.ErrKeyGeneration), errors.Is(err, engine.ErrKeyInLog), errors.Is(err, engine.ErrKeyOverlap):
+		return s.damagedError(o, false, err) // what no repair knows the right value of
+	case errors.Is(err, engine.ErrDiskTooSmall):
+		return fmt.Errorf("cache %s: %s: %w (give the right device, or make it as large as it was)", s.dev.PMEM, s.dev.Backing, err)
+	}
 	return fmt.Errorf("cache %s: %w", s.dev.PMEM, err)
+}
+
+// damagedError says what can be done about a cache that is damaged.
+func (s *server) damagedError(o *serveOptions, mendable bool, err error) error {
+	remedies := damageRemedies(mendable, s.dev.PMEM, s.dev.Backing)
+	switch {
+	case o.Recover:
+		return fmt.Errorf("cache %s cannot continue device %d: %w (%s; the device waits)", s.dev.PMEM, s.dev.ID, err, remedies)
+	case o.Existing:
+		return fmt.Errorf("cache %s: %w (%s; to give up what it holds: %s)", s.dev.PMEM, err, remedies, runCommand(s.dev.PMEM).byAll)
+	}
+	return fmt.Errorf("cache %s: %w (%s; to give up what it holds: %s)", s.dev.PMEM, err, remedies, addCommand(false, false).byAll)
+}
+
+// gone says why a device cannot be continued whose cache is not there any more, or
+// not as a whole.
+func (s *server) gone() error {
+	h := ondisk.Survey(s.region, s.region.Size(), s.region.Durable())
+	if h.Err == nil {
+		return fmt.Errorf("%s holds no cache any more, so device %d cannot be continued (bring back what it held, or give up the device: ublk-pcache del --force %d; the device waits)", s.dev.PMEM, s.dev.ID, s.dev.ID)
+	}
+	return s.damagedError(&serveOptions{Recover: true}, h.Mendable, h.Err)
 }
 
 // planNew plans a new cache, if that is harmless or was asked for.
 func (s *server) planNew(o *serveOptions) (*plan, error) {
+	may := addCommand(o.Format, o.Force)
+	if o.Existing {
+		may = runCommand(s.dev.PMEM)
+	}
+	if err := may.check(s.region, s.dev.Backing); err != nil {
+		return nil, err
+	}
+	if o.Existing {
+		return nil, fmt.Errorf("%s is blank and holds no cache (if it is to begin with a new one: ublk-pcache format %s)", s.dev.PMEM, s.dev.PMEM)
+	}
 	segments := int(ondisk.SegmentsIn(s.region.Size()))
 	switch most := engine.MaxQueues(segments); {
 	case s.dev.Queues > most:
 		return nil, fmt.Errorf("--queues %d: a cache on %s, of %d segments, can have 1 to %d", s.dev.Queues, s.dev.PMEM, segments, most)
 	case o.Changed != engine.Refuse:
 		return nil, fmt.Errorf("--changed=%s: a new cache on %s holds nothing yet that this could be about (leave it out)", o.Changed, s.dev.PMEM)
-	}
-	if err := mayFormat(s.region, o.Format, o.Force); err != nil {
-		return nil, err
 	}
 	if err := exposed(s.region.Path()); err != nil {
 		return nil, err
@@ -141,29 +178,4 @@ func (s *server) planNew(o *serveOptions) (*plan, error) {
 	}
 	s.dev.Cache = uuid.UUID(opts.Identity.UUID).String()
 	return &plan{make: &opts}, nil
-}
-
-// mayFormat refuses to format a region that is not blank unless asked to, and
-// one with dirty data, or that may have some, unless forced to.
-func mayFormat(r *pmem.Region, format, force bool) error {
-	if !format {
-		blank, err := ondisk.Blank(r, r.Size())
-		if err != nil {
-			return fmt.Errorf("%s: %w", r.Path(), err)
-		}
-		if !blank {
-			return fmt.Errorf("%s holds no cache, but is not blank (to overwrite what is there: --format)", r.Path())
-		}
-		return nil
-	}
-	if force {
-		return nil
-	}
-	switch report := ondisk.Check(r, r.Size(), false); {
-	case report.Dirty > 0:
-		return fmt.Errorf("%s holds a cache with %d bytes of dirty data that its backing device does not have (flush it first, or lose them with --format --force)", r.Path(), report.DirtyBytes)
-	case len(report.Problems) > 0 && !errors.Is(report.Problems[0], ondisk.ErrNotFormatted):
-		return fmt.Errorf("%s holds a cache that is not in order: %w (to give up what it holds: --format --force)", r.Path(), report.Problems[0])
-	}
-	return nil
 }

@@ -16,7 +16,8 @@ import (
 // ward is a cache with dirty data that nobody uses, and what is known about it.
 type ward struct {
 	pmem, backing string
-	model         []byte // what the device reads
+	model         []byte  // what the device reads
+	writes        []int64 // where, in bytes
 	ksets         []int64
 	data          int64 // where the data of the last write is, for sectors lastAt to lastAt+7
 }
@@ -33,7 +34,7 @@ func newWard(t *testing.T) *ward {
 }
 
 func (w *ward) fill(t *testing.T, s *server) {
-	plan := s.makeCache(t)
+	s.format(t)
 	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
 	if err != nil {
 		t.Fatal(err)
@@ -44,9 +45,6 @@ func (w *ward) fill(t *testing.T, s *server) {
 	}
 	// Nothing is to be written back, however long it takes to fill.
 	if _, err := c.Rest(); err != nil {
-		t.Fatal(err)
-	}
-	if err := plan.bind(s.region); err != nil {
 		t.Fatal(err)
 	}
 	w.pmem, w.backing, w.model = s.dev.PMEM, s.dev.Backing, make([]byte, s.disk.Size())
@@ -61,6 +59,7 @@ func (w *ward) fill(t *testing.T, s *server) {
 		r := &engine.Request{Op: engine.Write, Off: int64(at) * 512, Buf: make([]byte, 8*512)}
 		bytesOf.Read(r.Buf)
 		copy(w.model[r.Off:], r.Buf)
+		w.writes = append(w.writes, r.Off)
 		q.Submit(r)
 		if done := q.Turn(); len(done) != 1 || r.Err != nil {
 			t.Fatal(len(done), r.Err)

@@ -125,19 +125,10 @@ func start(o serveOptions) (_ *server, err error) {
 	}
 	defer closeOnError(&err, s.closeSocket)
 
-	if err := plan.format(s.region); err != nil {
+	if err := s.openCache(&o, plan); err != nil {
 		return nil, err
-	}
-	options := s.engineOptions()
-	options.Changed = o.Changed
-	s.cache, err = engine.Open(s.region, disk{s.disk}, options)
-	if err != nil {
-		return nil, s.openError(&o, err)
 	}
 	defer closeOnError(&err, s.cache.Close)
-	if err := plan.bind(s.region); err != nil {
-		return nil, err
-	}
 	if o.GCPercent != nil {
 		if err := s.cache.SetGCPercent(*o.GCPercent); err != nil {
 			return nil, err

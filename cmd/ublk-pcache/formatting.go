@@ -1,0 +1,77 @@
+package main
+
+import (
+	"fmt"
+
+	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
+)
+
+// formatting is how much of what a region holds may be given up for a new cache.
+// All commands that make one have the answer from here.
+type formatting struct {
+	clean, all     bool   // what holds no dirty data, not even perhaps; whatever it is
+	byClean, byAll string // what the user has to give for that
+}
+
+// formatCommand is what format may do, addCommand what add may.
+func formatCommand(force bool) formatting {
+	return formatting{force, force, "--force", "--force"}
+}
+
+func addCommand(format, force bool) formatting {
+	return formatting{format, format && force, "--format", "--format --force"}
+}
+
+// runCommand makes none: when the cache has gone, somebody should know.
+func runCommand(pmem string) formatting {
+	by := "ublk-pcache format --force " + pmem
+	return formatting{byClean: by, byAll: by}
+}
+
+// check looks at a region and returns why no cache may be made there, nil if one
+// may. backing is the disk, empty if that is not known.
+func (f formatting) check(r *pmem.Region, backing string) error {
+	if f.all {
+		return nil
+	}
+	h := ondisk.Survey(r, r.Size(), r.Durable())
+	if h.Kind == ondisk.HoldsNothing || h.Harmless && f.clean {
+		return nil
+	}
+	path, giveUp := r.Path(), f.byAll
+	if h.Harmless {
+		giveUp = f.byClean
+	}
+	switch {
+	case h.Kind == ondisk.HoldsForeign:
+		return fmt.Errorf("%s holds no cache, but is not blank (to overwrite what is there: %s)", path, giveUp)
+	case h.Kind == ondisk.HoldsUnknown:
+		return fmt.Errorf("%s: %w, so nothing tells whether it holds a cache (look with 'ublk-pcache check %s'; to overwrite what is there: %s)", path, h.Err, path, giveUp)
+	case h.Kind == ondisk.HoldsCache && h.Harmless:
+		return fmt.Errorf("%s holds a cache without dirty data (to give up what it holds: %s)", path, giveUp)
+	case h.Kind == ondisk.HoldsCache:
+		return fmt.Errorf("%s holds a cache with %d bytes of dirty data that its backing device does not have (add it and flush it first, or save them with '%s'; to give them up: %s)", path, h.Dirty, writebackLine(path, backing), giveUp)
+	}
+	found := fmt.Sprintf("in which %d bytes of dirty data can be found", h.Dirty)
+	if h.Harmless {
+		found = "without dirty data"
+	}
+	return fmt.Errorf("%s holds a damaged cache, %s: %w (%s; to give up what it holds: %s)", path, found, h.Err, damageRemedies(h.Mendable, path, backing), giveUp)
+}
+
+// damageRemedies names what helps a damaged cache, in the order of their use.
+func damageRemedies(mendable bool, path, backing string) string {
+	look := fmt.Sprintf("look with 'ublk-pcache check %s'", path)
+	if !mendable {
+		return look
+	}
+	return fmt.Sprintf("%s, save its dirty data with '%s' or mend it with 'ublk-pcache repair %s'", look, writebackLine(path, backing), path)
+}
+
+func writebackLine(path, backing string) string {
+	if backing == "" {
+		backing = "BACKING"
+	}
+	return fmt.Sprintf("ublk-pcache writeback %s -b %s", path, backing)
+}
