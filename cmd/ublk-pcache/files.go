@@ -10,7 +10,10 @@ import (
 	"syscall"
 	"time"
 
+	"go.uber.org/zap"
+
 	"ublk-pcache/backing"
+	"ublk-pcache/ondisk"
 	"ublk-pcache/pmem"
 )
 
@@ -119,9 +122,12 @@ func (s *server) openFiles(o *serveOptions) (err error) {
 	if err := o.PMEM.same(s.region.File()); err != nil {
 		return err
 	}
-	if s.disk, err = whenFree(o.Recover, backing.ErrInUse, func() (*backing.Device, error) {
-		return backing.Open(o.Backing.Path)
-	}); err != nil {
+	if o.Recover && !o.Chosen {
+		err = s.openOwnDisk(o)
+	} else {
+		s.disk, err = openDisk(o.Backing.Path, o.Recover)
+	}
+	if err != nil {
 		return err
 	}
 	f, err := s.disk.File()
@@ -130,6 +136,38 @@ func (s *server) openFiles(o *serveOptions) (err error) {
 	}
 	defer f.Close()
 	return o.Backing.same(f)
+}
+
+func openDisk(path string, recover bool) (*backing.Device, error) {
+	return whenFree(recover, backing.ErrInUse, func() (*backing.Device, error) { return backing.Open(path) })
+}
+
+// openOwnDisk opens the disk that the cache belongs to. It may have another name
+// than the one that its device began with: it was pulled out and put back, or the
+// machine counts its disks differently.
+func (s *server) openOwnDisk(o *serveOptions) (err error) {
+	var id *ondisk.Identity
+	if layout, err := ondisk.ReadLayout(s.region, s.region.Size()); err == nil { // else plan says what is wrong
+		id = layout.Identity
+	}
+	s.disk, err = openDisk(o.Backing.Path, true)
+	if id == nil || id.Serial == "" || err == nil && id.Matches(s.disk.Serial()) {
+		return err
+	}
+	path, missing := backing.Find(id.Serial)
+	if missing != nil {
+		if err != nil {
+			err = fmt.Errorf("%w; and %w (if it has another name now: ublk-pcache recover %d -b BACKING)", err, missing, s.dev.ID)
+		}
+		return err // what is there is refused as any other that does not fit
+	}
+	if s.disk != nil {
+		s.disk.Close()
+	}
+	s.log.Warn("the backing device has another name now", zap.String("was", s.dev.Backing), zap.String("is", path))
+	s.dev.Backing, o.Backing = path, seen{Path: path}
+	s.disk, err = openDisk(path, true)
+	return err
 }
 
 // closeFiles closes them again, and removes what was made.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -12,6 +13,7 @@ import (
 func newRecoverCmd() *cobra.Command {
 	var foreground bool
 	var changed engine.Choice
+	var backing string
 	cmd := &cobra.Command{
 		Use:   "recover ID",
 		Short: "Continue a device whose server has died",
@@ -21,8 +23,10 @@ The device has been there all the time; its users have been waiting. A new
 server replays the cache and answers them. Nothing that was acknowledged is
 lost, flushed or not.
 
-If the backing device was written meanwhile, see add --changed. Here the dirty
-data can only be written over what is there now: it has been promised.`,
+The backing device is found by its serial number if it has another name by now;
+if it has none, give it with --backing. If it was written meanwhile, see add
+--changed. Here the dirty data can only be written over what is there now: it has
+been promised.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			id, err := deviceID(args[0])
@@ -45,10 +49,17 @@ data can only be written over what is there now: it has been promised.`,
 			}
 			o := recovery(d, info)
 			o.Foreground, o.Changed = foreground, changed
+			if backing != "" {
+				if o.Device.Backing, err = filepath.Abs(backing); err != nil {
+					return err
+				}
+				o.Chosen = true
+			}
 			return launch(o)
 		},
 	}
 	cmd.Flags().StringVar((*string)(&changed), "changed", "", "what becomes of dirty data if the backing device was written meanwhile: overwrite")
+	cmd.Flags().StringVarP(&backing, "backing", "b", "", "the backing device, if it has another name now and no serial number")
 	cmd.Flags().BoolVar(&foreground, "foreground", false, "stay, and log to the terminal")
 	return cmd
 }

@@ -29,6 +29,7 @@ type serveOptions struct {
 	PMEM       seen   `json:"pmem"`
 	Backing    seen   `json:"backing"`
 	Recover    bool   `json:"recover"`
+	Chosen     bool   `json:"chosen,omitempty"` // of Recover: BACKING was given, not remembered
 	Foreground bool   `json:"foreground"`
 	Format     bool   `json:"format"`
 	Force      bool   `json:"force"`

@@ -313,3 +313,51 @@ func TestInterruptedAdd(t *testing.T) {
 	d.del(t)
 	must(t, "dmsetup", "remove", b.name)
 }
+
+// The disk comes back under another name, and another disk has its old one: a device goes on with its own.
+func TestRecoverFindsItsDisk(t *testing.T) {
+	wipe(t, disk)
+	make := func(name, uuid string, at int64) {
+		t.Helper()
+		must(t, "dmsetup", "create", name, "-u", uuid, "--table", fmt.Sprintf("0 %d linear %s %d", 64<<20/512, disk, at/512))
+	}
+	make("first", "ublk-pcache-test-1", 0)
+	t.Cleanup(func() { run(t, "dmsetup", "remove", "first"); run(t, "dmsetup", "remove", "second") })
+	d := add(t, "-p", dax, "-b", "/dev/mapper/first", "-q", "1")
+	must(t, "mkfs.ext4", "-q", "-F", d.path)
+	dir := mount(t, d.path)
+	kill := func() {
+		t.Helper()
+		pid := d.entry(t).PID
+		must(t, "kill", "-9", strconv.Itoa(pid))
+		requireEnd(t, pid)
+	}
+	kill()
+	must(t, "dmsetup", "rename", "first", "second")
+	make("first", "ublk-pcache-test-2", 1<<30)
+	pcache(t, "recover", d.id)
+	if err := replace(dir+"/file", []byte("written")); err != nil {
+		t.Fatal(err)
+	}
+	pcache(t, "flush", d.id)
+	kill()
+	must(t, "dmsetup", "remove", "first")
+	pcache(t, "recover", d.id, "-b", "/dev/mapper/second")
+	if e := d.entry(t); e.Backing != "/dev/mapper/second" {
+		t.Errorf("the backing device is %s", e.Backing)
+	}
+	must(t, "umount", dir)
+	d.del(t)
+	mustHold(t, "/dev/mapper/second", map[string]string{"file": "written"})
+
+	// A file has nothing that it could be found by.
+	wipe(t)
+	files := t.TempDir()
+	must(t, "truncate", "-s", "64M", files+"/disk")
+	d = add(t, "-p", dax, "-b", files+"/disk", "-q", "1")
+	kill()
+	must(t, "mv", files+"/disk", files+"/renamed")
+	run(t, "ublk-pcache", "recover", d.id).mustRefuse(t, []string{files + "/disk", "recover " + d.id + " -b BACKING"})
+	pcache(t, "recover", d.id, "-b", files+"/renamed")
+	d.del(t)
+}
