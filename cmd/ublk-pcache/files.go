@@ -151,10 +151,13 @@ func (s *server) openOwnDisk(o *serveOptions) (err error) {
 		id = layout.Identity
 	}
 	s.disk, err = openDisk(o.Backing.Path, true)
-	if id == nil || id.Serial == "" || err == nil && id.Matches(s.disk.Serial()) {
-		return err
+	if err == nil && (id == nil || id.Matches(s.disk.Serial())) {
+		return nil
 	}
-	path, missing := backing.Find(id.Serial)
+	path, missing := "", backing.ErrNameless
+	if id != nil {
+		path, missing = backing.Find(id.Serial)
+	}
 	if missing != nil {
 		if err != nil {
 			err = fmt.Errorf("%w; and %w (if it has another name now: ublk-pcache recover %d -b BACKING)", err, missing, s.dev.ID)
