@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 
 	"ublk-pcache/ondisk"
@@ -233,6 +234,20 @@ func (c *Cache) moveFingerprint(to ondisk.Position) {
 	from, _ := c.tails.dirtyTail()
 	rec.DirtyTail = [2]ondisk.Position{from, to}
 	c.keepFingerprint(rec)
+}
+
+// RenewFingerprint stores the fingerprint of the disk as it is now. It is for a cache
+// at rest (Rest) that is to be closed with dirty data: where some could not be
+// written and dirty_tail has not moved, the one on the media may be unknown.
+func (c *Cache) RenewFingerprint() error {
+	runtime.LockOSThread() // a fence is for the stores of its own thread
+	defer runtime.UnlockOSThread()
+	if c.fingerprint.now.State == ondisk.FingerprintUnknown {
+		c.readDisk()
+	}
+	tail, _ := c.tails.dirtyTail()
+	c.moveFingerprint(tail)
+	return c.persist()
 }
 
 // keepFingerprint stores one that can be done without. Where that is impossible

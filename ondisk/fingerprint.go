@@ -1,5 +1,7 @@
 package ondisk
 
+import "io"
+
 // The fingerprint is a checksum of those areas of the backing device that
 // whoever mounts or partitions it writes, and the state of the log that it was
 // taken with. When a cache is opened and the device no longer has it, the
@@ -75,4 +77,24 @@ func decodeFingerprint(p []byte) (f Fingerprint) {
 		f.DirtyTail[i] = Position{Seg: le.Uint32(p[32+8*i:]), Off: le.Uint32(p[36+8*i:])}
 	}
 	return f
+}
+
+// FingerprintAt returns the fingerprint in a store of p at off, if it is one.
+func FingerprintAt(p []byte, off int64) (f Fingerprint, ok bool) {
+	if len(p) != FingerprintSize || off != fingerprintOff && off != fingerprintOff+identityDistance {
+		return f, false
+	}
+	return decodeFingerprint(p), true
+}
+
+// ReadFingerprint returns where the newest copy of the fingerprint of a cache of
+// size bytes stands, and where dirty_tail does, nil if that cannot be told. The
+// cache may be damaged: nothing else is looked at.
+func ReadFingerprint(r io.ReaderAt, size int64) (f Fingerprint, at Replica, dirtyTail *Position) {
+	l := &Layout{Superblock: Superblock{Segments: SegmentsIn(size)}}
+	l.readFingerprint(r)
+	if l.readTail(r, DirtyTail) == nil {
+		dirtyTail = &l.DirtyTail
+	}
+	return l.Fingerprint, l.FingerprintCopies.Newest, dirtyTail
 }

@@ -20,6 +20,30 @@ import (
 	"ublk-pcache/pmem"
 )
 
+// eachBlock visits what a file holds outside its holes.
+func eachBlock(t *testing.T, f *os.File, visit func(block []byte, off int64)) {
+	t.Helper()
+	buf := make([]byte, 4096)
+	for end := int64(0); ; {
+		off, err := unix.Seek(int(f.Fd()), end, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			return
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if end, err = unix.Seek(int(f.Fd()), off, unix.SEEK_HOLE); err != nil {
+			t.Fatal(err)
+		}
+		for ; off < end; off += int64(len(buf)) {
+			n, err := f.ReadAt(buf, off)
+			if err != nil && err != io.EOF {
+				t.Fatal(err)
+			}
+			visit(buf[:n], off)
+		}
+	}
+}
+
 // copySparse copies a file, and makes holes of all that is zero.
 func copySparse(t *testing.T, from, to string) {
 	t.Helper()
@@ -40,29 +64,15 @@ func copySparse(t *testing.T, from, to string) {
 	if err := dst.Truncate(info.Size()); err != nil {
 		t.Fatal(err)
 	}
-	for end := int64(0); ; {
-		off, err := unix.Seek(int(src.Fd()), end, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
+	zeros := make([]byte, 4096)
+	eachBlock(t, src, func(p []byte, off int64) {
+		if bytes.Equal(p, zeros[:len(p)]) {
 			return
-		} else if err != nil {
+		}
+		if _, err := dst.WriteAt(p, off); err != nil {
 			t.Fatal(err)
 		}
-		if end, err = unix.Seek(int(src.Fd()), off, unix.SEEK_HOLE); err != nil {
-			t.Fatal(err)
-		}
-		for buf, zeros := make([]byte, 4096), make([]byte, 4096); off < end; off += int64(len(buf)) {
-			n, err := src.ReadAt(buf, off)
-			if err != nil && err != io.EOF {
-				t.Fatal(err)
-			}
-			if bytes.Equal(buf[:n], zeros[:n]) {
-				continue
-			}
-			if _, err := dst.WriteAt(buf[:n], off); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
+	})
 }
 
 // overwrite puts bytes into a file.
@@ -134,10 +144,6 @@ func TestFormatting(t *testing.T) {
 	if _, err := execute(newFormatCmd(), empty+",size=512M"); err != nil {
 		t.Fatal(err)
 	}
-	// Copies of these are made in no time.
-	dirty := filepath.Join(dir, "dirty")
-	copySparse(t, w.pmem, dirty)
-	w.pmem = dirty
 	copySparse(t, w.pmem, clean)
 	copySparse(t, w.backing, cleanDisk)
 	t.Run("written back", func(t *testing.T) {

@@ -102,7 +102,7 @@ func (s *server) openError(o *serveOptions, err error) error {
 	case errors.Is(err, engine.ErrChanged) && o.Recover:
 		return fmt.Errorf("cache %s cannot continue device %d: %s: %w (to write that over what is there now: recover --changed=overwrite; the device waits)", s.dev.PMEM, s.dev.ID, s.dev.Backing, err)
 	case errors.Is(err, engine.ErrChanged):
-		return fmt.Errorf("cache %s: %s: %w (to write that over what is there now: --changed=overwrite; to give it up: --changed=discard)", s.dev.PMEM, s.dev.Backing, err)
+		return fmt.Errorf("cache %s: %s: %w (to write that over what is there now, as is right after a writeback that could not record itself: --changed=overwrite; to lose it: --changed=discard)", s.dev.PMEM, s.dev.Backing, err)
 	case errors.Is(err, engine.ErrUnchanged):
 		return fmt.Errorf("cache %s: %s: %w, so nothing is discarded (leave out --changed=discard, or give up what the cache holds with --format --force)", s.dev.PMEM, s.dev.Backing, err)
 	}

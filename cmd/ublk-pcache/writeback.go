@@ -4,9 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"os"
+	"sync"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"ublk-pcache/backing"
 	"ublk-pcache/engine"
@@ -20,9 +24,13 @@ func newWritebackCmd() *cobra.Command {
 		Use:   "writeback PMEM -b BACKING",
 		Short: "Save the dirty data of a cache that is not in use, without a device",
 		Long: `Write all intact dirty data of the cache on PMEM to BACKING, which it belongs to,
-and flush that. PMEM is not changed, and may be damaged: it is read as repair
-would mend it, with what damaged parts of the log held given up. What could not
-be saved is listed by sectors, and the exit code is 1.`,
+and flush that. PMEM may be damaged: it is read as repair would mend it, with what
+damaged parts of the log held given up. What could not be saved is listed by
+sectors, and the exit code is 1. Then it can be repeated.
+
+PMEM stays as it is, dirty data and all, but for the record of what BACKING looks
+like: what is written here is not to be taken for somebody else's work. Where
+PMEM cannot be written, a line says so, and what to answer to add.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if c := engine.Choice(o.changed); c != engine.Refuse && c != engine.Overwrite {
@@ -45,24 +53,45 @@ type writebackOptions struct {
 	force                  bool
 }
 
-// run has the engine do it, on the cache as it would be after a repair: a copy in
-// memory of what is changed, over PMEM, which is only read.
+// run opens both, for save.
 func (o *writebackOptions) run(cmd *cobra.Command) error {
-	r, err := pmem.Open(o.pmem, pmem.ReadOnly)
+	r, readOnly, err := openToSave(o.pmem)
 	if err != nil {
 		return err
 	}
 	defer r.Close()
-	rep := ondisk.Repair(r, r.Size(), ondisk.RepairOptions{Durable: r.Durable(), GiveUpLog: true})
-	layout, err := ondisk.ReadLayout(rep, rep.Size())
-	if err != nil {
-		return fmt.Errorf("cache %s: %w", r.Path(), errors.Join(append(rep.Left, err)...))
-	}
 	dev, err := backing.Open(o.backing)
 	if err != nil {
 		return err
 	}
 	defer dev.Close()
+	return o.save(cmd.OutOrStdout(), r, readOnly, dev, disk{dev})
+}
+
+// openToSave opens the region for writing if it can be, and returns why not.
+func openToSave(spec string) (r *pmem.Region, readOnly, err error) {
+	// For reading first, since that makes no file.
+	if r, err = pmem.Open(spec, pmem.ReadOnly); err != nil {
+		return nil, nil, err
+	}
+	path := r.Path()
+	r.Close()
+	r, err = pmem.Open(path, pmem.ReadWrite)
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
+		readOnly = err
+		r, err = pmem.Open(path, pmem.ReadOnly)
+	}
+	return r, readOnly, err
+}
+
+// save has the engine do it, on the cache as it would be after a repair: a copy in
+// memory of what is changed, over the region.
+func (o *writebackOptions) save(out io.Writer, r *pmem.Region, readOnly error, dev *backing.Device, to engine.Disk) error {
+	rep := ondisk.Repair(r, r.Size(), ondisk.RepairOptions{Durable: r.Durable(), GiveUpLog: true})
+	layout, err := ondisk.ReadLayout(rep, rep.Size())
+	if err != nil {
+		return fmt.Errorf("cache %s: %w", r.Path(), errors.Join(append(rep.Left, err)...))
+	}
 	if err := o.mayWrite(r, rep, layout, dev); err != nil {
 		return err
 	}
@@ -71,32 +100,44 @@ func (o *writebackOptions) run(cmd *cobra.Command) error {
 			return err
 		}
 	}
-	cache, err := engine.Open(offline{rep.Overlay, r.Durable()}, disk{dev}, engine.Options{Queues: 1, Log: stderrLog{}})
+	record := newRecord(r, layout, o.changed != "")
+	record.mu.err = readOnly
+	if id := layout.Identity; id != nil && !id.Matches(dev.Serial()) {
+		record.region = nil // it is about another device
+	}
+	cache, err := engine.Open(offline{rep.Overlay, r.Durable(), record}, to, engine.Options{Queues: 1, Log: stderrLog{}})
 	if errors.Is(err, engine.ErrChanged) {
 		return fmt.Errorf("cache %s: %s: %w (to write that over what is there now: --changed=overwrite)", r.Path(), dev.Path(), err)
 	} else if err != nil {
 		return fmt.Errorf("cache %s: %w", r.Path(), err)
 	}
 	for _, s := range rep.Mended {
-		fmt.Fprintln(cmd.OutOrStdout(), "read as if mended:", s)
+		fmt.Fprintln(out, "read as if mended:", s)
 	}
 	left, err := flushAll(cache)
+	cache.Rest()
+	cache.RenewFingerprint() // whose failure report knows
 	if closed := cache.Close(); err == nil {
 		err = closed
 	}
 	left.total.Each(func(off, n int64) {
-		fmt.Fprintf(cmd.OutOrStdout(), "not written: sectors %d-%d, %d bytes\n", off>>9, (off+n)>>9-1, n)
+		fmt.Fprintf(out, "not written: sectors %d-%d, %d bytes\n", off>>9, (off+n)>>9-1, n)
 	})
-	fmt.Fprintf(cmd.OutOrStdout(), "%s: %d bytes of dirty data written to %s, %d bytes were not\n", r.Path(), left.before-left.total.Bytes(), dev.Path(), left.total.Bytes())
+	fmt.Fprintf(out, "%s: %d bytes of dirty data written to %s, %d bytes were not\n", r.Path(), left.before-left.total.Bytes(), dev.Path(), left.total.Bytes())
+	if left.before > 0 {
+		record.report(out, r.Path(), dev.Path())
+	}
 	switch {
 	case err != nil:
-		return fmt.Errorf("%s: not everything was written: %w", r.Path(), err)
+		return fmt.Errorf("%s: not everything was written: %w (it can be repeated)", r.Path(), err)
 	case left.total.Bytes() > 0:
 		return fmt.Errorf("%s: not everything was written: %w", r.Path(), engine.ErrDamaged)
 	case rep.LostLog:
 		return fmt.Errorf("%s: all that is intact was written, but the log was damaged, and what it held there is lost", r.Path())
 	}
-	fmt.Fprintf(cmd.OutOrStdout(), "%s is unchanged, and would write the same again if it were added (to start anew: ublk-pcache format --force %s)\n", r.Path(), r.Path())
+	if left.before > 0 {
+		fmt.Fprintf(out, "%s still has it as dirty data, which an add writes again (to start anew: ublk-pcache format --force %s)\n", r.Path(), r.Path())
+	}
 	return nil
 }
 
@@ -151,13 +192,109 @@ func flushAll(cache *engine.Cache) (left unwritten, err error) {
 	return left, err
 }
 
-// offline is a cache as the engine sees it: all that it stores stays in memory.
+// offline is a cache as the engine sees it: all that it stores stays in memory, but
+// for what is recorded.
 type offline struct {
 	*ondisk.Overlay
 	durable bool // as the region below, whose log the engine is to judge
+	record  *record
 }
 
 func (o offline) Durable() bool { return o.durable }
+
+func (o offline) WriteAt(p []byte, off int64) (int, error) {
+	if f, ok := ondisk.FingerprintAt(p, off); ok {
+		o.record.store(f)
+	}
+	return o.Overlay.WriteAt(p, off)
+}
+
+func (o offline) Fence() { o.record.fence() }
+
+func (o offline) Sync() error {
+	o.record.sync()
+	return nil
+}
+
+// record is the fingerprint of the backing device on the region (see
+// engine/fingerprint.go). The engine stores it before it writes to where a
+// fingerprint is taken from, and afterwards, so it is right whenever this is cut
+// off. Here it is stored for the dirty_tail that the region has, and which stays.
+type record struct {
+	region *pmem.Region       // nil if it is not to be stored
+	tails  [2]ondisk.Position // that it is for
+	mu     struct {
+		sync.Mutex
+		at      ondisk.Replica
+		changed bool  // the device was written without the cache, so what is clean there is out of date
+		err     error // why it is not stored any more
+	}
+}
+
+func newRecord(r *pmem.Region, l *ondisk.Layout, overwrite bool) *record {
+	f, at, tail := ondisk.ReadFingerprint(r, r.Size())
+	// Where dirty_tail is, if that can be read, and where a repair puts it.
+	rec := &record{region: r, tails: [2]ondisk.Position{l.DirtyTail, l.DirtyTail}}
+	if tail != nil {
+		rec.tails[0] = *tail
+	}
+	rec.mu.at, rec.mu.changed = at, overwrite || f.State == ondisk.FingerprintChanged
+	return rec
+}
+
+// store does not persist, like the engine's.
+func (rec *record) store(f ondisk.Fingerprint) {
+	rec.mu.Lock()
+	defer rec.mu.Unlock()
+	if rec.region == nil || rec.mu.err != nil {
+		return
+	}
+	// The engine makes an outdated cache good by emptying it. This one stays.
+	rec.mu.changed = rec.mu.changed || f.State == ondisk.FingerprintChanged
+	if f.DirtyTail = rec.tails; rec.mu.changed {
+		f = ondisk.Fingerprint{State: ondisk.FingerprintChanged}
+	}
+	var buf [ondisk.FingerprintSize]byte
+	at := rec.mu.at.Next()
+	off := ondisk.EncodeFingerprint(buf[:], at, &f)
+	_, err := rec.region.WriteAt(buf[:], off)
+	if err == nil {
+		_, err = rec.region.ReadAt(make([]byte, len(buf)), off)
+	}
+	if rec.mu.err = err; err == nil {
+		rec.mu.at = at
+	}
+}
+
+func (rec *record) fence() {
+	if rec.region != nil {
+		rec.region.Fence()
+	}
+}
+
+// sync has no error to return: data is saved also where the region is failing.
+func (rec *record) sync() {
+	if rec.region == nil {
+		return
+	}
+	if err := rec.region.Sync(); err != nil {
+		rec.mu.Lock()
+		defer rec.mu.Unlock()
+		rec.mu.err = err
+	}
+}
+
+// report says what the next add will find.
+func (rec *record) report(out io.Writer, path, backing string) {
+	rec.mu.Lock()
+	defer rec.mu.Unlock()
+	switch {
+	case rec.mu.err != nil:
+		fmt.Fprintf(out, "%s could not take the record of what %s looks like now (%s): an add will say that it was written without its cache, and --changed=overwrite is right then, unless somebody else writes to it\n", path, backing, oneLine(rec.mu.err))
+	case rec.mu.changed:
+		fmt.Fprintf(out, "%s was written without its cache, so what %s holds of it is out of date: an add has to be given --changed=overwrite, too\n", backing, path)
+	}
+}
 
 // stderrLog shows what goes wrong.
 type stderrLog struct{}

@@ -89,8 +89,8 @@ func TestRepairAfterKill(t *testing.T) {
 	if text := pcache(t, "repair", dax, "--in-place"); !strings.Contains(text, "nothing to mend") {
 		t.Errorf("repaired again: %s", text)
 	}
-	// To the cache, which knows nothing of the writeback, the disk was changed.
-	d := add(t, "-p", dax, "-b", disk, "--changed=overwrite")
+	// What writeback has written is no change of the disk.
+	d := add(t, "-p", dax, "-b", disk)
 	f := direct(t, d.path)
 	if err := want.On(f).Verify(buffer(t)); err != nil {
 		t.Errorf("repaired: %v", err)
