@@ -9,6 +9,7 @@ import (
 // Why a region cannot be opened.
 var (
 	ErrMissing     = errors.New("no such file or device (a new file needs its size: PATH,size=1G)")
+	ErrDangling    = errors.New("a symbolic link that leads to nothing (give what it should lead to)")
 	ErrBlockDevice = errors.New("a block device cannot be mapped as persistent memory (for a pmem namespace: ndctl create-namespace -f -e NAMESPACE -m devdax, then give /dev/daxN.N)")
 	ErrNotMappable = errors.New("neither a device-dax device nor a file")
 	ErrTooSmall    = errors.New("smaller than 512 MiB, the least a cache takes")
@@ -17,6 +18,9 @@ var (
 	ErrOtherSize   = errors.New("exists with another size (leave out size= to use it, or remove it)")
 	ErrBadSize     = errors.New("size must be a number of bytes, or one followed by K, M, G or T")
 	ErrNoSpace     = errors.New("no space could be reserved for the file")
+	ErrNoReserving = errors.New("its file system cannot reserve space for it")
+	ErrAppeared    = errors.New("somebody else has made it meanwhile (try again)")
+	ErrUnfinished  = errors.New("an attempt to make it is under way, or was cut off")
 )
 
 // What is wrong with a call on an open region.

@@ -58,13 +58,7 @@ func Open(spec string, mode Mode) (*Region, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pmem %s: %w", path, err)
 	}
-	if created {
-		err = reserve(f, size)
-	}
-	var r *Region
-	if err == nil {
-		r, err = mapFile(f, size, mode, filelock.Take)
-	}
+	r, err := mapFile(f, size, mode, filelock.Take)
 	if err != nil {
 		if created {
 			os.Remove(path)
@@ -133,30 +127,18 @@ func openFile(path string, size int64, mode Mode) (f *os.File, created bool, err
 		return f, false, nil
 	case !errors.Is(err, fs.ErrNotExist):
 		return nil, false, plain(err)
+	case isLink(path):
+		return nil, false, ErrDangling
 	case size == 0 || mode == ReadOnly:
 		return nil, false, ErrMissing
 	}
-	f, err = os.OpenFile(path, mode.openFlags()|unix.O_CREAT|unix.O_EXCL, 0o600)
-	if err != nil {
-		return nil, false, plain(err)
-	}
-	return f, true, nil
+	f, err = create(path, size)
+	return f, err == nil, err
 }
 
-// reserve gives a new file its size, its blocks and a durable name.
-func reserve(f *os.File, size int64) error {
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, size); err != nil {
-		return fmt.Errorf("%w: fallocate of %d bytes: %w", ErrNoSpace, size, err)
-	}
-	if err := f.Sync(); err != nil {
-		return plain(err)
-	}
-	dir, err := os.Open(filepath.Dir(f.Name()))
-	if err != nil {
-		return plain(err)
-	}
-	defer dir.Close()
-	return dir.Sync()
+func isLink(path string) bool {
+	info, err := os.Lstat(path)
+	return err == nil && info.Mode()&fs.ModeSymlink != 0
 }
 
 // plain strips what os adds to an error: Open names the path already.
