@@ -554,7 +554,7 @@ func TestHiddenKeys(t *testing.T) {
 // are real ones.
 func TestTruncatedFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "pmem")
-	region, err := pmem.Open(fmt.Sprintf("%s,size=%d", path, ondisk.MinSize), pmem.ReadWrite)
+	region, err := pmem.Open(fmt.Sprintf("%s,size=%d,volatile", path, ondisk.MinSize), pmem.ReadWrite)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -122,7 +122,7 @@ func differ(t *rapid.T, what string, one, two []byte) {
 func (s setting) run(t *rapid.T, dir string, steps []step) (o outcome) {
 	var mem Memory
 	if s.Memory == "file" {
-		region, err := pmem.Open(fmt.Sprintf("%s,size=%d", filepath.Join(dir, "region"), ondisk.MinSize), pmem.ReadWrite)
+		region, err := pmem.Open(fmt.Sprintf("%s,size=%d,volatile", filepath.Join(dir, "region"), ondisk.MinSize), pmem.ReadWrite)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -15,8 +15,9 @@ import (
 func TestCreateWhole(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "cache")
+	// A file system where space is short, and where a name appears meanwhile.
 	full := filepath.Join(mountTmpfs(t, "1m"), "cache")
-	if _, err := Open(full+",size=512M", ReadWrite); !errors.Is(err, ErrNoSpace) {
+	if _, err := Open(full+",size=512M,volatile", ReadWrite); !errors.Is(err, ErrNoSpace) {
 		t.Errorf("without space: %v", err)
 	}
 	if left := names(t, filepath.Dir(full)); len(left) > 0 {
@@ -39,7 +40,7 @@ func TestCreateWhole(t *testing.T) {
 	if err := os.Symlink("nothing", dir+"/link"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(dir+"/link,size=512M", ReadWrite); !errors.Is(err, ErrDangling) {
+	if _, err := Open(dir+"/link,size=512M,volatile", ReadWrite); !errors.Is(err, ErrDangling) {
 		t.Errorf("a link to nothing: %v", err)
 	}
 }
@@ -57,7 +58,7 @@ func TestCreateKilled(t *testing.T) {
 	if _, err := unix.InotifyAddWatch(watch, dir, unix.IN_CREATE|unix.IN_MODIFY|unix.IN_MOVED_TO); err != nil {
 		t.Fatal(err)
 	}
-	r, err := Open(path+",size=512M", ReadWrite)
+	r, err := Open(path+",size=512M,volatile", ReadWrite)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,15 +101,4 @@ func TestCreateWithoutTmpfile(t *testing.T) {
 		}
 		os.Remove(path)
 	}
-}
-
-// mountTmpfs mounts a tmpfs on a folder of the test.
-func mountTmpfs(t *testing.T, size string) (dir string) {
-	t.Helper()
-	dir = t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
-	return dir
 }

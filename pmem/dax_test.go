@@ -56,6 +56,9 @@ func exercise(t *testing.T, spec string, kind Kind) *Region {
 		if r.Kind() != kind || !r.Durable() || r.Size() < 512<<20 {
 			t.Fatalf("%s: %v of %d bytes", spec, r.Kind(), r.Size())
 		}
+		if p, why := r.Persistence(); p != Persistent || why != "" {
+			t.Errorf("%s: %s, %q", spec, p, why)
+		}
 		if _, err := Open(spec, ReadOnly); !errors.Is(err, ErrInUse) {
 			t.Errorf("opened twice: %v", err)
 		}

@@ -8,8 +8,10 @@ import (
 
 // Why a region cannot be opened.
 var (
-	ErrMissing     = errors.New("no such file or device (a new file needs its size: PATH,size=1G)")
+	ErrMissing     = errors.New("no such file (a new one needs its size: PATH,size=1G)")
+	ErrNoDevice    = errors.New("no such device (daxctl list shows those that there are; a file is not made in /dev)")
 	ErrDangling    = errors.New("a symbolic link that leads to nothing (give what it should lead to)")
+	ErrNoDriver    = errors.New("the device is there, but not in mode devdax (daxctl reconfigure-device --mode=devdax)")
 	ErrBlockDevice = errors.New("a block device cannot be mapped as persistent memory (for a pmem namespace: ndctl create-namespace -f -e NAMESPACE -m devdax, then give /dev/daxN.N)")
 	ErrNotMappable = errors.New("neither a device-dax device nor a file")
 	ErrTooSmall    = errors.New("smaller than 512 MiB, the least a cache takes")
@@ -19,6 +21,7 @@ var (
 	ErrBadSize     = errors.New("size must be a number of bytes, or one followed by K, M, G or T")
 	ErrNoSpace     = errors.New("no space could be reserved for the file")
 	ErrNoReserving = errors.New("its file system cannot reserve space for it")
+	ErrVolatile    = errors.New("it would be lost in a power cut or a reboot")
 	ErrAppeared    = errors.New("somebody else has made it meanwhile (try again)")
 	ErrUnfinished  = errors.New("an attempt to make it is under way, or was cut off")
 )

@@ -13,7 +13,7 @@ import (
 // in between.
 func TestInherit(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "pm")
-	old, err := Open(path+",size=512M", ReadWrite)
+	old, err := Open(path+",size=512M,volatile", ReadWrite)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -31,7 +31,7 @@ func TestInherit(t *testing.T) {
 	if err := old.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(path, ReadWrite); !errors.Is(err, ErrInUse) {
+	if _, err := Open(path+",volatile", ReadWrite); !errors.Is(err, ErrInUse) {
 		t.Errorf("opened besides its heir: %v", err)
 	}
 	var p [8]byte
@@ -41,7 +41,7 @@ func TestInherit(t *testing.T) {
 	if err := heir.Close(); err != nil {
 		t.Fatal(err)
 	}
-	again, err := Open(path, ReadWrite)
+	again, err := Open(path+",volatile", ReadWrite)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -42,29 +42,40 @@ func (m Mode) lock() filelock.Mode {
 	return [...]filelock.Mode{filelock.Exclusive, filelock.Shared}[m]
 }
 
-// Open maps what spec names: a device-dax device, a file on a DAX file system,
-// or any other file. "PATH,size=1G" makes the file if there is none (with
-// ReadWrite), with all of its space reserved so that a store cannot fail for
-// lack of it, and otherwise asks for just that size. A file made by a call
-// that fails is removed again.
-//
-// The region is locked against other processes until Close, see package filelock.
+// Open is Spec.Open of what ParseSpec reads.
 func Open(spec string, mode Mode) (*Region, error) {
-	path, size, err := parseSpec(spec)
+	s, err := ParseSpec(spec)
 	if err != nil {
 		return nil, err
 	}
-	f, created, err := openFile(path, size, mode)
+	return s.Open(mode)
+}
+
+// Open maps what s names: a device-dax device, a file on a DAX file system, or
+// any other file. With a Size and ReadWrite a file that is missing is made, with
+// all of its space reserved; if the call fails it is removed again.
+//
+// The region is locked against other processes until Close, see package filelock.
+func (s Spec) Open(mode Mode) (*Region, error) {
+	r, err := s.open(mode)
 	if err != nil {
-		return nil, fmt.Errorf("pmem %s: %w", path, err)
+		return nil, fmt.Errorf("pmem %s: %w", s.Path, err)
 	}
-	r, err := mapFile(f, size, mode, filelock.Take)
+	return r, nil
+}
+
+func (s Spec) open(mode Mode) (*Region, error) {
+	f, created, err := s.openFile(mode)
+	if err != nil {
+		return nil, err
+	}
+	r, err := mapFile(f, s.Size, mode, filelock.Take)
 	if err != nil {
 		if created {
-			os.Remove(path)
+			os.Remove(s.Path)
 		}
 		f.Close()
-		return nil, fmt.Errorf("pmem %s: %w", path, err)
+		return nil, err
 	}
 	return r, nil
 }
@@ -79,66 +90,106 @@ func Inherit(f *os.File) (*Region, error) {
 	return r, nil
 }
 
-// parseSpec splits PATH[,size=N]; without a size it returns 0.
-func parseSpec(spec string) (path string, size int64, err error) {
-	i := strings.LastIndex(spec, ",size=")
-	if i < 0 {
-		return spec, 0, nil
-	}
-	path, text := spec[:i], spec[i+len(",size="):]
-	digits, shift := text, 0
-	if n := len(text); n > 0 {
-		if unit := strings.IndexByte("KMGT", text[n-1]&^0x20); unit >= 0 {
-			digits, shift = text[:n-1], 10*(unit+1)
-		}
-	}
-	n, err := strconv.ParseUint(digits, 10, 63)
-	if err != nil || n > 1<<(62-shift) {
-		return "", 0, fmt.Errorf("pmem %s: %w, not %q", path, ErrBadSize, text)
-	}
-	size = int64(n) << shift
-	if err := checkSize(size); err != nil {
-		return "", 0, fmt.Errorf("pmem %s: %w", path, err)
-	}
-	return path, size, nil
-}
-
-func checkSize(size int64) error {
-	switch {
-	case size < MinSize:
-		return fmt.Errorf("%w: %d bytes", ErrTooSmall, size)
-	case size%pageSize != 0:
-		return fmt.Errorf("%w: %d bytes, not a multiple of %d", ErrMisaligned, size, pageSize)
-	}
-	return nil
-}
-
-// openFile opens path, or creates it where that is wanted; size is 0 when none
-// was given.
-func openFile(path string, size int64, mode Mode) (f *os.File, created bool, err error) {
-	info, err := os.Stat(path)
+// openFile opens the file, or creates it where that is wanted.
+func (s Spec) openFile(mode Mode) (f *os.File, created bool, err error) {
+	info, err := os.Stat(s.Path)
 	switch {
 	case err == nil && info.Mode()&fs.ModeType == fs.ModeDevice:
 		return nil, false, ErrBlockDevice
 	case err == nil:
-		if f, err = os.OpenFile(path, mode.openFlags()|unix.O_NONBLOCK, 0); err != nil {
-			return nil, false, plain(err)
-		}
-		return f, false, nil
+		f, err = s.openExisting(mode)
+		return f, false, err
 	case !errors.Is(err, fs.ErrNotExist):
 		return nil, false, plain(err)
-	case isLink(path):
+	case isLink(s.Path):
 		return nil, false, ErrDangling
-	case size == 0 || mode == ReadOnly:
+	case isInDev(s.Path):
+		return nil, false, ErrNoDevice
+	case s.Size == 0 || mode == ReadOnly:
 		return nil, false, ErrMissing
 	}
-	f, err = create(path, size)
+	if err := s.refuseVolatile(); err != nil {
+		return nil, false, err
+	}
+	f, err = create(s.Path, s.Size)
 	return f, err == nil, err
+}
+
+func (s Spec) openExisting(mode Mode) (*os.File, error) {
+	f, err := os.OpenFile(s.Path, mode.openFlags()|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.ENXIO) && isInDev(s.Path) {
+		return nil, ErrNoDriver // which a dax device that is used as system RAM has not
+	}
+	if err != nil {
+		return nil, plain(err)
+	}
+	if info, err := f.Stat(); err == nil && info.Mode().IsRegular() && mode == ReadWrite {
+		if err := s.refuseVolatile(); err != nil {
+			f.Close()
+			return nil, err
+		}
+	}
+	return f, nil
 }
 
 func isLink(path string) bool {
 	info, err := os.Lstat(path)
 	return err == nil && info.Mode()&fs.ModeSymlink != 0
+}
+
+// isInDev reports whether a path is where the kernel makes nodes, and nobody
+// means to make a file.
+func isInDev(path string) bool {
+	var dev, its unix.Stat_t
+	path, err := filepath.Abs(path)
+	if err != nil || unix.Stat("/dev", &dev) != nil {
+		return false
+	}
+	for strings.HasPrefix(path, "/dev/") {
+		path = filepath.Dir(path)
+		if unix.Stat(path, &its) == nil {
+			return its.Dev == dev.Dev // /dev/shm is not
+		}
+	}
+	return false
+}
+
+// RefuseVolatile refuses a file, there or to be made, that a power cut or a
+// reboot takes, unless that was said. Open does, too, but what is below an
+// overlay or a loop device may not be seen from where it is called.
+func (s Spec) RefuseVolatile() error {
+	if err := s.refuseVolatile(); err != nil {
+		return fmt.Errorf("pmem %s: %w", s.Path, err)
+	}
+	return nil
+}
+
+func (s Spec) refuseVolatile() error {
+	info, err := os.Stat(s.Path)
+	path := s.Path
+	switch {
+	case s.Volatile, err == nil && !info.Mode().IsRegular(), err != nil && isInDev(path):
+		return nil // there is nothing to refuse, or not for this
+	case err != nil:
+		path = filepath.Dir(path)
+	}
+	if p, why := PersistenceOf(path); p == Volatile {
+		s.Volatile = true
+		return fmt.Errorf("%w: %s (give a file that is on a disk, or if it may be lost: %v)", ErrVolatile, why, s)
+	}
+	return nil
+}
+
+// claim takes or goes on with the lock of an open file.
+type claim func(fd int, mode filelock.Mode) (*filelock.Lock, error)
+
+// lock claims f.
+func lock(f *os.File, mode Mode, claim claim) (*filelock.Lock, error) {
+	l, err := claim(int(f.Fd()), mode.lock())
+	if errors.Is(err, filelock.ErrHeld) {
+		return nil, ErrInUse
+	}
+	return l, err
 }
 
 // plain strips what os adds to an error: Open names the path already.
@@ -149,9 +200,6 @@ func plain(err error) error {
 	}
 	return err
 }
-
-// claim takes or goes on with the lock of an open file.
-type claim func(fd int, mode filelock.Mode) (*filelock.Lock, error)
 
 // mapFile maps f, which must have the size want unless that is 0.
 func mapFile(f *os.File, want int64, mode Mode, claim claim) (_ *Region, err error) {
@@ -165,10 +213,8 @@ func mapFile(f *os.File, want int64, mode Mode, claim claim) (_ *Region, err err
 	if err := checkSize(size); err != nil {
 		return nil, err
 	}
-	lock, err := claim(int(f.Fd()), mode.lock())
-	if errors.Is(err, filelock.ErrHeld) {
-		return nil, ErrInUse
-	} else if err != nil {
+	lock, err := lock(f, mode, claim)
+	if err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -198,6 +244,7 @@ func mapFile(f *os.File, want int64, mode Mode, claim claim) (_ *Region, err err
 			return nil, fmt.Errorf("unlock the mapping: %w", err)
 		}
 	}
+	r.findPersistence()
 	return r, nil
 }
 
@@ -216,12 +263,8 @@ func sizeOf(f *os.File) (size int64, device bool, err error) {
 	default:
 		return 0, false, ErrNotMappable
 	}
-	var stat unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &stat); err != nil {
-		return 0, false, fmt.Errorf("stat: %w", err)
-	}
-	sys := fmt.Sprintf("/sys/dev/char/%d:%d", unix.Major(stat.Rdev), unix.Minor(stat.Rdev))
-	if subsystem, err := os.Readlink(sys + "/subsystem"); err != nil || filepath.Base(subsystem) != "dax" {
+	sys, ok := daxDir(f)
+	if !ok {
 		return 0, false, ErrNotMappable
 	}
 	if size, err = readNumber(sys + "/size"); err != nil {
@@ -235,6 +278,17 @@ func sizeOf(f *os.File) (size int64, device bool, err error) {
 		return 0, false, fmt.Errorf("%w: %d bytes in pages of %d", ErrMisaligned, size, align)
 	}
 	return size, true, nil
+}
+
+// daxDir returns the folder of a device-dax device in sysfs.
+func daxDir(f *os.File) (dir string, ok bool) {
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &stat); err != nil || stat.Mode&unix.S_IFMT != unix.S_IFCHR {
+		return "", false
+	}
+	dir = deviceDir("char", stat.Rdev)
+	subsystem, err := os.Readlink(dir + "/subsystem")
+	return dir, err == nil && filepath.Base(subsystem) == "dax"
 }
 
 func readNumber(path string) (int64, error) {

@@ -78,13 +78,16 @@ type Region struct {
 	mode Mode
 	file *os.File // nil for HeapMemory
 	lock *filelock.Lock
+
+	persistence Persistence
+	doubt       string
 }
 
 // Heap returns a region of size bytes, a multiple of 8, on the Go heap. The
 // race detector follows accesses to it, as it does not for a mapping; they are
 // the same otherwise.
 func Heap(size int64) *Region {
-	return &Region{mem: make([]byte, size), kind: HeapMemory}
+	return &Region{mem: make([]byte, size), kind: HeapMemory, persistence: Volatile, doubt: "it is on the heap"}
 }
 
 // Size returns the usable size in bytes.

@@ -19,7 +19,7 @@ import (
 // open makes a file region of the least size and closes it with the test.
 func open(t testing.TB) *Region {
 	t.Helper()
-	r, err := Open(filepath.Join(t.TempDir(), "pm,size=512M"), ReadWrite)
+	r, err := Open(filepath.Join(t.TempDir(), "pm,size=512M,volatile"), ReadWrite)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -191,7 +191,7 @@ func TestOpen(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	held, err := Open(path("held,size=512M"), ReadWrite)
+	held, err := Open(path("held,size=512M,volatile"), ReadWrite)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -237,8 +237,13 @@ func TestOpen(t *testing.T) {
 		{disk, ReadWrite, ErrBlockDevice},
 		{pipe, ReadWrite, ErrNotMappable},
 		{"/dev/null", ReadWrite, ErrNotMappable},
+		{"/dev/dax9.9", ReadWrite, ErrNoDevice},
+		{"/dev/dax9.9,size=1G", ReadWrite, ErrNoDevice},
+		{"/dev/dax9.9", ReadOnly, ErrNoDevice},
+		{"/dev/mapper/none/x,size=1G", ReadWrite, ErrNoDevice},
+		{"/dev/shm/none", ReadWrite, ErrMissing},
 	} {
-		r, err := Open(c.spec, c.mode)
+		r, err := Open(c.spec+",volatile", c.mode)
 		if !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
 			t.Errorf("%s: %v, want %v", c.spec, err, c.want)
 		}
@@ -271,7 +276,7 @@ func names(t *testing.T, dir string) (names []string) {
 // TestReopen writes, closes, and finds everything again in a file whose space
 // was reserved.
 func TestReopen(t *testing.T) {
-	spec := filepath.Join(t.TempDir(), "pm,size=524288K")
+	spec := filepath.Join(t.TempDir(), "pm,size=524288K,volatile")
 	want := []byte("persistent bytes, forty of them in total")
 	for i := range 2 {
 		r, err := Open(spec, ReadWrite)

@@ -5,13 +5,13 @@ import (
 	"fmt"
 	"path/filepath"
 	"runtime"
-	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
 	"ublk-pcache/engine"
 	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
 )
 
 const (
@@ -34,9 +34,10 @@ func newAddCmd() *cobra.Command {
 		Long: `Put a cache in front of a disk and print the new device's path.
 
 PMEM is a device-dax device (/dev/dax0.0), a file on a DAX file system, or any
-file ("cache.img,size=1G" makes it). A cache that is there is opened, whichever
-of this program and the kernel's dm-pcache wrote it; a blank PMEM is formatted;
-anything else needs --format.
+file ("cache.img,size=1G" makes it). A file that a reboot would take, one in
+/dev/shm say, is refused, unless that is said: "/dev/shm/cache.img,size=1G,volatile".
+A cache that is there is opened, whichever of this program and the kernel's
+dm-pcache wrote it; a blank PMEM is formatted; anything else needs --format.
 
 BACKING is a block device or a file. Nobody else may use it meanwhile. If it was
 written without its cache, which is noticed when it was mounted or partitioned,
@@ -52,7 +53,13 @@ what becomes of that:
 			if err != nil {
 				return err
 			}
-			return launch(o)
+			if err := launch(o); err != nil {
+				return err
+			}
+			for _, w := range o.Device.doubts() {
+				fmt.Fprintln(cmd.ErrOrStderr(), "ublk-pcache: warning:", w)
+			}
+			return nil
 		},
 	}
 	f := cmd.Flags()
@@ -73,7 +80,7 @@ type addOptions struct {
 
 func (a *addOptions) define(f *pflag.FlagSet) {
 	o := &a.o
-	f.StringVarP(&o.Device.PMEM, "pmem", "p", "", "persistent memory: /dev/daxN.N, FILE, or FILE,size=SIZE")
+	f.StringVarP(&o.Device.PMEM, "pmem", "p", "", "persistent memory: /dev/daxN.N, FILE, or FILE,size=SIZE; with ,volatile it may be in memory")
 	f.StringVarP(&o.Device.Backing, "backing", "b", "", "backing device or file")
 	f.IntVarP(&o.Device.ID, "id", "n", -1, "number of the device (default: the first free one)")
 	f.IntVarP(&o.Device.Queues, "queues", "q", min(defaultQueues, runtime.NumCPU()), "number of queues, each a thread")
@@ -121,12 +128,13 @@ func (o *serveOptions) check(idGiven bool) error {
 	if d.Backing, err = filepath.Abs(d.Backing); err != nil {
 		return err
 	}
-	path, size, sized := strings.Cut(d.PMEM, ",size=")
-	if path, err = filepath.Abs(path); err != nil {
+	spec, err := pmem.ParseSpec(d.PMEM)
+	if err != nil {
 		return err
 	}
-	if d.PMEM = path; sized {
-		d.PMEM += ",size=" + size
+	if spec.Path, err = filepath.Abs(spec.Path); err != nil {
+		return err
 	}
+	d.PMEM = spec.String()
 	return nil
 }

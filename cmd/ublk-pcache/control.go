@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-pcache/engine"
+	"ublk-pcache/pmem"
 )
 
 // A server takes commands on a unix socket in stateDir, where only root comes:
@@ -45,6 +46,9 @@ type reply struct {
 	Error  string         `json:"error,omitempty"`
 	Status *engine.Status `json:"status,omitempty"`
 	Left   []string       `json:"left,omitempty"` // del: what is not quite gone
+
+	Persistence pmem.Persistence `json:"persistence,omitempty"` // status
+	Doubt       string           `json:"doubt,omitempty"`       // why it is not what could be expected
 
 	Upgrade *upgraded `json:"upgrade,omitempty"`
 }
@@ -255,7 +259,9 @@ func answer(conn net.Conn, r reply, err error) {
 func (s *server) obey(ctx context.Context, cmd command) (reply, error) {
 	switch cmd.Do {
 	case "status":
-		return reply{Status: s.status()}, nil
+		r := reply{Status: s.status()}
+		r.Persistence, r.Doubt = s.region.Persistence()
+		return r, nil
 	case "flush":
 		return reply{}, s.cache.Flush(ctx)
 	case "set":

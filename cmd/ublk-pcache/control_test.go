@@ -47,7 +47,7 @@ func controlled(tb testing.TB) (obey func(context.Context, command) (reply, erro
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { cache.Close(); dev.Close() })
-	s := &server{cache: cache, disk: dev}
+	s := &server{cache: cache, disk: dev, region: pmem.Heap(8)}
 	return func(ctx context.Context, cmd command) (reply, error) {
 		if cmd.Do == "del" || cmd.Do == "upgrade" {
 			return reply{}, nil

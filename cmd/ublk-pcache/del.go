@@ -83,7 +83,7 @@ func (d *device) printDirtyOfDead() error {
 	if d.PMEM == "" {
 		return nil // its state file was damaged
 	}
-	r, err := pmem.Open(d.PMEM, pmem.ReadOnly)
+	r, err := pmem.Spec{Path: d.PMEM}.Open(pmem.ReadOnly)
 	if err != nil {
 		return fmt.Errorf("device %d is removed, but how much of cache %s is dirty cannot be told: %w", d.ID, d.PMEM, err)
 	}

@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
@@ -60,12 +59,11 @@ func see(path string) (seen, error) {
 }
 
 // see looks at the files of a device, unless that has been done.
-func (o *serveOptions) see() (err error) {
+func (o *serveOptions) see(spec pmem.Spec) (err error) {
 	if o.PMEM.Path != "" {
 		return nil
 	}
-	pmem, _ := splitSpec(o.Device.PMEM)
-	if o.PMEM, err = see(pmem); err == nil {
+	if o.PMEM, err = see(spec.Path); err == nil {
 		o.Backing, err = see(o.Device.Backing)
 	}
 	return err
@@ -95,19 +93,10 @@ func (s seen) same(f *os.File) error {
 	return nil
 }
 
-// splitSpec parts what -p was given: the path, and with its comma what follows.
-func splitSpec(spec string) (path, rest string) {
-	if i := strings.LastIndex(spec, ",size="); i >= 0 {
-		return spec[:i], spec[i:]
-	}
-	return spec, ""
-}
-
 // openFiles opens pmem and backing device.
-func (s *server) openFiles(o *serveOptions) (err error) {
-	path, rest := splitSpec(s.dev.PMEM)
-	s.dev.PMEM = path
-	_, statErr := os.Stat(o.PMEM.Path)
+func (s *server) openFiles(o *serveOptions, spec pmem.Spec) (err error) {
+	spec.Path = o.PMEM.Path
+	_, statErr := os.Stat(spec.Path)
 	s.made = errors.Is(statErr, fs.ErrNotExist)
 	defer func() {
 		if err != nil {
@@ -115,7 +104,7 @@ func (s *server) openFiles(o *serveOptions) (err error) {
 		}
 	}()
 	if s.region, err = whenFree(o.Recover, pmem.ErrInUse, func() (*pmem.Region, error) {
-		return pmem.Open(o.PMEM.Path+rest, pmem.ReadWrite)
+		return spec.Open(pmem.ReadWrite)
 	}); err != nil {
 		return err
 	}

@@ -17,7 +17,8 @@ func newFormatCmd() *cobra.Command {
 		Use:   "format PMEM",
 		Short: "Make a new, empty cache",
 		Long: `Make a new, empty cache on PMEM: a device-dax device, a file on a DAX file
-system, or a plain file, made when given as PATH,size=1G.
+system, or a plain file, made when given as PATH,size=1G. A file that a reboot
+would take is refused, unless it is given as PATH,volatile.
 
 A device that is not blank is refused unless --force is given. The cache is
 bound to its backing device by the first add.`,

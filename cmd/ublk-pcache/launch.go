@@ -38,12 +38,20 @@ import (
 // or returns why it is not. With Foreground this process becomes the server,
 // so that whoever started it has it for a child.
 func launch(o serveOptions) (err error) {
+	spec, err := o.region()
+	if err != nil {
+		return err
+	}
 	if !o.Recover {
-		if err := o.Device.refuseShared(); err != nil {
+		if err := refuseShared(spec.Path, o.Device.Backing); err != nil {
 			return err
 		}
 	}
-	if err := o.see(); err != nil {
+	if err := o.see(spec); err != nil {
+		return err
+	}
+	spec.Path = o.PMEM.Path
+	if err := spec.RefuseVolatile(); err != nil {
 		return err
 	}
 	config, err := json.Marshal(o)

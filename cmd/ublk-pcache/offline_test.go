@@ -127,7 +127,7 @@ func TestOfflineGolden(t *testing.T) {
 		if out, err := execute(newCheckCmd(), image); err != nil || !strings.Contains(out, "in order") || strings.Count(out, "\n") != 1 {
 			t.Errorf("%s: check: %q, %v", name, out, err)
 		}
-		_, err = execute(newFormatCmd(), image)
+		_, err = execute(newFormatCmd(), image+",volatile")
 		fails(t, err, image, "bytes of dirty data", "--force")
 
 		if after, err := os.Stat(image); err != nil || !after.ModTime().Equal(before.ModTime()) {
@@ -163,7 +163,7 @@ func TestCheckDamaged(t *testing.T) {
 	if !json.Valid([]byte(out)) {
 		t.Errorf("no JSON: %q", out)
 	}
-	_, err = execute(newFormatCmd(), image)
+	_, err = execute(newFormatCmd(), image+",volatile")
 	fails(t, err, image, "a damaged cache", "--force")
 }
 
@@ -171,17 +171,17 @@ func TestFormatCommand(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "cache.img")
 	_, err := execute(newFormatCmd(), path)
 	fails(t, err, path, "size=")
-	_, err = execute(newFormatCmd(), path+",size=512M", "--gc-percent", "91")
+	_, err = execute(newFormatCmd(), path+",size=512M,volatile", "--gc-percent", "91")
 	fails(t, err, "91", "0 to 90")
 	if _, err := os.Stat(path); err == nil {
 		t.Error("a refused format leaves a file behind")
 	}
-	out, err := execute(newFormatCmd(), path+",size=512M", "--gc-percent", "40")
+	out, err := execute(newFormatCmd(), path+",size=512M,volatile", "--gc-percent", "40")
 	if err != nil || strings.Count(out, "\n") != 1 {
 		t.Fatalf("%q, %v", out, err)
 	}
 
-	r, err := pmem.Open(path, pmem.ReadWrite)
+	r, err := pmem.Open(path+",volatile", pmem.ReadWrite)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -190,14 +190,14 @@ func TestFormatCommand(t *testing.T) {
 		t.Errorf("%+v, %v", l, err)
 	}
 	for _, cmd := range []*cobra.Command{newFormatCmd(), newDumpCmd(), newCheckCmd()} {
-		_, err := execute(cmd, path)
+		_, err := execute(cmd, path+",volatile")
 		fails(t, err, path, "in use by another process")
 	}
 	r.Close()
 
-	_, err = execute(newFormatCmd(), path)
+	_, err = execute(newFormatCmd(), path+",volatile")
 	fails(t, err, path, "without dirty data", "--force")
-	if _, err := execute(newFormatCmd(), path, "--force", "--data-crc=false"); err != nil {
+	if _, err := execute(newFormatCmd(), path+",volatile", "--force", "--data-crc=false"); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := execute(newDumpCmd(), path); err != nil || !strings.Contains(out, "data crc off, gc at 70 %") {
@@ -213,7 +213,7 @@ func TestFormatCommand(t *testing.T) {
 	if _, err := f.WriteAt(make([]byte, 24), 4096); err != nil {
 		t.Fatal(err)
 	}
-	_, err = execute(newFormatCmd(), path)
+	_, err = execute(newFormatCmd(), path+",volatile")
 	fails(t, err, path, "a damaged cache, without dirty data", "superblock", "--force")
 	_, err = execute(newCheckCmd(), path)
 	fails(t, err, path, "problems found: 1")
@@ -240,7 +240,7 @@ func newServerIn(t *testing.T, dir string) *server {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.disk.Close() })
-	if s.region, err = pmem.Open(s.dev.PMEM+",size=512M", pmem.ReadWrite); err != nil {
+	if s.region, err = pmem.Open(s.dev.PMEM+",size=512M,volatile", pmem.ReadWrite); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.region.Close() })
@@ -299,7 +299,7 @@ func TestDumpFingerprint(t *testing.T) {
 		if err != nil || !strings.Contains(out, want) {
 			t.Errorf("dump does not say %q: %.400s %v", want, out, err)
 		}
-		if s.region, err = pmem.Open(s.dev.PMEM, pmem.ReadWrite); err != nil {
+		if s.region, err = pmem.Open(s.dev.PMEM+",volatile", pmem.ReadWrite); err != nil {
 			t.Fatal(err)
 		}
 		c, err := engine.Open(s.region, disk{s.disk}, engine.Options{Queues: 1, Log: logger{s.log}})
@@ -342,7 +342,7 @@ func TestFormatKeepsDataFromOthers(t *testing.T) {
 		if err := os.Chmod(path, mode); err != nil {
 			t.Fatal(err)
 		}
-		for _, args := range [][]string{{path}, {path, "--force"}} {
+		for _, args := range [][]string{{path + ",volatile"}, {path + ",volatile", "--force"}} {
 			_, err := execute(newFormatCmd(), args...)
 			fails(t, err, path, mode.String(), "chmod o= "+path)
 		}
@@ -352,7 +352,7 @@ func TestFormatKeepsDataFromOthers(t *testing.T) {
 	if err := os.Chmod(path, 0o660); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := execute(newFormatCmd(), path); err != nil {
+	if _, err := execute(newFormatCmd(), path+",volatile"); err != nil {
 		t.Error(err)
 	}
 }

@@ -32,7 +32,12 @@ That is only done with --give-up-log-damage; the lines say what it costs.`,
 					return fmt.Errorf("--in-place: changes %s itself, so leave out %s", args[0], args[1])
 				}
 			}
-			r, err := pmem.Open(args[0], mode)
+			spec, err := pmem.ParseSpec(args[0])
+			if err != nil {
+				return err
+			}
+			spec.Volatile = true // it is mended wherever it is
+			r, err := spec.Open(mode)
 			if err != nil {
 				return err
 			}

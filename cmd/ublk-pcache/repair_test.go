@@ -259,7 +259,7 @@ func TestWriteback(t *testing.T) {
 	unwritten := unchanged(t, w.backing)
 	_, err = execute(newWritebackCmd(), w.pmem, "-b", w.backing)
 	fails(t, err, w.pmem, w.backing, "written without its cache", "--changed=overwrite")
-	r, err := pmem.Open(w.pmem, pmem.ReadWrite)
+	r, err := pmem.Open(w.pmem+",volatile", pmem.ReadWrite)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"ublk-pcache/pmem"
 	"ublk-pcache/ublk"
 )
 
@@ -50,7 +51,11 @@ should know. To begin with: ublk-pcache format PMEM.`,
 			if err != nil {
 				return err
 			}
-			for _, needed := range []string{o.Device.PMEM, o.Device.Backing} {
+			spec, err := pmem.ParseSpec(o.Device.PMEM)
+			if err != nil {
+				return err
+			}
+			for _, needed := range []string{spec.Path, o.Device.Backing} {
 				if err := appear(needed); err != nil {
 					return fmt.Errorf("%s: %w", path, err)
 				}
@@ -80,8 +85,11 @@ func readConfig(path string) (serveOptions, error) {
 		return serveOptions{}, err
 	}
 	o, err := a.options(flags)
-	if err == nil && strings.Contains(o.Device.PMEM, ",size=") {
-		err = errors.New("a service makes no pmem: give a file that is there, without a size")
+	if err == nil {
+		var spec pmem.Spec
+		if spec, err = pmem.ParseSpec(o.Device.PMEM); err == nil && spec.Size != 0 {
+			err = errors.New("a service makes no pmem: give a file that is there, without a size")
+		}
 	}
 	if err != nil {
 		return serveOptions{}, fmt.Errorf("%s: %w", path, err)

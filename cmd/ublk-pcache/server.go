@@ -96,6 +96,11 @@ func start(o serveOptions) (_ *server, err error) {
 	if _, err := ublk.Features(); err != nil {
 		return nil, err
 	}
+	spec, err := o.region()
+	if err != nil {
+		return nil, err
+	}
+	s.dev.PMEM = spec.Path
 	if !o.Recover {
 		if err := reserve(&s.dev); err != nil {
 			return nil, err
@@ -108,7 +113,7 @@ func start(o serveOptions) (_ *server, err error) {
 	if err := protect(s.dev.Queues); err != nil {
 		return nil, err
 	}
-	if err := s.openFiles(&o); err != nil {
+	if err := s.openFiles(&o, spec); err != nil {
 		return nil, err
 	}
 	defer closeOnError(&err, s.closeFiles)

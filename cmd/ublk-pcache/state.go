@@ -107,7 +107,7 @@ func reserve(d *device) error {
 // refuseShared refuses a pmem or backing device that belongs to another
 // device, also to one whose server is dead and holds no lock any more. It is for
 // those who see all that is mounted: names may lead to one file on several ways.
-func (d *device) refuseShared() error {
+func refuseShared(pmem, backing string) error {
 	others, err := readStates()
 	if err != nil {
 		return err
@@ -116,7 +116,7 @@ func (d *device) refuseShared() error {
 		if o.damage != nil {
 			return o.damage
 		}
-		for _, p := range [][3]string{{"pmem", d.PMEM, o.PMEM}, {"backing device", d.Backing, o.Backing}} {
+		for _, p := range [][3]string{{"pmem", pmem, o.PMEM}, {"backing device", backing, o.Backing}} {
 			if sameFile(p[1], p[2]) {
 				return fmt.Errorf("%s %s belongs to device %d (remove that first: ublk-pcache del %d)", p[0], p[1], o.ID, o.ID)
 			}

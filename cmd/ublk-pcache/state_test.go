@@ -181,7 +181,7 @@ func TestDamagedStateFiles(t *testing.T) {
 				t.Errorf("of devices 3 and 5 are seen %+v, %v", all, err)
 			}
 			// It may be that of the same cache.
-			fails(t, someDevice(6).refuseShared(), "ublk-pcache del 3")
+			fails(t, refuseShared(someDevice(6).PMEM, someDevice(6).Backing), "ublk-pcache del 3")
 			if ok, err := someDevice(3).create(); ok || err != nil {
 				t.Errorf("number 3 is given away: %t, %v", ok, err)
 			}

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ublk-pcache/engine"
+	"ublk-pcache/pmem"
 	"ublk-pcache/ublk"
 )
 
@@ -16,6 +17,8 @@ import (
 // are in bytes, positions "segment:offset"; counts begin with the server.
 type statusJSON struct {
 	listed
+	Persistence     string `json:"persistence"` // persistent, on-sync, volatile, unknown
+	Doubt           string `json:"persistence_doubt,omitempty"`
 	Health          string `json:"health"` // ok, degraded, failed
 	Error           string `json:"error,omitempty"`
 	Segments        int    `json:"segments"`
@@ -88,6 +91,11 @@ func newStatusCmd() *cobra.Command {
 				return err
 			}
 			s := newStatusJSON(l, r.Status)
+			s.Persistence, s.Doubt = string(r.Persistence), r.Doubt
+			// What is below a loop device or an overlay may be nowhere that the server sees.
+			if p, why := pmem.PersistenceOf(d.PMEM); p == pmem.Volatile {
+				s.Persistence, s.Doubt = string(p), why
+			}
 			if asJSON {
 				return printJSON(s)
 			}
@@ -126,6 +134,10 @@ func (s *statusJSON) print() error {
 	}
 	row("device", "%s, %s, server %d", s.Device, s.State, s.PID)
 	row("pmem", "%s", s.PMEM)
+	row("persistence", "%s", s.Persistence)
+	if s.Doubt != "" {
+		row("", "%s", s.Doubt)
+	}
 	row("backing", "%s", s.Backing)
 	row("health", "%s", s.Health)
 	if s.Error != "" {

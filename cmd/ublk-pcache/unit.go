@@ -147,10 +147,9 @@ func unitProperties(o serveOptions, command []string) []dbus.Property {
 		return dbus.Property{Name: name, Value: godbus.MakeVariant(value)}
 	}
 	type statuses struct{ Exit, Signal []int32 }
-	pmem, _ := splitSpec(o.Device.PMEM)
 	return []dbus.Property{
 		dbus.PropExecStart(command, false),
-		dbus.PropDescription(fmt.Sprintf("Persistent-memory cache on %s for %s", pmem, o.Device.Backing)),
+		dbus.PropDescription(fmt.Sprintf("Persistent-memory cache on %s for %s", o.PMEM.Path, o.Device.Backing)),
 		dbus.PropSlice("system.slice"),
 		dbus.PropType("notify"),
 		property("NotifyAccess", "all"),

@@ -146,9 +146,9 @@ func TestRefusesBadArguments(t *testing.T) {
 	refuse(t, theDevices, tmp, []refusal{
 		{name: "pmem missing", args: "add -p /dev/dax9.9 -b " + disk, says: []string{"/dev/dax9.9", "no such|not exist|missing|not there"}},
 		{name: "pmem file missing and no size", args: "add -p TMP/none -b " + disk, says: []string{"TMP/none", "size="}},
-		{name: "pmem too small", args: "add -p TMP/small -b " + disk, says: []string{"small", "512 MiB"}},
-		{name: "pmem misaligned", args: "add -p TMP/odd -b " + disk, says: []string{"odd", "multiple"}},
-		{name: "pmem is open to all users", args: "add -p TMP/open -b " + disk, says: []string{"TMP/open", "all users", "chmod o= TMP/open"}},
+		{name: "pmem too small", args: "add -p TMP/small,volatile -b " + disk, says: []string{"small", "512 MiB"}},
+		{name: "pmem misaligned", args: "add -p TMP/odd,volatile -b " + disk, says: []string{"odd", "multiple"}},
+		{name: "pmem is open to all users", args: "add -p TMP/open,volatile -b " + disk, says: []string{"TMP/open", "all users", "chmod o= TMP/open"}},
 		{name: "pmem is a block device", args: "add -p " + disk4K + " -b " + disk, says: []string{disk4K, "ndctl"}},
 		{name: "pmem is a folder", args: "add -p TMP/ -b " + disk, says: []string{"folder|directory|regular"}},
 		{name: "pmem is another character device", args: "add -p /dev/null -b " + disk, says: []string{"/dev/null", "dax"}},
@@ -158,7 +158,7 @@ func TestRefusesBadArguments(t *testing.T) {
 		{name: "backing is empty", args: "add -p " + dax + " -b TMP/empty", says: []string{"empty", "size|empty|0 bytes"}},
 		{name: "backing is not whole sectors", args: "add -p " + dax + " -b TMP/ragged", says: []string{"ragged", "multiple|512"}},
 		{name: "no backing", args: "add -p " + dax, says: []string{"backing"}},
-		{name: "pmem is the backing device too", args: "add -p TMP/odd -b TMP/odd", says: []string{"odd"}},
+		{name: "pmem is the backing device too", args: "add -p TMP/odd,volatile -b TMP/odd", says: []string{"odd"}},
 		{name: "backing mounted", prepare: func(t *testing.T) {
 			must(t, "mkfs.ext4", "-q", "-F", disk4K)
 			mount(t, disk4K, "-o", "ro") // the kernel writes to one that is not
@@ -270,7 +270,7 @@ func TestRefusesToHarmACache(t *testing.T) {
 	tmp := t.TempDir()
 	sparseFile(t, tmp, "cache", 512<<20)
 	sparseFile(t, tmp, "backing", 64<<20)
-	d = add(t, "-p", tmp+"/cache", "-b", tmp+"/backing")
+	d = add(t, "-p", tmp+"/cache,volatile", "-b", tmp+"/backing")
 	d.del(t)
 
 	refuse(t, theDevices, tmp, []refusal{
@@ -282,7 +282,7 @@ func TestRefusesToHarmACache(t *testing.T) {
 			if err := os.Truncate(tmp+"/backing", 32<<20); err != nil {
 				t.Fatal(err)
 			}
-		}, args: "add -p TMP/cache -b TMP/backing", says: []string{"TMP/backing", "33554432", "67108864", "right device|as large"}},
+		}, args: "add -p TMP/cache,volatile -b TMP/backing", says: []string{"TMP/backing", "33554432", "67108864", "right device|as large"}},
 	})
 }
 

@@ -1,0 +1,77 @@
+package pmem
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+)
+
+// Spec is what a user says of a region.
+type Spec struct {
+	Path     string
+	Size     int64 // in bytes: a file that is missing is made, one that is there must have it; 0 for as it is
+	Volatile bool  // may be where a power cut or a reboot takes all of it
+}
+
+// ParseSpec reads PATH[,size=SIZE][,volatile], the options in any order. A path
+// may have commas: what is not an option, or is one again, belongs to it.
+func ParseSpec(text string) (Spec, error) {
+	s := Spec{Path: text}
+	for {
+		i := strings.LastIndexByte(s.Path, ',')
+		if i < 0 {
+			break
+		}
+		value, sized := strings.CutPrefix(s.Path[i+1:], "size=")
+		switch {
+		case sized && s.Size == 0:
+			var err error
+			if s.Size, err = parseSize(value); err != nil {
+				return Spec{}, fmt.Errorf("pmem %s: %w", s.Path[:i], err)
+			}
+		case s.Path[i+1:] == "volatile" && !s.Volatile:
+			s.Volatile = true
+		default:
+			return s, nil
+		}
+		s.Path = s.Path[:i]
+	}
+	return s, nil
+}
+
+// String is what ParseSpec reads.
+func (s Spec) String() string {
+	text := s.Path
+	if s.Size != 0 {
+		text += fmt.Sprintf(",size=%d", s.Size)
+	}
+	if s.Volatile {
+		text += ",volatile"
+	}
+	return text
+}
+
+func parseSize(text string) (int64, error) {
+	digits, shift := text, 0
+	if n := len(text); n > 0 {
+		if unit := strings.IndexByte("KMGT", text[n-1]&^0x20); unit >= 0 {
+			digits, shift = text[:n-1], 10*(unit+1)
+		}
+	}
+	n, err := strconv.ParseUint(digits, 10, 63)
+	if err != nil || n > 1<<(62-shift) {
+		return 0, fmt.Errorf("%w, not %q", ErrBadSize, text)
+	}
+	size := int64(n) << shift
+	return size, checkSize(size)
+}
+
+func checkSize(size int64) error {
+	switch {
+	case size < MinSize:
+		return fmt.Errorf("%w: %d bytes", ErrTooSmall, size)
+	case size%pageSize != 0:
+		return fmt.Errorf("%w: %d bytes, not a multiple of %d", ErrMisaligned, size, pageSize)
+	}
+	return nil
+}
