@@ -31,17 +31,23 @@ var (
 	ErrUnaligned = errors.New("pmem: offset and length of a store must be multiples of 8")
 	ErrReadOnly  = errors.New("pmem: the region is open for reading")
 	ErrRange     = errors.New("pmem: outside the region")
+
+	errTruncated = errors.New("the file has been truncated")
+	errHole      = errors.New("the file has a hole there, and its file system no space for it")
 )
 
-// FaultError is an access that the memory did not answer: a media error, or
-// for a file one that was truncated or whose file system is full. It is an
-// EIO to errors.Is.
+// FaultError is an access that the memory did not answer: a media error, unless
+// Cause says otherwise. It is an EIO to errors.Is.
 type FaultError struct {
-	Path string
-	Off  int64 // of the first bad byte met, from the start of the region
+	Path  string
+	Off   int64 // of the first bad byte met, from the start of the region
+	Cause error // that a file was truncated, or that its file system is full
 }
 
 func (e *FaultError) Error() string {
+	if e.Cause != nil {
+		return fmt.Sprintf("%s at byte %d: %v", e.Path, e.Off, e.Cause)
+	}
 	return fmt.Sprintf("media error in %s at byte %d", e.Path, e.Off)
 }
 

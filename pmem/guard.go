@@ -1,9 +1,12 @@
 package pmem
 
 import (
+	"errors"
 	"runtime"
 	"runtime/debug"
 	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // A signal for a bad address normally ends a Go program. With
@@ -38,5 +41,22 @@ func (r *Region) guard(before bool, err *error) {
 	if off >= uintptr(len(r.mem)) {
 		panic(cause)
 	}
-	*err = &FaultError{Path: r.Path(), Off: int64(off)}
+	*err = &FaultError{Path: r.Path(), Off: int64(off), Cause: r.cause(int64(off))}
+}
+
+// cause says what a fault in a file has to do with the file, nil for nothing.
+func (r *Region) cause(off int64) error {
+	if r.kind != File && r.kind != DAXFile {
+		return nil
+	}
+	info, err := r.file.Stat()
+	if err == nil && info.Size() <= off {
+		return errTruncated
+	}
+	page := off &^ (pageSize - 1)
+	data, err := unix.Seek(int(r.file.Fd()), page, unix.SEEK_DATA)
+	if errors.Is(err, unix.ENXIO) || err == nil && data >= page+pageSize {
+		return errHole
+	}
+	return nil
 }

@@ -41,6 +41,9 @@ bound to its backing device by the first add.`,
 			if !cmd.Flags().Changed("data-crc") {
 				dataCRC = !r.Durable()
 			}
+			if err := r.Reserve(); err != nil {
+				return err
+			}
 			if err := ondisk.Format(r, ondisk.FormatOptions{DataCRC: dataCRC, GCPercent: gc}); err != nil {
 				return fmt.Errorf("format %s: %w", r.Path(), err)
 			}

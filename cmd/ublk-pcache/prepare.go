@@ -66,6 +66,9 @@ func (d *device) mustHave(id *ondisk.Identity) error {
 
 // openCache does what was planned, and opens the cache.
 func (s *server) openCache(o *serveOptions, p *plan) (err error) {
+	if err := s.room(o.Recover); err != nil {
+		return err
+	}
 	if p.make != nil {
 		if err := ondisk.Format(s.region, *p.make); err != nil {
 			return err

@@ -3,6 +3,8 @@ package main
 import (
 	"fmt"
 
+	"go.uber.org/zap"
+
 	"ublk-pcache/pmem"
 )
 
@@ -14,6 +16,17 @@ func (o *serveOptions) region() (pmem.Spec, error) {
 		return pmem.Spec{Path: o.Device.PMEM, Volatile: true}, nil
 	}
 	return pmem.ParseSpec(o.Device.PMEM)
+}
+
+// room reserves what a file lacks. A device that waits is continued without: a
+// store that finds no space is like one to bad memory, and better than none.
+func (s *server) room(recover bool) error {
+	err := s.region.Reserve()
+	if err != nil && recover {
+		s.log.Warn("the cache's file may run out of space", zap.Error(err))
+		return nil
+	}
+	return err
 }
 
 // logDoubts leaves in the log what doubts prints.

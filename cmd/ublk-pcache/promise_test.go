@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -8,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ublk-pcache/ondisk"
 	"ublk-pcache/pmem"
 )
 
@@ -89,4 +91,56 @@ func TestDoubts(t *testing.T) {
 	says(device{PMEM: dir + "/cache,volatile", Backing: disk})
 	says(device{PMEM: dir + "/cache,volatile", Backing: dir + "/disk"}, dir+"/disk")
 	says(device{PMEM: dir + "/cache", Backing: dir + "/disk"}, dir+"/cache does not", dir+"/disk")
+}
+
+// TestOpenReserves: a file with holes gets its blocks when nothing is refused
+// any more, and before anything is written.
+func TestOpenReserves(t *testing.T) {
+	for _, full := range []bool{false, true} {
+		dir := t.TempDir()
+		if full {
+			dir = memory(t)
+		}
+		s := newServerIn(t, dir)
+		if full {
+			if err := os.WriteFile(dir+"/filler", make([]byte, 80<<20), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// As another program would have made it.
+		hole := int64(100 << 20)
+		if err := unix.Fallocate(int(s.region.File().Fd()), unix.FALLOC_FL_KEEP_SIZE|unix.FALLOC_FL_PUNCH_HOLE, hole, hole); err != nil {
+			t.Fatal(err)
+		}
+		if full {
+			if err := os.WriteFile(dir+"/filler2", make([]byte, 80<<20), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		blocks := func() int64 {
+			var stat unix.Stat_t
+			if err := unix.Stat(s.dev.PMEM, &stat); err != nil {
+				t.Fatal(err)
+			}
+			return stat.Blocks * 512
+		}
+		const read = 1 << 20 // is more than what is looked at, which tmpfs gives blocks
+		before := blocks()
+		_, err := s.open(&serveOptions{Changed: "discard"})
+		if err == nil || blocks() > before+read {
+			t.Errorf("a refused cache has %d bytes of blocks, before it %d (%v)", blocks(), before, err)
+		}
+		_, err = s.open(&serveOptions{})
+		if !full && (err != nil || blocks() < pmem.MinSize) {
+			t.Errorf("%d bytes have blocks, %v", blocks(), err)
+		}
+		if full {
+			if !errors.Is(err, pmem.ErrNoSpace) || blocks() > before+read {
+				t.Errorf("without room: %d bytes have blocks, %v", blocks(), err)
+			}
+			if blank, err := ondisk.Blank(s.region, s.region.Size()); !blank {
+				t.Errorf("it has been written to (%v)", err)
+			}
+		}
+	}
 }
