@@ -129,7 +129,7 @@ func (s Spec) openExisting(mode Mode) (*os.File, error) {
 			return nil, err
 		}
 	}
-	return f, nil
+	return theKernelsNode(f, mode)
 }
 
 func isLink(path string) bool {
@@ -178,6 +178,45 @@ func (s Spec) refuseVolatile() error {
 		return fmt.Errorf("%w: %s (give a file that is on a disk, or if it may be lost: %v)", ErrVolatile, why, s)
 	}
 	return nil
+}
+
+// theKernelsNode returns f, or what is to be used in its place: for a
+// device-dax device the node in /dev that the kernel made for it. A device can
+// have any number of nodes, each of them an inode with a lock of its own, and
+// only one of them is the same for everybody.
+func theKernelsNode(f *os.File, mode Mode) (*os.File, error) {
+	dir, ok := daxDir(f)
+	if !ok {
+		return f, nil
+	}
+	known := filepath.Join("/dev", readUevent(dir)["DEVNAME"])
+	if other, err := isOtherNode(f, known); !other {
+		return f, err
+	}
+	// A process that does not do this may hold the lock of this node.
+	l, err := lock(f, mode, filelock.Take)
+	if err == nil {
+		l.Close()
+		var fd int
+		if fd, err = unix.Open(known, mode.openFlags()|unix.O_NONBLOCK, 0); err == nil {
+			f.Close()
+			return os.NewFile(uintptr(fd), f.Name()), nil // the name that the user knows
+		}
+	}
+	f.Close()
+	return nil, err
+}
+
+// isOtherNode reports whether a path leads to another node of f's device.
+func isOtherNode(f *os.File, path string) (bool, error) {
+	var mine, its unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &mine); err != nil {
+		return false, fmt.Errorf("stat: %w", err)
+	}
+	if err := unix.Stat(path, &its); err != nil {
+		return false, nil
+	}
+	return its.Mode&unix.S_IFMT == unix.S_IFCHR && its.Rdev == mine.Rdev && (its.Dev != mine.Dev || its.Ino != mine.Ino), nil
 }
 
 // claim takes or goes on with the lock of an open file.
