@@ -51,7 +51,7 @@ func DecodeSuperblock(p []byte, size int64) (Superblock, error) {
 	}
 	s.Segments = le.Uint32(p[16:])
 	if held := SegmentsIn(size); s.Segments == 0 || s.Segments > held {
-		return s, fmt.Errorf("%w: the superblock counts %d segments, %d bytes hold %d", ErrSize, s.Segments, size, held)
+		return s, fmt.Errorf("%w: the superblock counts %d segments, which take %d bytes, and %d bytes hold %d", ErrSize, s.Segments, segmentOff(s.Segments), size, held)
 	}
 	return s, nil
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 
 	"ublk-pcache/ondisk"
@@ -57,11 +58,14 @@ func (f formatting) check(r *pmem.Region, backing string) error {
 	if h.Harmless {
 		found = "without dirty data"
 	}
-	return fmt.Errorf("%s holds a damaged cache, %s: %w (%s; to give up what it holds: %s)", path, found, h.Err, damageRemedies(h.Mendable, path, backing), giveUp)
+	return fmt.Errorf("%s holds a damaged cache, %s: %w (%s; to give up what it holds: %s)", path, found, h.Err, damageRemedies(h.Err, h.Mendable, path, backing), giveUp)
 }
 
 // damageRemedies names what helps a damaged cache, in the order of their use.
-func damageRemedies(mendable bool, path, backing string) string {
+func damageRemedies(damage error, mendable bool, path, backing string) string {
+	if errors.Is(damage, ondisk.ErrSize) {
+		return "a file that was cut short has lost the rest: restore it from a copy"
+	}
 	look := fmt.Sprintf("look with 'ublk-pcache check %s'", path)
 	if !mendable {
 		return look

@@ -242,7 +242,7 @@ func TestFormatting(t *testing.T) {
 		{"first MiB erased", w.pmem, func(t *testing.T, p string) { erase(t, p, 0, 1<<20) },
 			"damaged cache, in which 0 bytes|--force)", "damaged cache, in which 0 bytes|--format --force)", "damaged cache, in which 0 bytes|--format --force)"},
 		{"of a larger device", w.pmem, tooMany,
-			"damaged cache|smaller than its cache|whole|check PMEM|--force)", "smaller than its cache|--format --force)", "smaller than its cache|--format --force)"},
+			"damaged cache|smaller than its cache|whole|restore it from a copy|--force)", "smaller than its cache|--format --force)", "smaller than its cache|--format --force)"},
 		{"never completed", empty, func(t *testing.T, p string) {
 			var buf [ondisk.InfoSize]byte
 			for slot := range uint8(2) {

@@ -125,7 +125,7 @@ func (s *server) openError(o *serveOptions, err error) error {
 
 // damagedError says what can be done about a cache that is damaged.
 func (s *server) damagedError(o *serveOptions, mendable bool, err error) error {
-	remedies := damageRemedies(mendable, s.dev.PMEM, s.dev.Backing)
+	remedies := damageRemedies(err, mendable, s.dev.PMEM, s.dev.Backing)
 	switch {
 	case o.Recover:
 		return fmt.Errorf("cache %s cannot continue device %d: %w (%s; the device waits)", s.dev.PMEM, s.dev.ID, err, remedies)

@@ -144,3 +144,28 @@ func TestOpenReserves(t *testing.T) {
 		}
 	}
 }
+
+// TestShrunk: a region that is smaller than the cache on it says what there is
+// to do, and that is not repair.
+func TestShrunk(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "cache")
+	if _, err := execute(newFormatCmd(), path+",size=544M,volatile"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, pmem.MinSize); err != nil {
+		t.Fatal(err)
+	}
+	s := newServer(t)
+	s.region.Close()
+	s.dev.PMEM = path
+	var err error
+	if s.region, err = pmem.Open(path+",volatile", pmem.ReadWrite); err != nil {
+		t.Fatal(err)
+	}
+	_, err = s.open(&serveOptions{})
+	fails(t, err, path, "smaller than its cache", "33 segments, which take 553668608 bytes", "--format --force")
+	if strings.Contains(err.Error(), "repair") {
+		t.Errorf("repair does not help: %v", err)
+	}
+}
