@@ -25,6 +25,7 @@ const (
 	cmdStartDev          = ctrlWrite | 0x06
 	cmdStopDev           = ctrlWrite | 0x07
 	cmdSetParams         = ctrlWrite | 0x08
+	cmdGetParams         = ctrlRead | 0x09
 	cmdStartUserRecovery = ctrlWrite | 0x10
 	cmdEndUserRecovery   = ctrlWrite | 0x11
 	cmdGetFeatures       = ctrlRead | 0x13

@@ -141,6 +141,15 @@ func (c *control) add(info devInfo) (devInfo, error) {
 	return *p, nil
 }
 
+func (c *control) params(id uint32) (params, error) {
+	p := (*params)(unsafe.Pointer(unsafe.SliceData(c.arg)))
+	*p = params{len: paramsSize}
+	if err := c.command(cmdGetParams, id, 0, paramsSize); err != nil {
+		return params{}, deviceError("read the parameters of", id, err)
+	}
+	return *p, nil
+}
+
 func (c *control) setParams(id uint32, p params) error {
 	p.len = paramsSize
 	p.types = paramTypeBasic | paramTypeDiscard

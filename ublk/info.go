@@ -113,6 +113,17 @@ func (c *control) lookup(id uint32) (Info, error) {
 	}, nil
 }
 
+// VolatileCache tells what a device was made with, see Config.
+func VolatileCache(id int) (bool, error) {
+	c, err := openControl()
+	if err != nil {
+		return false, err
+	}
+	defer c.close()
+	p, err := c.params(uint32(id))
+	return p.attrs&attrVolatileCache != 0, err
+}
+
 // sectors is the size of a disk, 0 if there is none.
 func sectors(id uint32) int64 {
 	text, _ := os.ReadFile(filepath.Join(sysBlock(id), "size"))

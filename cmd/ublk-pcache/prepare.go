@@ -21,6 +21,11 @@ type plan struct {
 
 // plan looks at the region and refuses what does not fit. It changes nothing.
 func (s *server) plan(o *serveOptions) (*plan, error) {
+	if o.Recover {
+		if err := s.keepsPromise(); err != nil {
+			return nil, err
+		}
+	}
 	s.logDoubts()
 	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
 	if !o.Recover && (err != nil || o.Format) {

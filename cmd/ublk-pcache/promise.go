@@ -6,7 +6,12 @@ import (
 	"go.uber.org/zap"
 
 	"ublk-pcache/pmem"
+	"ublk-pcache/ublk"
 )
+
+// What a device was made with is a promise to its users that outlives the
+// server: whether it has a volatile cache is asked once, and who was told that it
+// has none sends no FLUSH.
 
 // region says which region is to be opened, by the name that the device has it
 // under. Of a device that was there before, its path is known and no more, and it
@@ -16,6 +21,20 @@ func (o *serveOptions) region() (pmem.Spec, error) {
 		return pmem.Spec{Path: o.Device.PMEM, Volatile: true}, nil
 	}
 	return pmem.ParseSpec(o.Device.PMEM)
+}
+
+// keepsPromise refuses to continue a device that was made without a volatile
+// cache on a region that is only durable when it is synced: nobody would ask for
+// that. The other way round there are flushes that have nothing to do.
+func (s *server) keepsPromise() error {
+	if s.region.Durable() {
+		return nil
+	}
+	volatile, err := ublk.VolatileCache(s.dev.ID)
+	if err != nil || volatile {
+		return err
+	}
+	return fmt.Errorf("device %d has told its users that they need no flushes, and on %s, which is not on a file system with dax any more, they do (mount that with -o dax again, then: ublk-pcache recover %d; or give up the device, not the data: del --force %d, then add; the device waits)", s.dev.ID, s.dev.PMEM, s.dev.ID, s.dev.ID)
 }
 
 // room reserves what a file lacks. A device that waits is continued without: a
