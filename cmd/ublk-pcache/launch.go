@@ -28,6 +28,15 @@ import (
 // a namespace would be asked to serve the unmount of its own device while it
 // exits. So whoever starts a server takes both on one thread and starts the
 // server from that thread.
+//
+// It takes a third thing there. Memory in which the hardware finds an error that
+// nobody has met yet can be announced to whoever has it mapped
+// (vm.memory_failure_early_kill), by a SIGBUS in any thread, whatever that is at.
+// It has nothing to do with what the thread does, so that nothing could be done
+// about it, and Go's runtime takes it for a crash. Who asks for late kill is told
+// when the memory is touched, in the access itself, which package pmem guards.
+// The kernel asks thread by thread (mm/memory-failure.c, find_early_kill_thread;
+// 6.12 and 7.3), and the answer survives fork and exec as well (PF_MCE_PROCESS).
 
 // What is left of the one who calls is kept from the server, which outlives them
 // and runs for others: the working directory (its file system could never be
@@ -195,6 +204,9 @@ const readyFD = 3
 func isolate(keep ...string) error {
 	if err := unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("become an I/O flusher: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_MCE_KILL, unix.PR_MCE_KILL_SET, unix.PR_MCE_KILL_LATE, 0, 0); err != nil {
+		return fmt.Errorf("ask for late memory errors: %w", err)
 	}
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("leave the mount namespace: %w", err)
