@@ -83,7 +83,7 @@ func (c *Cache) collectIndex() (end mark) {
 		for stripe, off := range c.index.stripes(s.then) {
 			for _, e := range c.dirtyIn(stripe, func(extent) bool { return true }) {
 				s, p := stripe.sub(e), stripe.place(e.seg, e.pos-e.off)
-				bytes += c.collectParts(s, off+int64(e.off)<<sectorShift, p, []extent{e}, known)
+				bytes += c.collectParts(s, off+int64(e.off)<<sectorShift, p, w.at, []extent{e}, known)
 			}
 		}
 	}

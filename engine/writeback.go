@@ -43,6 +43,11 @@ const (
 	roundBytes = 64 << 20
 	roundParts = 64 << 10
 
+	// roundTime is how long a round is written as it was collected. A disk that has
+	// not done with it by then gets no more than about as much again, so that
+	// dirty_tail moves every few seconds, however slow it is.
+	roundTime = 2 * time.Second
+
 	// DefaultWritebackDepth is how many writes to the disk are under way at once:
 	// as many as a hard disk takes to choose the next one from. transferBytes is
 	// the size of one at most, so that a read that comes in between finds no more
@@ -76,13 +81,15 @@ type writeback struct {
 	tail    atomic.Uint64 // how many ksets dirty_tail had passed then, plus 1
 
 	// The goroutine's own. Everything before at is on the disk, but for what
-	// is stuck.
+	// is stuck. end is where the round under way will bring it.
 	at    mark
+	end   mark
 	stuck []stuck
 	parts []part
 	sweep sweep
 	age   expiry
 	idle  time.Duration // idleAfter
+	step  time.Duration // roundTime
 	key   []extent
 	whole []byte
 	depth int
@@ -154,7 +161,7 @@ func (w *writeback) init(c *Cache, depth int) {
 		depth = DefaultWritebackDepth
 	}
 	w.depth = depth
-	w.idle, w.age.after = idleAfter, expireAfter
+	w.idle, w.step, w.age.after = idleAfter, roundTime, expireAfter
 	w.kicked = make(chan struct{}, 1)
 	w.free = make(chan *transfer, depth)
 	for range depth {
@@ -428,9 +435,9 @@ func (c *Cache) round(until uint64) error {
 	for i := range w.parts {
 		w.parts[i].err, w.parts[i].lost = nil, false
 	}
-	end := w.at
-	if end.ksets < until {
-		end = c.collect(to, until)
+	w.end = w.at
+	if w.end.ksets < until {
+		w.end = c.collect(to, until)
 	}
 	c.voidFingerprint(w.parts)
 	// The disk must not be ahead of the log: a key that a power cut takes would
@@ -456,7 +463,7 @@ func (c *Cache) round(until uint64) error {
 			w.key = c.index.clean(p.s, p.s.place(p.e.seg, p.e.pos), w.key)
 		}
 	}
-	w.at = end
+	w.at = w.end
 	w.sweep.swept()
 	if err := c.advance(); err != nil {
 		c.fail(err)
@@ -539,7 +546,7 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
 		c.lookAheadKeys(k.Keys, ondisk.KeyClean)
 		for i := range k.Keys {
 			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {
-				bytes += c.collectKey(key, known)
+				bytes += c.collectKey(key, end, known)
 			}
 		}
 		end = mark{after, end.ksets + 1, end.keys + uint64(len(k.Keys))}
@@ -552,24 +559,25 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
 	return end
 }
 
-// collectKey adds what the index still has of a key, and returns its size. It
-// leaves out what is known to be stuck.
-func (c *Cache) collectKey(k *ondisk.Key, known map[where][]extent) (bytes int) {
+// collectKey adds what the index still has of a key, whose kset is at a place of the
+// log, and returns its size. It leaves out what is known to be stuck.
+func (c *Cache) collectKey(k *ondisk.Key, at mark, known map[where][]extent) (bytes int) {
 	if c.dead(k) || c.overwritten.has(k) {
 		return 0
 	}
 	s, p := c.keySpan(k)
-	return c.collectParts(s, int64(k.Off), p, c.dirtyParts(s, p), known)
+	return c.collectParts(s, int64(k.Off), p, at, c.dirtyParts(s, p), known)
 }
 
-// collectParts adds the parts of a place that is at off of the device.
-func (c *Cache) collectParts(s span, off int64, p place, parts []extent, known map[where][]extent) (bytes int) {
+// collectParts adds the parts of a place that is at off of the device. Their keys lie
+// at a place of the log, or behind.
+func (c *Cache) collectParts(s span, off int64, p place, at mark, parts []extent, known map[where][]extent) (bytes int) {
 	w := &c.writeback
 	for _, e := range known[where{s.sh, s.root, p}] {
 		parts = without(parts, e)
 	}
 	for _, e := range parts {
-		whole := part{s: s.sub(e), e: e, off: off + int64(e.off-s.off)<<sectorShift, key: w.at}
+		whole := part{s: s.sub(e), e: e, off: off + int64(e.off-s.off)<<sectorShift, key: at}
 		if whole.zero() {
 			// What a transfer of zeros costs has little to do with their number.
 			bytes += ondisk.SectorSize
@@ -624,10 +632,19 @@ func (c *Cache) transferParts() error {
 		t.err, t.n, t.parts = nil, 0, nil
 		return t
 	}
+	late := time.Now().Add(w.step)
 	for i := 0; i < len(w.parts); {
 		t, from := take(), i
 		if t == nil {
 			return ErrAborted
+		}
+		if now := time.Now(); now.After(late) {
+			w.shorten(i)
+			late = now.Add(w.step)
+			if i == len(w.parts) {
+				w.free <- t
+				break
+			}
 		}
 		t.off = w.parts[i].off
 		zero := w.parts[i].zero()
@@ -667,6 +684,26 @@ func (c *Cache) transferParts() error {
 		w.free <- t
 	}
 	return nil
+}
+
+// shorten lets a round that takes too long end with an earlier kset: of the parts from
+// i on, no more are left than have been written, the oldest. Those that were written
+// and lie behind that end are clean by then, and no more to write.
+func (w *writeback) shorten(i int) {
+	rest := w.parts[i:]
+	if w.sweep.on {
+		return
+	}
+	byAge := slices.DeleteFunc(slices.Clone(rest), func(p part) bool { return p.wait > 0 })
+	slices.SortFunc(byAge, func(a, b part) int { return cmp.Compare(a.key.ksets, b.key.ksets) })
+	// The first kset of the round is written in any case.
+	first := slices.IndexFunc(byAge, func(p part) bool { return p.key.ksets > w.at.ksets })
+	if first < 0 || len(byAge) <= i {
+		return
+	}
+	w.end = byAge[max(i, first)].key
+	rest = slices.DeleteFunc(rest, func(p part) bool { return p.wait == 0 && p.key.ksets >= w.end.ksets })
+	w.parts = w.parts[:i+len(rest)]
 }
 
 // joins reports whether p can go with what the transfer has.
