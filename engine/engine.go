@@ -178,6 +178,7 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 	c.queues = make([]*Queue, o.Queues)
 	c.segments.init(layout, o.Queues)
 	c.overwritten.init(len(layout.Chain))
+	c.space.init()
 	c.tails.init(layout)
 	c.gc.init(layout.Info.Flags.GCPercent())
 	c.writeback.init(c, o.WritebackDepth)

@@ -136,9 +136,8 @@ func (q *Queue) takeFills(r *Request) {
 				r.Err = fmt.Errorf("read the backing device at %d: %w", f.off, f.err)
 			}
 		case c.failure() == nil && !q.stalled.Load():
-			take := c.space.waiting.Load() == 0
 			for done := 0; done < len(f.buf); {
-				k, ok := q.store(f.buf[done:], f.off+int64(done), ondisk.KeyClean, take)
+				k, ok := q.store(f.buf[done:], f.off+int64(done), ondisk.KeyClean, r)
 				if !ok {
 					break
 				}

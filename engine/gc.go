@@ -113,18 +113,21 @@ func (c *Cache) gcLoop() {
 	}
 }
 
-// wakeWaiting lets those try again who have reason to.
+// wakeWaiting lets those try again who have reason to: first who has room already and
+// waits for the log to say so, then who waits in line.
 func (c *Cache) wakeWaiting() {
-	free, failed := c.segments.free(), c.failure() != nil
-	if failed || free > c.segments.reserve {
-		c.wakeWriters()
-	}
-	if failed || free > 0 {
+	failed := c.failure() != nil
+	if failed || c.segments.free() > relogReserve {
 		for _, q := range c.queues {
 			if q.stalled.Load() {
 				q.wake()
 			}
 		}
+	}
+	if failed {
+		c.wakeWriters()
+	} else {
+		c.serve()
 	}
 }
 

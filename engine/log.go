@@ -145,7 +145,7 @@ func (c *Cache) logKeys(q *Queue) (fills, n int, err error) {
 	if n = min(len(q.keys), ondisk.MaxKeys); n == 0 {
 		return 0, 0, nil
 	}
-	if err := c.appendLocked(q.keys[:n]); err != nil {
+	if err := c.appendLocked(q.keys[:n], relogReserve); err != nil {
 		return fills, 0, err
 	}
 	q.entering.lockShards(c.index, q.keys[:n])
@@ -174,19 +174,19 @@ func (c *Cache) keySpan(k *ondisk.Key) (span, place) {
 	return s, s.place(k.Seg, uint16(k.SegOff>>sectorShift))
 }
 
-// appendLocked writes one kset at the head. Where memory does not take it, the
-// log goes on in another segment; after any error but errLogFull it cannot, and
-// ends properly with the kset before.
-func (c *Cache) appendLocked(keys []ondisk.Key) error {
+// appendLocked writes one kset at the head, and leaves so many free segments alone.
+// Where memory does not take it, the log goes on in another segment; after any error
+// but errLogFull it cannot, and ends properly with the kset before.
+func (c *Cache) appendLocked(keys []ondisk.Key, keep int) error {
 	j := &c.journal
 	for {
 		seg := j.mu.head.Seg
 		if bad := c.segments.all[seg].bad.Load(); bad || roomAt(j.mu.head) < ondisk.KsetSize(len(keys)) {
-			if err := c.leaveSegmentLocked(); err != nil {
+			if err := c.leaveSegmentLocked(keep); err != nil {
 				return err
 			}
 		}
-		err := c.storeKsetLocked(keys)
+		err := c.storeKsetLocked(keys, keep)
 		if err == nil {
 			for i := range keys {
 				j.mu.named[keys[i].Seg]++
@@ -203,27 +203,30 @@ func (c *Cache) appendLocked(keys []ondisk.Key) error {
 // it was, with an end mark or a torn kset, which is as good.
 var errLeave = errors.New("bad memory behind the end of the log")
 
-// storeKsetLocked writes one kset, for which there is room, at the head.
-func (c *Cache) storeKsetLocked(keys []ondisk.Key) error {
+// storeKsetLocked writes one kset, for which there is room, at the head. Where it may
+// leave no segment alone, it does without one behind it.
+func (c *Cache) storeKsetLocked(keys []ondisk.Key, keep int) error {
 	j := &c.journal
 	at, size := j.mu.head, ondisk.KsetSize(len(keys))
 	behind := ondisk.Position{Seg: at.Seg, Off: at.Off + size}
 	end := behind
-	if roomAt(behind) >= ondisk.MaxKsetSize {
+	if roomAt(behind) < ondisk.MaxKsetSize {
+		switch next, err := c.beginSegmentLocked(keep); {
+		case err == nil:
+			if err := c.storeLastLocked(behind, ondisk.NextSeq(j.mu.seq), next); err != nil {
+				c.giveBack(next)
+				return errLeave
+			}
+			end = ondisk.Position{Seg: next}
+		case keep > 0:
+			return err
+		}
+	}
+	if end == behind {
 		if err := c.mem.Zero(c.offset(behind), ondisk.KsetHeaderSize); err != nil {
 			c.badStore("log", behind.Seg, behind.Off, ondisk.KsetHeaderSize, err)
 			return errLeave
 		}
-	} else {
-		next, err := c.beginSegment()
-		if err != nil {
-			return err
-		}
-		if err := c.storeLastLocked(behind, ondisk.NextSeq(j.mu.seq), next); err != nil {
-			c.giveBack(next)
-			return errLeave
-		}
-		end = ondisk.Position{Seg: next}
 	}
 	kset := ondisk.EncodeKset(j.mu.buf[:], j.mu.seq, keys)
 	c.mem.Fence()
@@ -245,10 +248,10 @@ func (c *Cache) storeKsetLocked(keys []ondisk.Key) error {
 
 // leaveSegmentLocked lets the log go on in another segment at once, because of
 // bad memory, or near the segment's end: only a log that somebody else wrote,
-// or whose last kset a crash took, comes so near.
-func (c *Cache) leaveSegmentLocked() error {
+// whose last kset a crash took, or that had no other segment, comes so near.
+func (c *Cache) leaveSegmentLocked(keep int) error {
 	j := &c.journal
-	next, err := c.beginSegment()
+	next, err := c.beginSegmentLocked(keep)
 	if err != nil {
 		return err
 	}
@@ -262,23 +265,25 @@ func (c *Cache) leaveSegmentLocked() error {
 	return nil
 }
 
-// beginSegment takes a segment for the log and stores its end mark.
-func (c *Cache) beginSegment() (next uint32, err error) {
+// beginSegmentLocked takes a segment for the log, if that leaves keep of them, and
+// stores its end mark. The only error is errLogFull.
+func (c *Cache) beginSegmentLocked(keep int) (next uint32, err error) {
 	for {
-		next, ok := c.segments.take(0)
+		next, ok := c.segments.take(keep)
 		if !ok {
 			return 0, errLogFull
 		}
 		err := c.mem.Zero(c.layout.Offset(next, 0), ondisk.KsetHeaderSize)
 		if err == nil {
 			c.segments.all[next].refs.Store(1)
+			c.took(c.journal.mu.written)
 			return next, nil
 		}
 		c.badStore("log", next, 0, ondisk.KsetHeaderSize, err)
 	}
 }
 
-// giveBack makes a segment that beginSegment has taken a free one.
+// giveBack makes a segment that beginSegmentLocked has taken a free one.
 func (c *Cache) giveBack(seg uint32) {
 	c.segments.all[seg].refs.Store(0)
 	c.segments.addFree(seg)

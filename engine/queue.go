@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"ublk-pcache/ondisk"
 )
@@ -31,6 +30,9 @@ type Queue struct {
 	// bytes, 0 for none yet. Every Zero of the queue names it.
 	zeros struct{ off, n uint32 }
 
+	inLine int  // requests of the queue that wait in space
+	left   bool // one of them has gone, and nobody else was looked after since
+
 	reads    []*Request   // submitted, not looked up yet
 	keys     []ondisk.Key // stored, not committed yet; oldest first
 	entering entering     // those that have just been logged
@@ -45,8 +47,8 @@ type Queue struct {
 	pieces   []extent // scratch of a read
 	whole    []byte   // likewise
 	freeFill *fill
-	stalled  atomic.Bool // the log was full at the last commit
-	since    time.Time   // when it first was
+	stalled  atomic.Bool  // the log was full at the last commit
+	since    atomic.Int64 // when it first was, as sinceStart counts
 
 	abandoned bool // abandonFills was called
 
@@ -170,21 +172,13 @@ func (q *Queue) Turn() []*Request {
 		reads = reads[n:]
 	}
 	q.reads = q.reads[:0]
-	q.inbox.Lock()
-	list := q.inbox.list
-	q.inbox.list, q.inbox.spare = q.inbox.spare[:0], list
-	q.inbox.Unlock()
-	for _, r := range list {
-		switch r.stage {
-		case stageWrite:
-			q.write(r)
-		case stageRead:
-			q.read(r)
-		case stageFilled:
-			q.takeFills(r)
-		case stageSynced:
-			q.finished = append(q.finished, r)
-		}
+	q.takeInbox()
+	for q.left {
+		// Those who came after the ones that have gone may be the queue's own, and
+		// whoever submits next must not find them still in line.
+		q.left = false
+		q.c.serve()
+		q.takeInbox()
 	}
 	q.commit()
 	if !q.abandoned && q.c.failure() == ErrAborted {
@@ -194,6 +188,32 @@ func (q *Queue) Turn() []*Request {
 	q.show()
 	q.finished, q.returned = q.returned[:0], q.finished
 	return q.returned
+}
+
+// takeInbox goes on with what has come back.
+func (q *Queue) takeInbox() {
+	q.inbox.Lock()
+	list := q.inbox.list
+	q.inbox.list, q.inbox.spare = q.inbox.spare[:0], list
+	q.inbox.Unlock()
+	blocked := false
+	for _, r := range list {
+		switch r.stage {
+		case stageWrite:
+			// In order: those behind one that waits on may need less.
+			if blocked {
+				q.wait(r, false)
+			} else {
+				blocked = !q.write(r)
+			}
+		case stageRead:
+			q.read(r)
+		case stageFilled:
+			q.takeFills(r)
+		case stageSynced:
+			q.finished = append(q.finished, r)
+		}
+	}
 }
 
 // post hands a request back to its queue. Any goroutine.
@@ -234,14 +254,14 @@ func (q *Queue) commit() {
 	}
 	// Fills that found the log full were given up, and nobody comes back for
 	// a queue that waits with nothing.
-	stalled := err == errLogFull && len(q.keys) > 0
-	switch was := q.stalled.Swap(stalled); {
+	switch stalled, was := err == errLogFull && len(q.keys) > 0, q.stalled.Load(); {
 	case stalled && !was:
-		q.since = time.Now()
+		q.since.Store(sinceStart())
+		q.stalled.Store(true)
 	case !stalled && was:
-		c.space.waited(time.Since(q.since))
-		// Those who were put in line for that alone may need no segment.
-		c.wakeWriters()
+		c.space.waited(sinceStart() - q.since.Load())
+		q.stalled.Store(false)
+		c.serve() // the line stood still for that
 	}
 	switch {
 	case err == errLogFull:
@@ -280,18 +300,15 @@ func (q *Queue) abandon() {
 	q.keys = q.keys[:0]
 }
 
-// alloc returns a place for up to n bytes of data, with a reference to its
-// segment for the key that will name it. It begins a new segment only if it may
+// alloc returns a place for up to n bytes of data of r, with a reference to its
+// segment for the key that will name it. It begins a new segment only if r may
 // take one.
-func (q *Queue) alloc(n int, take bool) (seg, off uint32, got int, ok bool) {
+func (q *Queue) alloc(n int, r *Request) (seg, off uint32, got int, ok bool) {
 	if q.head.open && (q.head.off == ondisk.SegmentData || q.c.segments.all[q.head.seg].bad.Load()) {
 		q.closeHead()
 	}
 	if !q.head.open {
-		if !take {
-			return 0, 0, 0, false
-		}
-		seg, ok := q.c.takeData()
+		seg, ok := q.c.takeData(q, r)
 		if !ok {
 			return 0, 0, 0, false
 		}
@@ -314,9 +331,9 @@ func (q *Queue) settle() {
 
 // put allocates a place and stores what is to be there. A segment of which the
 // memory fails is given up for another; what it holds already stays.
-func (q *Queue) put(n int, take bool, store func(n int, at int64) error) (seg, off uint32, got int, ok bool) {
+func (q *Queue) put(n int, r *Request, store func(n int, at int64) error) (seg, off uint32, got int, ok bool) {
 	for {
-		seg, off, got, ok = q.alloc(n, take)
+		seg, off, got, ok = q.alloc(n, r)
 		if !ok {
 			return 0, 0, 0, false
 		}
@@ -340,14 +357,14 @@ func (q *Queue) closeHead() {
 	q.c.drop(q.head.seg)
 }
 
-// store puts data into the region and returns the key for it, with less than
+// store puts data of r into the region and returns the key for it, with less than
 // all of p where the segment or a checksum ended. ok is false where there is
 // no space.
-func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags, take bool) (k ondisk.Key, ok bool) {
+func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags, r *Request) (k ondisk.Key, ok bool) {
 	if q.c.crc {
 		p = p[:min(len(p), maxSummed)]
 	}
-	seg, segOff, n, ok := q.put(len(p), take, func(n int, at int64) error {
+	seg, segOff, n, ok := q.put(len(p), r, func(n int, at int64) error {
 		_, err := q.c.mem.WriteAt(p[:n], at)
 		return err
 	})
@@ -367,8 +384,9 @@ func (q *Queue) store(p []byte, off int64, flags ondisk.KeyFlags, take bool) (k 
 
 const (
 	// zeroRun is how long a run of zeros is made, in bytes, unless the segment
-	// ends before: a discard of a disk of 1 TiB is a million keys of it, 42 MB
-	// of log, and a run is a sixteenth of a segment.
+	// ends before: a sixteenth of it. Where more is zeroed at once the run becomes
+	// as long as a key may be, a stripe, which makes a discard of a disk of 1 TiB
+	// a quarter of a million keys instead of a million.
 	zeroRun = 1 << 20
 	// zeroRunMin is how long it must be. What else is left of a segment is
 	// given up.
@@ -382,21 +400,23 @@ func zeroSum(n uint32) uint32 { return ondisk.Checksum(zeros[:n]) }
 
 // storeZeros returns a key for zeros like store does for data: without storing
 // any, if the head's segment has a run of them already.
-func (q *Queue) storeZeros(n int, off int64, take bool) (k ondisk.Key, ok bool) {
-	if q.zeros.n > 0 && q.c.segments.all[q.head.seg].bad.Load() {
+//
+// A sector of the segment is left empty for it. Keys are what fills the log, and
+// there is no end to those that a run has room for. With a place of its own each is
+// to the cache like a write of a sector: it waits where that would wait, and what
+// bounds the keys of data bounds those of zeros.
+func (q *Queue) storeZeros(n int, r *Request, off int64) (k ondisk.Key, ok bool) {
+	if left := q.headLeft(); left == 0 || q.zeros.n == 0 && left < zeroRunMin {
 		q.closeHead()
 	}
-	if q.zeros.n == 0 {
-		if q.head.open && take && ondisk.SegmentData-q.head.off < zeroRunMin {
-			q.closeHead()
-		}
-		_, segOff, got, ok := q.put(zeroRun, take, func(n int, at int64) error { return q.c.mem.Zero(at, int64(n)) })
-		if !ok {
-			return k, false
-		}
-		q.zeros.off, q.zeros.n = segOff, uint32(got)
+	if q.zeros.n == 0 && !q.makeZeros(zeroRun, r) {
+		return k, false
+	}
+	if n > zeroRun && q.zeros.n < ondisk.StripeSize && q.headLeft() > ondisk.StripeSize && !q.makeZeros(ondisk.StripeSize, r) {
+		return k, false
 	}
 	seg := q.head.seg
+	q.head.off += ondisk.SectorSize
 	q.head.owed++
 	k = ondisk.Key{
 		Off: uint64(off), Len: min(uint32(n), q.zeros.n), Flags: ondisk.KeyZero,
@@ -408,56 +428,96 @@ func (q *Queue) storeZeros(n int, off int64, take bool) (k ondisk.Key, ok bool) 
 	return k, true
 }
 
-// write gives the data of r its place, as far as there is space. The rest
-// waits in line for a segment, and so does every other request that needs one
-// while anybody is ahead.
-func (q *Queue) write(r *Request) {
+// makeZeros begins a run of zeros, which leaves a sector of the segment for a key.
+func (q *Queue) makeZeros(n uint32, r *Request) bool {
+	n = min(n, q.headLeft()-ondisk.SectorSize)
+	_, off, got, ok := q.put(int(n), r, func(n int, at int64) error { return q.c.mem.Zero(at, int64(n)) })
+	if !ok {
+		return false
+	}
+	if q.zeros.n > 0 {
+		q.head.owed-- // there was a run in this segment, and a reference for it
+	}
+	q.zeros.off, q.zeros.n = off, uint32(got)
+	return true
+}
+
+// headLeft returns how much room there is in the segment that the queue fills, or
+// in the one that it would begin.
+func (q *Queue) headLeft() uint32 {
+	switch {
+	case !q.head.open:
+		return ondisk.SegmentData
+	case q.c.segments.all[q.head.seg].bad.Load():
+		return 0
+	}
+	return ondisk.SegmentData - q.head.off
+}
+
+// write gives the data of r its place, as far as there is space, and reports
+// whether there was. The rest waits in line, and so does every other request that
+// comes while anybody is ahead.
+func (q *Queue) write(r *Request) bool {
 	c := q.c
 	if err := c.failure(); err != nil {
-		c.space.leave(r)
+		q.leaveLine(r)
 		r.Err = err
 		q.finished = append(q.finished, r)
-		return
+		return true
 	}
-	if q.stalled.Load() {
-		q.wait(r)
-		return
+	if q.stalled.Load() || r.ticket == 0 && (q.inLine > 0 || c.space.parked.Load() > 0) {
+		q.wait(r, false)
+		return false
 	}
-	ahead := r.ticket == 0 && c.space.waiting.Load() > 0
 	for r.done < r.size() {
-		k, ok := q.storeNext(r, !ahead)
+		k, ok := q.storeNext(r)
 		if !ok {
-			q.wait(r)
-			return
+			q.wait(r, true)
+			return false
 		}
 		q.keys = append(q.keys, k)
 		q.stored++
 		r.done += int(k.Len)
 	}
-	c.space.leave(r)
+	q.leaveLine(r)
 	r.last = q.stored
 	q.turn = append(q.turn, r)
+	return true
 }
 
 // storeNext stores what comes next of a write or zero.
-func (q *Queue) storeNext(r *Request, take bool) (k ondisk.Key, ok bool) {
+func (q *Queue) storeNext(r *Request) (k ondisk.Key, ok bool) {
 	off := r.Off + int64(r.done)
 	if r.Op == Zero {
-		return q.storeZeros(min(r.Len-r.done, stripeLeft(off)), off, take)
+		return q.storeZeros(min(r.Len-r.done, stripeLeft(off)), r, off)
 	}
-	return q.store(r.Buf[r.done:], off, 0, take)
+	return q.store(r.Buf[r.done:], off, 0, r)
 }
 
-// wait puts r in line. The collector looks after everybody there: it makes
-// room, and it answers for a cache that has failed. It may rest, so a cache that
-// was aborted meanwhile is looked at here.
-func (q *Queue) wait(r *Request) {
+// wait puts r in line, dry if the queue has no room left for it. The collector
+// looks after everybody there: it makes room, and it answers for a cache that has
+// failed. It may rest, so a cache that was aborted meanwhile is looked at here, and
+// so is room that has been made meanwhile.
+func (q *Queue) wait(r *Request, dry bool) {
 	r.stage = stageWrite
-	q.c.space.park(r)
+	if r.ticket == 0 {
+		q.inLine++
+	}
+	q.c.space.park(r, dry)
 	if q.c.failure() == ErrAborted {
 		q.c.wakeWriters()
 	}
+	q.c.serve()
 	q.c.gc.kick()
+}
+
+// leaveLine is called for a request that waits no longer, if it ever did.
+func (q *Queue) leaveLine(r *Request) {
+	if r.ticket != 0 {
+		q.c.space.leave(r)
+		q.inLine--
+		q.left = true
+	}
 }
 
 // readBatch is how many reads are looked up before the first of them is answered:

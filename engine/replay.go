@@ -252,8 +252,12 @@ func (r *replayer) sortSegments() {
 		case refs == 0:
 			r.c.bumpGeneration(seg)
 			s.addFree(seg)
-		case r.fill[i] < ondisk.SegmentData && !s.all[i].bad.Load():
-			s.resumable = append(s.resumable, resumable{seg, r.fill[i]})
+		case !s.all[i].bad.Load():
+			// No key without a place of its own, see storeZeros.
+			off := max(int64(r.fill[i]), int64(refs)<<sectorShift)
+			if off < ondisk.SegmentData {
+				s.resumable = append(s.resumable, resumable{seg, uint32(off)})
+			}
 		}
 	}
 	slices.SortFunc(s.resumable, func(a, b resumable) int { return cmp.Compare(a.off, b.off) })

@@ -1,9 +1,6 @@
 package engine
 
-import (
-	"sync/atomic"
-	"time"
-)
+import "sync/atomic"
 
 // Op is what a request asks for.
 type Op uint8
@@ -33,11 +30,12 @@ type Request struct {
 
 	q      *Queue
 	stage  stage
-	done   int       // bytes of a write or zero that have their place
-	last   uint64    // the queue's count of keys when the last of the write was stored
-	ticket uint64    // place in the line for space, 0 for none
-	since  time.Time // when it got that
-	fills  *fill     // what a read still lacks, linked by next
+	done   int    // bytes of a write or zero that have their place
+	last   uint64 // the queue's count of keys when the last of the write was stored
+	ticket uint64 // place in the line for space, 0 for none
+	since  int64  // when it got that, as sinceStart counts
+	parked bool   // it sleeps there; under the line's lock
+	fills  *fill  // what a read still lacks, linked by next
 	lacks  atomic.Int32
 }
 
@@ -45,7 +43,7 @@ type Request struct {
 type stage uint8
 
 const (
-	stageWrite  stage = iota // there may be space
+	stageWrite  stage = iota // there may be space, or nobody will have any
 	stageRead                // somebody else's fill is done
 	stageFilled              // its own fills are done
 	stageSynced              // the region is synced

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -27,12 +28,27 @@ type segment struct {
 	sums atomic.Pointer[sums] // of the data, if the cache keeps checksums and it ever had any
 }
 
+// Who may take the last free segments:
+//
+//	data           while more than logReserve are left
+//	the log        while more than relogReserve are left
+//	what is stuck  the last one
+//
+// Zeros are data here, see storeZeros. So the keys that are still to be logged once
+// data gets no more segments are bounded, and there is room for them. And what is
+// stuck finds room whatever else the log had to take, so the circle of space goes on.
+
 // logReserve returns how many free segments data may not take, so that the
 // log always finds one. Once data gets no more segments, each queue can still
 // fill the one it has with at most 32,744 single-sector keys, which take up to
-// 64 bytes of log each if every one is a kset of its own: 2 MiB a queue, and
-// one more for the rest of the current log segment.
-func logReserve(queues int) int { return 1 + (queues+7)/8 }
+// 64 bytes of log each if every one is a kset of its own: 2 MiB a queue. Less than
+// eight of them go on in one more segment at most, wherever the log's head is.
+func logReserve(queues int) int { return 1 + queues/8 + relogReserve }
+
+// relogReserve is how many free segments are kept for logging again what is stuck,
+// which goes on kset by kset: each time a segment has been filled with it, at least
+// as much has been passed by dirty_tail.
+const relogReserve = 1
 
 // segmentsFor returns how many segments that many queues need so that none ever
 // waits for another: each fills one, and the log one more; and one may be held
@@ -127,24 +143,35 @@ func (s *segments) take(keep int) (seg uint32, ok bool) {
 	return seg, true
 }
 
-// takeData hands out a segment for data, with the queue's reference to it.
-func (c *Cache) takeData() (uint32, bool) {
+// takeData hands out a segment for data of r, with the queue's reference to it.
+func (c *Cache) takeData(q *Queue, r *Request) (uint32, bool) {
+	if !c.mayTake(q, r) {
+		return 0, false
+	}
 	seg, ok := c.segments.take(c.segments.reserve)
 	if !ok {
 		return 0, false
 	}
+	c.space.gotSegment(q)
 	c.segments.all[seg].refs.Store(1)
 	if c.crc {
 		c.sumsOf(seg).clear()
 	}
 	c.overwritten.begin(seg)
+	_, written := c.journal.head()
+	c.took(written)
+	return seg, true
+}
+
+// took looks after room now that data or the log has taken a segment. So many ksets
+// are in the log.
+func (c *Cache) took(written uint64) {
 	n := c.segments.good()
 	used := n - c.segments.free()
 	limit := int(c.gc.percent.Load()) * n / 100
 	if used > limit {
 		c.gc.kick()
 	}
-	_, written := c.journal.head()
 	// The last quarter is for what becomes dirty while a round is under way. If that
 	// were taken, too, the collector would have to ask for a round of all there is.
 	kept := limit * 3 / 4
@@ -153,7 +180,6 @@ func (c *Cache) takeData() (uint32, bool) {
 	if used > kept {
 		c.writeback.demand(until)
 	}
-	return seg, true
 }
 
 // bumpGeneration makes every key that names the segment a dead one, or the
@@ -189,71 +215,168 @@ func (c *Cache) unpin(seg uint32) {
 	}
 }
 
-// space is where requests wait for a segment, in the order they came. A woken
-// request that finds nothing goes back to its old place.
+// space is where requests wait in line, in the order they came: from the moment at
+// which there was no room for one until it has found some. One that is woken too
+// early goes back to its place.
+//
+// Nobody is woken before all who came earlier, and who comes while others sleep lines
+// up behind them. Those who are awake go on at once, each as far as the segment of its
+// queue has room, without waiting for each other: a turn of a queue serves many, and
+// would have to be waited for between any two requests of different queues. But a new
+// segment is taken by nobody who came later than one that needs it as well.
 type space struct {
-	waiting atomic.Int32 // requests waiting or being retried
+	waiting atomic.Int32 // in line
+	parked  atomic.Int32 // those of them that sleep
 	longest atomic.Int64 // wait that is over, in nanoseconds
 	mu      struct {
 		sync.Mutex
-		list []*Request
-		last uint64 // ticket
+		line []*Request
+		last uint64          // ticket
+		dry  map[*Queue]bool // queues in line that need a segment
 	}
 }
 
-// park adds r, in the order of tickets.
-func (s *space) park(r *Request) {
+func (s *space) init() { s.mu.dry = map[*Queue]bool{} }
+
+// start is before any wait, on a clock that nobody sets.
+var start = time.Now()
+
+// sinceStart returns the time in nanoseconds.
+func sinceStart() int64 { return int64(time.Since(start)) }
+
+// park lets r sleep in line, at its end if it comes for the first time. dry is
+// whether its queue needs a segment.
+func (s *space) park(r *Request, dry bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if r.ticket == 0 {
 		s.mu.last++
-		r.ticket, r.since = s.mu.last, time.Now()
+		r.ticket, r.since = s.mu.last, sinceStart()
+		s.mu.line = append(s.mu.line, r)
 		s.waiting.Add(1)
 	}
-	i := len(s.mu.list)
-	for i > 0 && s.mu.list[i-1].ticket > r.ticket {
-		i--
+	if dry {
+		s.mu.dry[r.q] = true
 	}
-	s.mu.list = append(s.mu.list, nil)
-	copy(s.mu.list[i+1:], s.mu.list[i:])
-	s.mu.list[i] = r
+	r.parked = true
+	s.parked.Add(1)
 }
 
-// leave is called for a request that has got its space.
+// leave is called for a request in line that has got its space, or never will.
 func (s *space) leave(r *Request) {
-	if r.ticket != 0 {
-		r.ticket = 0
-		s.waiting.Add(-1)
-		s.waited(time.Since(r.since))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.waited(sinceStart() - r.since)
+	i := slices.Index(s.mu.line, r)
+	s.mu.line = slices.Delete(s.mu.line, i, i+1)
+	r.ticket = 0
+	s.waiting.Add(-1)
+}
+
+// gotSegment is called for a queue that has taken one.
+func (s *space) gotSegment(q *Queue) {
+	if s.waiting.Load() > 0 {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.mu.dry, q)
 	}
 }
 
-// waited takes note of a wait that is over.
-func (s *space) waited(d time.Duration) {
-	for old := s.longest.Load(); old < int64(d) && !s.longest.CompareAndSwap(old, int64(d)); {
+// waited takes note of a wait that is over, in nanoseconds.
+func (s *space) waited(d int64) {
+	for old := s.longest.Load(); old < d && !s.longest.CompareAndSwap(old, d); {
 		old = s.longest.Load()
 	}
 }
 
-// longestWait returns the longest wait so far, of those who still stand in line
-// too.
-func (s *space) longestWait() time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	d := time.Duration(s.longest.Load())
-	if len(s.mu.list) > 0 {
-		d = max(d, time.Since(s.mu.list[0].since))
+// longestWait returns the longest wait so far, of those who still wait too.
+func (c *Cache) longestWait() time.Duration {
+	var d int64
+	c.space.mu.Lock()
+	if len(c.space.mu.line) > 0 {
+		d = sinceStart() - c.space.mu.line[0].since
 	}
-	return d
+	c.space.mu.Unlock()
+	for _, q := range c.queues {
+		if q.stalled.Load() {
+			d = max(d, sinceStart()-q.since.Load())
+		}
+	}
+	// Last: a wait that has ended meanwhile is among them.
+	return time.Duration(max(d, c.space.longest.Load()))
 }
 
-// wakeWriters lets everybody who waits for space try again.
-func (c *Cache) wakeWriters() {
-	c.space.mu.Lock()
-	list := c.space.mu.list
-	c.space.mu.list = nil
-	c.space.mu.Unlock()
-	for _, r := range list {
+// mayTake reports whether there are segments enough for r to take one: also for the
+// queues that others wait for who came earlier. What a read brings never makes
+// anybody wait.
+func (c *Cache) mayTake(q *Queue, r *Request) bool {
+	s := &c.space
+	if s.waiting.Load() == 0 {
+		return true // or not: take says so
+	}
+	if r.Op == Read {
+		return false
+	}
+	left := c.segments.free() - c.segments.reserve
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var before []*Queue
+	for _, other := range s.mu.line {
+		if other == r || left <= len(before) {
+			break
+		}
+		if other.q != q && s.mu.dry[other.q] && !slices.Contains(before, other.q) {
+			before = append(before, other.q)
+		}
+	}
+	return left > len(before)
+}
+
+// serve wakes those who are next in line, as far as there is room: in the segments
+// that their queues fill, or in a new one for each of the others.
+func (c *Cache) serve() {
+	s := &c.space
+	if s.parked.Load() == 0 {
+		return
+	}
+	left := c.segments.free() - c.segments.reserve
+	var given []*Queue
+	s.wake(func(r *Request) bool {
+		switch {
+		case r.q.stalled.Load():
+			return false // the log has to go on first
+		case !s.mu.dry[r.q] || slices.Contains(given, r.q):
+			return true
+		case left <= len(given):
+			return false
+		}
+		given = append(given, r.q)
+		return true
+	})
+}
+
+// wake wakes those in line up to the first who may not, as it is told under the lock.
+func (s *space) wake(may func(*Request) bool) {
+	s.mu.Lock()
+	var woken []*Request
+	for _, r := range s.mu.line {
+		if !may(r) {
+			break
+		}
+		if r.parked {
+			r.parked = false
+			woken = append(woken, r)
+		}
+	}
+	s.parked.Add(-int32(len(woken)))
+	s.mu.Unlock()
+	for _, r := range woken {
 		r.q.post(r)
 	}
+}
+
+// wakeWriters lets everybody try again who waits for space, because nobody will get
+// any more.
+func (c *Cache) wakeWriters() {
+	c.space.wake(func(*Request) bool { return true })
 }

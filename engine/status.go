@@ -85,7 +85,7 @@ func (c *Cache) Status() Status {
 		WrittenBack:     c.writeback.written.Load(),
 		RoundBytes:      c.writeback.inRound.Load(),
 		Waiting:         int(c.space.waiting.Load()),
-		LongestWait:     c.space.longestWait(),
+		LongestWait:     c.longestWait(),
 		MemoryErrors:    c.errs.memory.Load(),
 		DiskReadErrors:  c.errs.diskReads.Load(),
 		WritebackErrors: c.errs.rounds.Load(),

@@ -2,7 +2,6 @@ package engine
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -150,56 +149,153 @@ func without(parts []extent, known extent) (rest []extent) {
 	return rest
 }
 
-// relogStuck logs what is stuck again, if dirty_tail can pass anything by that,
-// and reports whether it has. When there is no room for it in the log, nothing
-// is lost by the attempt.
+// relogStuck logs what is stuck again, the oldest first, if dirty_tail can pass
+// anything by that, and reports whether it has. When there is room for some of it
+// only, dirty_tail passes that, and collecting what it has passed makes room for more.
 func (c *Cache) relogStuck() (passed bool, err error) {
 	w := &c.writeback
 	w.retryNow()
-	parts := c.takeDue(nil)
-	oldest := w.at.keys
-	for _, p := range parts {
+	for _, p := range c.takeDue(nil) {
 		w.stuck = append(w.stuck, stuck{p, time.Now().Add(p.wait)})
-		oldest = min(oldest, p.key.keys)
 	}
-	// As many keys again, or more, would only let the log grow, unless it
-	// cannot be read there and is about to begin anew.
-	tooMany := func(n int) bool { return w.at.keys-oldest <= uint64(n) && (c.hurt.Load() == nil || w.sweep.on) }
-	if tooMany(len(parts)) { // each has one or more, and their checksums take time
+	slices.SortFunc(w.stuck, func(a, b stuck) int { return cmp.Or(cmp.Compare(a.key.ksets, b.key.ksets), cmp.Compare(a.off, b.off)) })
+	runs := w.runs()
+	if c.relogPays(len(runs)) { // each has one key or more, and their checksums take time
+		n := 0
+		for i := range runs {
+			runs[i].keys = c.keysOf(nil, &runs[i].part)
+			n += len(runs[i].keys)
+		}
+		if !c.relogPays(n) {
+			runs = c.leftBehind(runs)
+		}
+	} else {
+		runs = c.leftBehind(runs)
+	}
+	if len(runs) == 0 {
 		return false, nil
 	}
-	var keys []ondisk.Key
-	for i := range parts {
-		keys = c.keysOf(keys, &parts[i])
-	}
-	if tooMany(len(keys)) {
-		return false, nil
-	}
-	at, err := c.relog(keys)
-	if err == errLogFull || err == errOvertaken {
-		return false, nil
-	} else if err != nil {
-		return false, err
+	for len(runs) > 0 {
+		n, err := c.relog(runs)
+		if err == errLogFull {
+			break
+		} else if err != nil {
+			return false, err
+		}
+		runs = runs[n:]
 	}
 	if err := c.persist(); err != nil {
 		return false, fmt.Errorf("sync what was logged again: %w", err)
 	}
-	for i := range w.stuck {
-		w.stuck[i].key = at
-	}
-	return true, c.advance()
+	_, before := c.tails.dirtyTail()
+	err = c.advance()
+	_, after := c.tails.dirtyTail()
+	return after > before, err
 }
 
-// errOvertaken: a part was overwritten before it was logged again.
-var errOvertaken = errors.New("overwritten meanwhile")
+// relogPays reports whether so many keys, all that are stuck, are worth being logged
+// again. As many keys again as dirty_tail passes, or more, would only let the log
+// grow, unless it cannot be read there and is about to begin anew.
+func (c *Cache) relogPays(n int) bool {
+	w := &c.writeback
+	oldest := w.at.keys
+	for i := range w.stuck {
+		oldest = min(oldest, w.stuck[i].key.keys)
+	}
+	return w.at.keys-oldest > uint64(n) || n > 0 && c.hurt.Load() != nil && !w.sweep.on
+}
 
-// relog appends keys for dirty data that is in the cache already, and returns
-// where they begin. What the index has of them must be all of it, or the log
-// would bring back what has been overwritten.
-func (c *Cache) relog(keys []ondisk.Key) (at mark, err error) {
+// leftBehind returns the runs, with their keys, that hold segments of the log behind
+// that of the head, if there is room for all of them in that one. Then they hold no
+// other, and that is worth as many keys once for each segment.
+func (c *Cache) leftBehind(runs []run) []run {
+	w := &c.writeback
+	head := c.journal.mark()
+	n, keys := 0, 0
+	for ; n < len(runs) && runs[n].key.pos.Seg != head.pos.Seg && runs[n].key.ksets < w.at.ksets; n++ {
+		if runs[n].keys == nil {
+			runs[n].keys = c.keysOf(nil, &runs[n].part)
+		}
+		keys += len(runs[n].keys)
+		if uint32(keys)*(ondisk.KsetHeaderSize+ondisk.KeySize)+ondisk.MaxKsetSize > roomAt(head.pos) {
+			return nil
+		}
+	}
+	return runs[:n]
+}
+
+// run is what is stuck and lies together, on the disk and in the cache: some of it is
+// in pieces only since it has been tried.
+type run struct {
+	part
+	from, to int // in writeback.stuck
+	keys     []ondisk.Key
+}
+
+// runs joins what is stuck, which is sorted.
+func (w *writeback) runs() (runs []run) {
+	for i := range w.stuck {
+		p := &w.stuck[i].part
+		if n := len(runs); n > 0 {
+			r := &runs[n-1]
+			if r.s.sh == p.s.sh && r.s.root == p.s.root && r.key == p.key && !p.zero() && r.e.abuts(p.e) {
+				r.e.n += p.e.n
+				r.s.n += p.e.n
+				r.to++
+				continue
+			}
+		}
+		runs = append(runs, run{part: *p, from: i, to: i + 1})
+	}
+	return runs
+}
+
+// relog appends the keys of the first of the runs, at most a kset unless the very
+// first has more, and returns how many of the runs those are. It leaves out what the
+// index does not have all of any more: the log would bring back what has been
+// overwritten.
+func (c *Cache) relog(runs []run) (n int, err error) {
 	j := &c.journal
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	most := ondisk.MaxKeys
+	if c.segments.free() > 0 {
+		most = max(most, len(runs[0].keys))
+	} else {
+		most = min(most, (int(roomAt(j.mu.head))-ondisk.KsetHeaderSize)/ondisk.KeySize)
+	}
+	var keys []ondisk.Key
+	at := mark{j.mu.head, j.mu.written, j.mu.keys}
+	for ; n < len(runs) && len(keys)+len(runs[n].keys) <= most; n++ {
+		if r := &runs[n]; c.holds(r.keys) {
+			keys = append(keys, r.keys...)
+		} else {
+			r.to = r.from // not logged
+		}
+	}
+	if n == 0 {
+		return 0, errLogFull
+	}
+	for len(keys) > 0 {
+		some := keys[:min(len(keys), ondisk.MaxKeys)]
+		if err := c.appendLocked(some, 0); err != nil {
+			return 0, err
+		}
+		for i := range some {
+			c.segments.all[some[i].Seg].refs.Add(1)
+		}
+		keys = keys[len(some):]
+	}
+	for _, r := range runs[:n] {
+		for i := r.from; i < r.to; i++ {
+			c.writeback.stuck[i].key = at
+		}
+	}
+	return n, nil
+}
+
+// holds reports whether the index has all that the keys name, and dirty.
+func (c *Cache) holds(keys []ondisk.Key) bool {
 	for i := range keys {
 		held := 0
 		s, p := c.keySpan(&keys[i])
@@ -207,21 +303,10 @@ func (c *Cache) relog(keys []ondisk.Key) (at mark, err error) {
 			held += int(e.n) << sectorShift
 		}
 		if held != int(keys[i].Len) {
-			return mark{}, errOvertaken
+			return false
 		}
 	}
-	at = mark{j.mu.head, j.mu.written, j.mu.keys}
-	for len(keys) > 0 {
-		n := min(len(keys), ondisk.MaxKeys)
-		if err := c.appendLocked(keys[:n]); err != nil {
-			return mark{}, err
-		}
-		for i := range keys[:n] {
-			c.segments.all[keys[i].Seg].refs.Add(1)
-		}
-		keys = keys[n:]
-	}
-	return at, nil
+	return true
 }
 
 // keysOf appends the keys that name a part: one for each checksum that it has
