@@ -98,6 +98,12 @@ func (r *Repaired) Done() bool {
 	return len(r.Left) == 0 && len(r.Report.Problems)+r.Report.More == r.Report.Harmless
 }
 
+// Opens reports whether the result is a cache that can be opened.
+func (r *Repaired) Opens() bool {
+	_, err := ReadLayout(r.Overlay, r.size)
+	return err == nil && r.Report.End.Damage == nil
+}
+
 // Copyable returns nil if a copy without the bytes that cannot be read is worth
 // as much as the original. Where zeros would be taken for what is lost, it is
 // not.

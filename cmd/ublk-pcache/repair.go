@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -19,7 +20,9 @@ func newRepairCmd() *cobra.Command {
 		Long: `Mend what is wrong with the cache on PMEM, and write the result to COPY, a new
 sparse file, or to PMEM itself with --in-place. With neither, nothing is
 changed. Each thing mended is a line, and so is each thing that remains; then
-the exit code is 1.
+the exit code is 1, unless it is clean data, which the backing device has. COPY
+is made also where nothing is wrong, and not where it would not be a cache that
+opens.
 
 Where the log is damaged in the middle, mending it gives up acknowledged writes.
 That is only done with --give-up-log-damage; the lines say what it costs.`,
@@ -53,21 +56,11 @@ That is only done with --give-up-log-damage; the lines say what it costs.`,
 			if rep.Report.More > 0 {
 				fmt.Fprintf(cmd.OutOrStdout(), "remains: and %d more\n", rep.Report.More)
 			}
-			switch {
-			case len(rep.Mended) == 0:
-				fmt.Fprintf(cmd.OutOrStdout(), "%s: nothing to mend\n", r.Path())
-			case inPlace:
-				if err := rep.Store(r); err != nil {
-					return fmt.Errorf("%s: not all of it was mended: %w (the memory itself is bad; repair to a copy)", r.Path(), err)
-				}
-			case len(args) == 2:
-				if err := writeCopy(rep, args[1]); err != nil {
-					return err
-				}
-			default:
-				return fmt.Errorf("%s: nothing was changed (give a file for the mended copy, or --in-place)", r.Path())
+			out := ""
+			if len(args) == 2 {
+				out = args[1]
 			}
-			return remains(r.Path(), rep)
+			return finishRepair(cmd.OutOrStdout(), r, rep, inPlace, out)
 		},
 	}
 	f := cmd.Flags()
@@ -76,8 +69,46 @@ That is only done with --give-up-log-damage; the lines say what it costs.`,
 	return cmd
 }
 
+// finishRepair stores the result where it belongs, and says what has become of it.
+func finishRepair(say io.Writer, r *pmem.Region, rep *ondisk.Repaired, inPlace bool, out string) error {
+	left := remains(r, rep)
+	mends := len(rep.Mended) > 0
+	switch {
+	case out != "" && !rep.Opens():
+		return fmt.Errorf("%w; %s was not made", left, out)
+	case out != "":
+		if err := writeCopy(rep, out); err != nil {
+			return err
+		}
+	case mends && inPlace:
+		if err := rep.Store(r); err != nil {
+			return fmt.Errorf("%s: not all of it was mended: %w (the memory itself is bad; repair to a copy)", r.Path(), err)
+		}
+	case mends && left != nil:
+		return fmt.Errorf("%w; nothing was changed (give a file for the mended copy, or --in-place)", left)
+	case mends:
+		return fmt.Errorf("%s: nothing was changed (give a file for the mended copy, or --in-place)", r.Path())
+	}
+	if left != nil {
+		return left
+	}
+	result := "mended"
+	switch {
+	case !mends && rep.Report.Harmless > 0:
+		result = "nothing to mend: what remains is clean data, which the backing device has as well"
+	case !mends:
+		result = "in order, nothing to mend"
+	}
+	if out != "" {
+		result += "; the copy is " + out
+	}
+	fmt.Fprintf(say, "%s: %s\n", r.Path(), result)
+	return nil
+}
+
 // remains says what to do about what could not be mended, nil if that is nothing.
-func remains(path string, rep *ondisk.Repaired) error {
+func remains(r *pmem.Region, rep *ondisk.Repaired) error {
+	path := r.Path()
 	switch {
 	case rep.Done():
 		return nil
@@ -85,8 +116,13 @@ func remains(path string, rep *ondisk.Repaired) error {
 		return fmt.Errorf("%s: the log is still damaged (to give up what the damaged part held: --give-up-log-damage; to save all else: ublk-pcache writeback)", path)
 	case rep.Report.Damaged.Bytes() > 0:
 		return fmt.Errorf("%s: damaged dirty data remains, an I/O error until it is written again: %v", path, &rep.Report.Damaged)
+	case rep.Opens():
+		return fmt.Errorf("%s: damage remains (to save what can be read: ublk-pcache writeback)", path)
 	}
-	return fmt.Errorf("%s: damage remains (to save what can be read: ublk-pcache writeback)", path)
+	if ondisk.Survey(r, r.Size(), r.Durable()).Mendable {
+		return fmt.Errorf("%s: damage remains (to give up what damaged parts of the log held: --give-up-log-damage; to save all else: ublk-pcache writeback)", path)
+	}
+	return fmt.Errorf("%s: damage remains that cannot be mended, as said (to give up what is there: ublk-pcache format --force %s)", path, path)
 }
 
 // writeCopy makes the file, or leaves nothing behind.

@@ -22,6 +22,7 @@ type ward struct {
 	writes        []int64 // where, in bytes
 	ksets         []int64
 	data          int64 // where the data of the last write is, for sectors lastAt to lastAt+7
+	firstData     int64 // where that of the first is
 }
 
 const lastAt = 4000
@@ -76,7 +77,9 @@ func (w *ward) fill(t *testing.T, s *server) {
 	}
 	layout.WalkLog(s.region, layout.KeyTail, func(at ondisk.Position, k *ondisk.Kset) error {
 		w.ksets = append(w.ksets, layout.Offset(at.Seg, at.Off))
-		w.data = layout.Offset(k.Keys[0].Seg, k.Keys[0].SegOff)
+		if w.data = layout.Offset(k.Keys[0].Seg, k.Keys[0].SegOff); w.firstData == 0 {
+			w.firstData = w.data
+		}
 		return nil
 	})
 	if len(w.ksets) != 200 {
@@ -151,12 +154,6 @@ func (w *ward) onDisk(t *testing.T, but func(sector int) bool) {
 func TestRepairCommand(t *testing.T) {
 	w := newWard(t)
 	fresh := filepath.Join(t.TempDir(), "copy")
-	if out, err := execute(newRepairCmd(), w.pmem, fresh); err != nil || !strings.Contains(out, "nothing to mend") {
-		t.Errorf("in order: %q, %v", out, err)
-	}
-	if _, err := os.Stat(fresh); err == nil {
-		t.Error("a cache in order was copied")
-	}
 	// Both copies of cache_info, of all four positions, and a superblock.
 	spoil(t, w.pmem, ondisk.InfoOff+8, 4)
 	spoil(t, w.pmem, ondisk.InfoOff+4096+8, 4)
