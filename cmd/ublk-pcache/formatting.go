@@ -15,7 +15,8 @@ type formatting struct {
 	byClean, byAll string // what the user has to give for that
 }
 
-// formatCommand is what format may do, addCommand what add may.
+// formatCommand is what format may do, addCommand what add may. run may do nothing:
+// when the cache has gone, somebody should know.
 func formatCommand(force bool) formatting {
 	return formatting{force, force, "--force", "--force"}
 }
@@ -24,10 +25,17 @@ func addCommand(format, force bool) formatting {
 	return formatting{format, format && force, "--format", "--format --force"}
 }
 
-// runCommand makes none: when the cache has gone, somebody should know.
 func runCommand(pmem string) formatting {
 	by := "ublk-pcache format --force " + pmem
 	return formatting{byClean: by, byAll: by}
+}
+
+// formatting is that of the command that starts the server.
+func (o *serveOptions) formatting(pmem string) formatting {
+	if o.Existing {
+		return runCommand(pmem)
+	}
+	return addCommand(o.Format, o.Force)
 }
 
 // check looks at a region and returns why no cache may be made there, nil if one

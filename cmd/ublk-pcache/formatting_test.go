@@ -398,3 +398,47 @@ func TestOpenDamaged(t *testing.T) {
 		fails(t, err, s.dev.PMEM, "no cache any more", "del --force", "the device waits")
 	})
 }
+
+// TestShrunkDisk: a disk that was made smaller is refused, with the way to go on, which
+// works.
+func TestShrunkDisk(t *testing.T) {
+	for _, dirty := range []bool{false, true} {
+		w := newWard(t)
+		if !dirty {
+			w.pmem += " empty"
+			sparse(t, w.pmem)
+			t.Run("made", func(t *testing.T) {
+				if _, err := serverOn(t, w.pmem, w.backing).open(&serveOptions{}); err != nil {
+					t.Fatal(err)
+				}
+			})
+		}
+		if err := os.Truncate(w.backing, 3<<20); err != nil {
+			t.Fatal(err)
+		}
+		open := func(o serveOptions) (err error) {
+			t.Run("open", func(t *testing.T) { _, err = serverOn(t, w.pmem, w.backing).open(&o) })
+			return err
+		}
+		goOn := "no dirty data, so begin with a new one: --format)"
+		if dirty {
+			goOn = "819200 bytes of dirty data first; or give them up: --format --force)"
+		}
+		same := unchanged(t, w.pmem)
+		fails(t, open(serveOptions{}), w.backing, "3145728", "4194304", "right device", goOn)
+		fails(t, open(serveOptions{Existing: true}), w.backing, "ublk-pcache format --force "+w.pmem)
+		err := open(serveOptions{Recover: true})
+		if fails(t, err, w.backing, "right device"); err != nil && strings.Contains(err.Error(), "format") {
+			t.Error(err)
+		}
+		_, err = execute(newWritebackCmd(), w.pmem, "-b", w.backing)
+		fails(t, err, w.backing, "right device")
+		if dirty {
+			fails(t, open(serveOptions{Format: true}), "dirty data")
+		}
+		same()
+		if err := open(serveOptions{Format: true, Force: dirty}); err != nil {
+			t.Errorf("dirty %t: %v", dirty, err)
+		}
+	}
+}

@@ -48,7 +48,7 @@ func (s *server) plan(o *serveOptions) (*plan, error) {
 	}
 	if id != nil {
 		if err := misfit(s.dev.PMEM, id, s.dev.Backing, mine, o.Force); err != nil {
-			return nil, err
+			return nil, s.shrunkError(o, id, mine, err)
 		}
 		mine.UUID = id.UUID
 	}
@@ -105,6 +105,20 @@ func misfit(cache string, id *ondisk.Identity, backing string, it *ondisk.Identi
 	return nil
 }
 
+// shrunkError adds to a misfit how to go on with a disk that was made smaller. What
+// the cache holds of its end would be read and written back there.
+func (s *server) shrunkError(o *serveOptions, id, mine *ondisk.Identity, err error) error {
+	if o.Recover || mine.BackingSize >= id.BackingSize {
+		return err
+	}
+	may := o.formatting(s.dev.PMEM)
+	h := ondisk.Survey(s.region, s.region.Size(), s.region.Durable())
+	if h.Harmless {
+		return fmt.Errorf("%w (if it was made smaller: the cache holds no dirty data, so begin with a new one: %s)", err, may.byClean)
+	}
+	return fmt.Errorf("%w (if it was made smaller: make it as large again and flush the %d bytes of dirty data first; or give them up: %s)", err, h.Dirty, may.byAll)
+}
+
 // openError says what can be done about a cache that the engine does not open.
 func (s *server) openError(o *serveOptions, err error) error {
 	switch {
@@ -131,13 +145,10 @@ func (s *server) openError(o *serveOptions, err error) error {
 // damagedError says what can be done about a cache that is damaged.
 func (s *server) damagedError(o *serveOptions, mendable bool, err error) error {
 	remedies := damageRemedies(err, mendable, s.dev.PMEM, s.dev.Backing)
-	switch {
-	case o.Recover:
+	if o.Recover {
 		return fmt.Errorf("cache %s cannot continue device %d: %w (%s; the device waits)", s.dev.PMEM, s.dev.ID, err, remedies)
-	case o.Existing:
-		return fmt.Errorf("cache %s: %w (%s; to give up what it holds: %s)", s.dev.PMEM, err, remedies, runCommand(s.dev.PMEM).byAll)
 	}
-	return fmt.Errorf("cache %s: %w (%s; to give up what it holds: %s)", s.dev.PMEM, err, remedies, addCommand(false, false).byAll)
+	return fmt.Errorf("cache %s: %w (%s; to give up what it holds: %s)", s.dev.PMEM, err, remedies, o.formatting(s.dev.PMEM).byAll)
 }
 
 // gone says why a device cannot be continued whose cache is not there any more, or
@@ -152,11 +163,7 @@ func (s *server) gone() error {
 
 // planNew plans a new cache, if that is harmless or was asked for.
 func (s *server) planNew(o *serveOptions) (*plan, error) {
-	may := addCommand(o.Format, o.Force)
-	if o.Existing {
-		may = runCommand(s.dev.PMEM)
-	}
-	if err := may.check(s.region, s.dev.Backing); err != nil {
+	if err := o.formatting(s.dev.PMEM).check(s.region, s.dev.Backing); err != nil {
 		return nil, err
 	}
 	if o.Existing {
