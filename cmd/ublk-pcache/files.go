@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -135,18 +136,13 @@ func openDisk(path string, recover bool) (*backing.Device, error) {
 // than the one that its device began with: it was pulled out and put back, or the
 // machine counts its disks differently.
 func (s *server) openOwnDisk(o *serveOptions) (err error) {
-	var id *ondisk.Identity
-	if layout, err := ondisk.ReadLayout(s.region, s.region.Size()); err == nil { // else plan says what is wrong
-		id = layout.Identity
-	}
+	layout, _ := ondisk.ReadLayout(s.region, s.region.Size()) // plan says what is wrong with it
 	s.disk, err = openDisk(o.Backing.Path, true)
-	if err == nil && (id == nil || id.Matches(s.disk.Serial())) {
-		return nil
+	if layout == nil || layout.Identity == nil || err == nil && sameDevice(layout, s.disk.Identity()) {
+		return err
 	}
-	path, missing := "", backing.ErrNameless
-	if id != nil {
-		path, missing = backing.Find(id.Serial)
-	}
+	recorded, _, _ := strings.Cut(layout.Identity.Serial, proof)
+	path, missing := backing.Find(recorded)
 	if missing != nil {
 		if err != nil {
 			err = fmt.Errorf("%w; and %w (if it has another name now: ublk-pcache recover %d -b BACKING)", err, missing, s.dev.ID)

@@ -84,6 +84,14 @@ func launch(o serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	for {
+		warning, rest, ok := strings.Cut(answer, "\n")
+		if !ok || !strings.HasPrefix(warning, warningPrefix) {
+			break
+		}
+		fmt.Fprintln(os.Stderr, "ublk-pcache:", warning)
+		answer = rest
+	}
 	path, ready := strings.CutPrefix(answer, readyPrefix)
 	if !ready {
 		return errors.New(answer)
@@ -153,31 +161,33 @@ func spawn(self, config string, isolate func() error, o serveOptions) (answer st
 	return string(said), cmd.Process.Release()
 }
 
-// takeBack ends a server that nobody waits for any more, and removes what it has
-// made. A device that was there before waits again.
+// takeBack ends a server that nobody waits for any more. It takes back what it has
+// made of a new device by itself, once its disk answers; a device that was there
+// before waits again.
 func takeBack(cmd *exec.Cmd, o serveOptions) error {
-	pid := cmd.Process.Pid
-	cmd.Process.Kill()
+	cmd.Process.Signal(o.breakOff())
 	if _, ok := inTime(cmd.Wait); !ok {
-		return fmt.Errorf("interrupted: process %d waits for its disk or its memory, and ends when that answers (see 'ublk-pcache list' then)", pid)
+		return o.lateEnd(fmt.Sprintf("process %d", cmd.Process.Pid))
 	}
-	return takenBack(o, func(d *device) bool { return d.PID == pid })
+	return errInterrupted
 }
 
-// takenBack is the error of a command that was broken off and whose server has
-// ended. It removes the device that this has begun, if it is a new one.
-func takenBack(o serveOptions, its func(*device) bool) error {
-	err := errors.New("interrupted")
+var errInterrupted = errors.New("interrupted, and nothing is left of it")
+
+// breakOff is the signal that ends a server which is not ready yet.
+func (o *serveOptions) breakOff() syscall.Signal {
 	if o.Recover {
-		return err
+		return unix.SIGKILL // at any other it might remove the device
 	}
-	devices, broken := readStates()
-	for _, d := range devices {
-		if d.damage == nil && its(d) {
-			err = errors.Join(err, d.removeDead(true))
-		}
+	return unix.SIGTERM
+}
+
+// lateEnd says that a server that was told to end is still there.
+func (o *serveOptions) lateEnd(what string) error {
+	if o.Recover {
+		return fmt.Errorf("interrupted: %s waits for its disk, and ends when that answers", what)
 	}
-	return errors.Join(err, broken)
+	return fmt.Errorf("interrupted: %s waits for its disk, and when that answers it takes back what it has begun", what)
 }
 
 // serverEnv is what a server gets of the environment: where programs are, what
@@ -195,6 +205,9 @@ func serverEnv() []string {
 // readyPrefix begins the answer of a server that is ready; the path of its
 // device follows. Any other answer is an error.
 const readyPrefix = "ready "
+
+// warningPrefix begins lines before that, for people.
+const warningPrefix = "warning: "
 
 // readyFD is where a server finds the pipe for its answer.
 const readyFD = 3
@@ -260,6 +273,9 @@ func newServeCmd() *cobra.Command {
 			}
 			if o.AnswerFD != 0 {
 				daemon.SdNotify(false, daemon.SdNotifyReady)
+			}
+			for _, w := range s.warnings {
+				fmt.Fprintln(ready, warningPrefix+w)
 			}
 			fmt.Fprintln(ready, readyPrefix+s.dev.Device)
 			ready.Close()

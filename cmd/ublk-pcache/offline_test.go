@@ -250,9 +250,9 @@ func newServerIn(t *testing.T, dir string) *server {
 // format makes the cache that is planned for a blank region, and does not open it.
 func (s *server) format(t *testing.T) {
 	t.Helper()
-	p, err := s.plan(&serveOptions{})
+	make, err := s.plan(&serveOptions{})
 	if err == nil {
-		err = ondisk.Format(s.region, *p.make)
+		err = ondisk.Format(s.region, *make)
 	}
 	if err != nil {
 		t.Fatal(err)

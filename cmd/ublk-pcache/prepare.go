@@ -11,16 +11,9 @@ import (
 	"ublk-pcache/ondisk"
 )
 
-// plan is what has to be stored in the region for its cache to be put in front of
-// the disk.
-type plan struct {
-	make     *ondisk.FormatOptions // a new cache; nil: there is one
-	identity *ondisk.Identity      // binds the cache to the disk; nil: that has been done
-	over     ondisk.Replica        // the newest copy of the present one
-}
-
-// plan looks at the region and refuses what does not fit. It changes nothing.
-func (s *server) plan(o *serveOptions) (*plan, error) {
+// plan looks at the region and refuses what does not fit. It returns how to make a
+// new cache, nil if there is one. It changes nothing.
+func (s *server) plan(o *serveOptions) (*ondisk.FormatOptions, error) {
 	if o.Recover {
 		if err := s.keepsPromise(); err != nil {
 			return nil, err
@@ -40,24 +33,18 @@ func (s *server) plan(o *serveOptions) (*plan, error) {
 	if err := exposed(s.region.Path()); err != nil {
 		s.log.Warn("others can get at the cache", zap.Error(err))
 	}
-	id, mine := layout.Identity, identityOf(s.disk)
 	if o.Recover {
-		if err := s.dev.mustHave(id); err != nil {
+		if err := s.dev.mustHave(layout.Identity); err != nil {
 			return nil, err
 		}
 	}
-	if id != nil {
-		if err := misfit(s.dev.PMEM, id, s.dev.Backing, mine, o.Force); err != nil {
-			return nil, s.shrunkError(o, id, mine, err)
+	if layout.Identity != nil {
+		mine := identityOf(s.disk)
+		if err := misfit(s.dev.PMEM, layout, s.dev.Backing, mine, o.Force); err != nil {
+			return nil, s.shrunkError(o, layout.Identity, mine, err)
 		}
-		mine.UUID = id.UUID
 	}
-	s.dev.Cache = uuid.UUID(mine.UUID).String()
-	p := &plan{over: layout.IdentityCopies.Newest}
-	if id == nil || mine.BackingSize > id.BackingSize || !id.Matches(mine.Serial) {
-		p.identity = mine
-	}
-	return p, nil
+	return nil, nil
 }
 
 // mustHave refuses a cache that is not the one that the device began with: an
@@ -69,13 +56,14 @@ func (d *device) mustHave(id *ondisk.Identity) error {
 	return fmt.Errorf("%s holds another cache than the one of device %d, which must have been formatted meanwhile (put the right one there; the device waits; to give up what it held: ublk-pcache del --force %d)", d.PMEM, d.ID, d.ID)
 }
 
-// openCache does what was planned, and opens the cache.
-func (s *server) openCache(o *serveOptions, p *plan) (err error) {
+// openCache makes the new cache, if there is to be one, opens the cache, and binds
+// it to its disk.
+func (s *server) openCache(o *serveOptions, make *ondisk.FormatOptions) (err error) {
 	if err := s.room(o.Recover); err != nil {
 		return err
 	}
-	if p.make != nil {
-		if err := ondisk.Format(s.region, *p.make); err != nil {
+	if make != nil {
+		if err := ondisk.Format(s.region, *make); err != nil {
 			return err
 		}
 	}
@@ -85,22 +73,26 @@ func (s *server) openCache(o *serveOptions, p *plan) (err error) {
 	if err != nil {
 		return s.openError(o, err)
 	}
-	if p.identity != nil {
-		if err := ondisk.WriteIdentity(s.region, p.over, p.identity); err != nil {
-			return errors.Join(err, s.cache.Close())
-		}
+	if err := s.bindNow(); err != nil {
+		return errors.Join(err, s.cache.Close())
 	}
+	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
+	if err != nil {
+		return errors.Join(err, s.cache.Close())
+	}
+	s.dev.Cache = uuid.UUID(layout.Identity.UUID).String()
 	return nil
 }
 
 // misfit says why a backing device cannot be the one that a cache belongs to, nil
 // if it may be.
-func misfit(cache string, id *ondisk.Identity, backing string, it *ondisk.Identity, force bool) error {
+func misfit(cache string, l *ondisk.Layout, backing string, it *ondisk.Identity, force bool) error {
+	id := l.Identity
 	switch {
-	case !id.Matches(it.Serial) && !force:
-		return fmt.Errorf("cache %s belongs to the backing device with serial %q; %s has %q (give that one, or if this is its copy: --force)", cache, id.Serial, backing, it.Serial)
 	case it.BackingSize < id.BackingSize:
 		return fmt.Errorf("backing device %s has %d bytes, less than the %d it had when cache %s was made (give the right device, or one at least as large)", backing, it.BackingSize, id.BackingSize, cache)
+	case !sameDevice(l, it.Serial) && !force:
+		return fmt.Errorf("cache %s belongs to the backing device with %s; %s has %s (give that one, or if this is its copy: --force)", cache, known(id.Serial), backing, known(it.Serial))
 	}
 	return nil
 }
@@ -162,7 +154,7 @@ func (s *server) gone() error {
 }
 
 // planNew plans a new cache, if that is harmless or was asked for.
-func (s *server) planNew(o *serveOptions) (*plan, error) {
+func (s *server) planNew(o *serveOptions) (*ondisk.FormatOptions, error) {
 	if err := o.formatting(s.dev.PMEM).check(s.region, s.dev.Backing); err != nil {
 		return nil, err
 	}
@@ -192,6 +184,5 @@ func (s *server) planNew(o *serveOptions) (*plan, error) {
 	if o.GCPercent != nil {
 		opts.GCPercent = *o.GCPercent
 	}
-	s.dev.Cache = uuid.UUID(opts.Identity.UUID).String()
-	return &plan{make: &opts}, nil
+	return &opts, nil
 }

@@ -11,7 +11,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/google/uuid"
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
@@ -61,6 +60,7 @@ type server struct {
 	made   bool              // PMEM was made by this process
 
 	foreground bool
+	warnings   []string       // for whoever asked for the device
 	signals    chan os.Signal // that ask for the device to go
 
 	clients   chan struct{} // one for each command that is being served
@@ -117,7 +117,7 @@ func start(o serveOptions) (_ *server, err error) {
 		return nil, err
 	}
 	defer closeOnError(&err, s.closeFiles)
-	plan, err := s.plan(&o)
+	make, err := s.plan(&o)
 	if err != nil {
 		return nil, err
 	}
@@ -131,10 +131,13 @@ func start(o serveOptions) (_ *server, err error) {
 	}
 	defer closeOnError(&err, s.closeSocket)
 
-	if err := s.openCache(&o, plan); err != nil {
+	if err := s.openCache(&o, make); err != nil {
 		return nil, err
 	}
 	defer closeOnError(&err, s.cache.Close)
+	if !o.Recover && s.disk.Identity() == "" {
+		s.warn(fmt.Sprintf("nothing tells backing device %s from another of its size: make sure that this path always leads to it", s.dev.Backing))
+	}
 	if o.GCPercent != nil {
 		if err := s.cache.SetGCPercent(*o.GCPercent); err != nil {
 			return nil, err
@@ -144,12 +147,22 @@ func start(o serveOptions) (_ *server, err error) {
 	if err := s.dev.save(); err != nil {
 		return nil, err
 	}
+	select {
+	case <-s.signals: // nobody waits for it any more
+		return nil, errInterrupted
+	default:
+	}
 	if s.ublk, err = device.start(s.handler); err != nil {
 		return nil, err
 	}
 	s.accept()
 	s.log.Info("serving", zap.Any("device", s.dev), zap.Bool("recovered", o.Recover))
 	return s, nil
+}
+
+func (s *server) warn(line string) {
+	s.log.Warn(line)
+	s.warnings = append(s.warnings, line)
 }
 
 func (s *server) engineOptions() engine.Options {
@@ -295,6 +308,8 @@ func (s *server) remove(force bool) (left []string, err error) {
 	// What is wrong with the cache already is no reason for its device to stay.
 	if err = s.cache.Close(); failed || errors.Is(err, engine.ErrAborted) {
 		err = nil
+	} else if err == nil {
+		err = s.rebind()
 	}
 	deleted, ok := inTime(s.ublk.Delete)
 	if !ok {
@@ -412,9 +427,4 @@ func (disk) Buffer(n int) []byte {
 		panic(fmt.Sprintf("out of memory for transfer buffers: %v", err))
 	}
 	return b
-}
-
-// identityOf describes a disk for the cache that belongs to it.
-func identityOf(d *backing.Device) *ondisk.Identity {
-	return &ondisk.Identity{UUID: uuid.New(), BackingSize: d.Size(), Serial: d.Serial()}
 }

@@ -129,16 +129,20 @@ func hear(caller *net.UnixListener) ([]byte, error) {
 
 // takeBackUnit is takeBack for a server in a unit.
 func takeBackUnit(systemd *dbus.Conn, o serveOptions) error {
-	if err := systemd.KillUnitWithTarget(context.Background(), o.Device.Unit, dbus.All, int32(unix.SIGKILL)); err != nil {
-		return fmt.Errorf("interrupted, but %s cannot be ended: %w", o.Device.Unit, err)
-	}
-	stopped := make(chan string, 1)
-	if _, err := systemd.StopUnitContext(context.Background(), o.Device.Unit, "replace", stopped); err == nil {
-		if _, ok := inTime(func() error { <-stopped; return nil }); !ok {
-			return fmt.Errorf("interrupted: %s waits for its disk or its memory, and ends when that answers (see 'ublk-pcache list' then)", o.Device.Unit)
+	background := context.Background()
+	if o.Recover {
+		if err := systemd.KillUnitWithTarget(background, o.Device.Unit, dbus.All, int32(o.breakOff())); err != nil {
+			return fmt.Errorf("interrupted, but %s cannot be ended: %w", o.Device.Unit, err)
 		}
 	}
-	return takenBack(o, func(d *device) bool { return d.Unit == o.Device.Unit })
+	stopped := make(chan string, 1)
+	if _, err := systemd.StopUnitContext(background, o.Device.Unit, "replace", stopped); err != nil {
+		return fmt.Errorf("interrupted, but %s cannot be stopped: %w", o.Device.Unit, err)
+	}
+	if _, ok := inTime(func() error { <-stopped; return nil }); !ok {
+		return o.lateEnd(o.Device.Unit)
+	}
+	return errInterrupted
 }
 
 // unitProperties are those of systemd/ublk-pcache@.service, which says why.

@@ -149,7 +149,7 @@ func (o *writebackOptions) mayWrite(r *pmem.Region, rep *ondisk.Repaired, l *ond
 	if l.Identity == nil {
 		return nil
 	}
-	return misfit(r.Path(), l.Identity, dev.Path(), identityOf(dev), o.force)
+	return misfit(r.Path(), l, dev.Path(), identityOf(dev), o.force)
 }
 
 // forgetFingerprint lets the engine find nothing to compare the disk with.
