@@ -26,6 +26,7 @@ tmp=$(mktemp -d "${TMPDIR:-/var/tmp}/ublk-pcache-demo-XXXXXX")
 if [ -z "$emulated" ]; then
   pmem=$tmp/cache.img,size=1G backing=$tmp/disk.img
   truncate -s 4G "$backing"
+  chmod o= "$backing"
 fi
 mnt=$tmp/mnt
 mkdir "$mnt"

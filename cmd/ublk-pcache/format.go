@@ -59,16 +59,15 @@ bound to its backing device by the first add.`,
 	return cmd
 }
 
-// exposed returns an error if users without any right to the disk may read or
-// write the cache. A new cache is not made there. One that exists is opened all
-// the same: this is no reason for a machine not to come up.
-func exposed(pmem string) error {
-	info, err := os.Stat(pmem)
+// exposed returns an error if all users may read or write the cache or the
+// backing device at path.
+func exposed(path string) error {
+	info, err := os.Stat(path)
 	if err != nil {
 		return err
 	}
 	if mode := info.Mode().Perm(); mode&0o007 != 0 {
-		return fmt.Errorf("%s is open to all users (%v), and a cache holds the data of its disk (chmod o= %s)", pmem, mode, pmem)
+		return fmt.Errorf("%s is open to all users (%v), and a cache holds the data of its disk (chmod o= %s)", path, mode, path)
 	}
 	return nil
 }

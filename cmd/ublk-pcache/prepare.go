@@ -14,11 +14,6 @@ import (
 // plan looks at the region and refuses what does not fit. It returns how to make a
 // new cache, nil if there is one. It changes nothing.
 func (s *server) plan(o *serveOptions) (*ondisk.FormatOptions, error) {
-	if o.Recover {
-		if err := s.keepsPromise(); err != nil {
-			return nil, err
-		}
-	}
 	s.logDoubts()
 	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
 	if !o.Recover && (err != nil || o.Format) {
@@ -30,8 +25,8 @@ func (s *server) plan(o *serveOptions) (*ondisk.FormatOptions, error) {
 	if crc := layout.Info.Flags.DataCRC(); o.DataCRC != nil && *o.DataCRC != crc {
 		return nil, fmt.Errorf("cache %s was formatted with --data-crc=%t, not %t (leave the option out, or make a new cache with --format)", s.dev.PMEM, crc, *o.DataCRC)
 	}
-	if err := exposed(s.region.Path()); err != nil {
-		s.log.Warn("others can get at the cache", zap.Error(err))
+	if err := s.refuseExposed(o); err != nil {
+		return nil, err
 	}
 	if o.Recover {
 		if err := s.dev.mustHave(layout.Identity); err != nil {
@@ -81,6 +76,20 @@ func (s *server) openCache(o *serveOptions, make *ondisk.FormatOptions) (err err
 		return errors.Join(err, s.cache.Close())
 	}
 	s.dev.Cache = uuid.UUID(layout.Identity.UUID).String()
+	return nil
+}
+
+// refuseExposed refuses a cache or a backing device that users without any right
+// to the other may read or write. Where a device waits for its server, or a
+// machine for its disks, a warning must do.
+func (s *server) refuseExposed(o *serveOptions) error {
+	for _, path := range []string{s.region.Path(), s.dev.Backing} {
+		if err := exposed(path); err != nil && (o.Recover || o.Existing) {
+			s.log.Warn("others can get at the data", zap.Error(err))
+		} else if err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -168,7 +177,7 @@ func (s *server) planNew(o *serveOptions) (*ondisk.FormatOptions, error) {
 	case o.Changed != engine.Refuse:
 		return nil, fmt.Errorf("--changed=%s: a new cache on %s holds nothing yet that this could be about (leave it out)", o.Changed, s.dev.PMEM)
 	}
-	if err := exposed(s.region.Path()); err != nil {
+	if err := s.refuseExposed(o); err != nil {
 		return nil, err
 	}
 	opts := ondisk.FormatOptions{

@@ -117,6 +117,11 @@ func start(o serveOptions) (_ *server, err error) {
 		return nil, err
 	}
 	defer closeOnError(&err, s.closeFiles)
+	if o.Recover {
+		if err := s.keepsPromise(); err != nil {
+			return nil, err
+		}
+	}
 	make, err := s.plan(&o)
 	if err != nil {
 		return nil, err

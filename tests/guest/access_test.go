@@ -137,16 +137,30 @@ func TestNobody(t *testing.T) {
 	pcache(t, "status", d.id)
 	d.del(t)
 
-	// A cache that was made before somebody opened it up still opens, not without a word.
-	if err := os.Chmod(dir+"/cache", 0o644); err != nil {
-		t.Fatal(err)
+	// A cache that was made before somebody opened it up, or its disk, is refused as a new one is. A device that is there
+	// continues, not without a word.
+	open := func(path string, mode os.FileMode) {
+		t.Helper()
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
 	}
 	d = add(t, "-p", dir+"/cache", "-b", disk)
+	open(dir+"/cache", 0o644)
+	killServer(t, d, unix.SIGKILL)
+	pcache(t, "recover", d.id)
 	log, err := os.ReadFile(filepath.Join(stateDir, d.id+".log"))
 	if err != nil || !strings.Contains(string(log), "open to all users") || !strings.Contains(string(log), "chmod o= "+dir+"/cache") {
 		t.Errorf("with a cache that all can read, the log says %q, %v", log, err)
 	}
 	d.del(t)
+	tmp := t.TempDir()
+	sparseFile(t, tmp, "disk", 64<<20)
+	open(tmp+"/disk", 0o604)
+	refuse(t, []string{disk, dir + "/cache"}, tmp, []refusal{
+		{name: "old cache", args: "add -p " + dir + "/cache -b " + disk, says: []string{"open to all users", "chmod o= " + dir + "/cache"}},
+		{name: "backing file", args: "add -p " + dax + " -b TMP/disk", says: []string{"open to all users", "chmod o= TMP/disk"}},
+	})
 }
 
 // A folder that somebody else may have prepared is not used, by no command.

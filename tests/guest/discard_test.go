@@ -108,6 +108,7 @@ func backingFile(t *testing.T) string {
 	must(t, "mkfs.ext4", "-q", "-F", disk)
 	file := filepath.Join(mount(t, disk), "backing")
 	must(t, "truncate", "-s", "1G", file)
+	must(t, "chmod", "o=", file)
 	return file
 }
 
