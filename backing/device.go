@@ -170,7 +170,13 @@ func onceFree(busy error, claim func() error) error {
 func (d *Device) openBlock() error {
 	// O_EXCL without O_CREAT claims a block device against mounts, swap, device
 	// mapper and everybody else who claims (block/bdev.c, bd_prepare_to_claim).
-	err := onceFree(unix.EBUSY, func() error { return d.openDescriptor(unix.O_DIRECT | unix.O_EXCL) })
+	err := onceFree(unix.EBUSY, func() error {
+		err := d.openDescriptor(unix.O_DIRECT | unix.O_EXCL)
+		if errors.Is(err, unix.EBUSY) {
+			unclaim(d.path)
+		}
+		return err
+	})
 	if errors.Is(err, unix.EBUSY) {
 		return fmt.Errorf("%w: %s", ErrInUse, blockHolder(d.path))
 	} else if err != nil {
