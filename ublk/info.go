@@ -222,14 +222,41 @@ func (c *control) served(id uint32) (bool, error) {
 	return State(info.state) != Quiesced, err
 }
 
-// stopIfUnused stops a device or returns ErrInUse.
+// udevQueue is there while udev has events to work on, and what udevadm settle
+// looks for (systemd, src/udev/udevd.c).
+const udevQueue = "/run/udev/queue"
+
+const (
+	// udevPatience is how long a look of udev at a disk may keep it from being
+	// stopped: many times what one takes, and less than whoever asked for the
+	// stop of a disk that others have open should wait for the answer.
+	udevPatience = 3 * time.Second
+	udevStep     = 20 * time.Millisecond
+)
+
+// stopIfUnused stops a device or returns ErrInUse. When a writer closes the disk
+// udev looks what has become of it, and has it open for that moment: this is no
+// use of it.
+func (c *control) stopIfUnused(id uint32) error {
+	for begin := time.Now(); ; time.Sleep(udevStep) {
+		err := c.tryStopIfUnused(id)
+		if !errors.Is(err, ErrInUse) || time.Since(begin) > udevPatience {
+			return err
+		}
+		if _, idle := os.Stat(udevQueue); idle != nil {
+			return err
+		}
+	}
+}
+
+// tryStopIfUnused stops a device or returns ErrInUse.
 //
 // Since 7.0 the driver can do that in one step. Before, we look first: at an
 // exclusive claim (a mount, swap, a device on top) by trying to make one, at
 // ordinary openers by going through all processes' descriptors. Somebody can
 // come in between, and a process in another mount namespace may call the disk
 // differently; that leaves them where force would.
-func (c *control) stopIfUnused(id uint32) error {
+func (c *control) tryStopIfUnused(id uint32) error {
 	have, err := c.features()
 	if err != nil {
 		return err
