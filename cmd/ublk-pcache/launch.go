@@ -248,16 +248,16 @@ func newServeCmd() *cobra.Command {
 			if o.Foreground && o.Upgrade == nil && o.AnswerFD == 0 {
 				s, err := start(o)
 				if err != nil {
-					return err
+					return o.startError(err)
 				}
 				fmt.Println(s.dev.Device)
-				daemon.SdNotify(false, daemon.SdNotifyReady)
+				daemon.SdNotify(false, serving(s.dev.Device))
 				s.wait()
 				return nil
 			}
 			fd, refused := uintptr(readyFD), 1
 			if o.AnswerFD != 0 {
-				fd, refused = uintptr(o.AnswerFD), exitRefused
+				fd, refused = uintptr(o.AnswerFD), exitFinal
 			}
 			ready := inherited(fd, "ready")
 			var s *server
@@ -272,7 +272,7 @@ func newServeCmd() *cobra.Command {
 				os.Exit(refused)
 			}
 			if o.AnswerFD != 0 {
-				daemon.SdNotify(false, daemon.SdNotifyReady)
+				daemon.SdNotify(false, serving(s.dev.Device))
 			}
 			for _, w := range s.warnings {
 				fmt.Fprintln(ready, warningPrefix+w)

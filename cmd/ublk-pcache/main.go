@@ -23,6 +23,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"ublk-pcache/ublk"
@@ -48,6 +49,9 @@ func main() {
 		},
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
+	root.SetGlobalNormalizationFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+		return pflag.NormalizedName(dashes(name))
+	})
 	root.AddCommand(
 		newAddCmd(), newRecoverCmd(), newDelCmd(), newFlushCmd(),
 		newStatusCmd(), newListCmd(), newSetCmd(), newUpgradeCmd(),
@@ -56,7 +60,7 @@ func main() {
 	)
 	if err := root.Execute(); err != nil {
 		fmt.Fprintln(os.Stderr, "ublk-pcache:", oneLine(err))
-		os.Exit(1)
+		os.Exit(exitStatus(err))
 	}
 }
 

@@ -1,29 +1,61 @@
 package main
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
+	"ublk-pcache/backing"
 	"ublk-pcache/pmem"
 	"ublk-pcache/ublk"
 )
 
 // A service is a cache with a name, described in a file of configDir that has
-// the options of add, one a line. systemd/ublk-pcache@.service runs it, and the
-// udev rule next to that asks for its disk.
+// the options of add, one a line (see config.go).
+// systemd/ublk-pcache@.service runs it, and the udev rule next to that asks for
+// its disk.
+//
+// systemd starts a server that has died again, for as long as its device waits
+// for one. A start without such a device that fails would fail again: it ends
+// with exitFinal, which the unit excludes.
 const configDir = "/etc/ublk-pcache"
 
 // devicePatience is how long a service waits for disk and pmem to appear: as
 // long as systemd waits for a device.
 const devicePatience = 90 * time.Second
+
+// exitFinal is EX_CONFIG of sysexits.h; systemctl status shows it as CONFIG.
+const exitFinal = 78
+
+// finalError is one that would come again if the same were tried again.
+type finalError struct{ error }
+
+func (f finalError) Unwrap() error { return f.error }
+
+// exitStatus is what the program ends with after an error.
+func exitStatus(err error) int {
+	if errors.As(err, &finalError{}) {
+		return exitFinal
+	}
+	return 1
+}
+
+// startError says whether the error of a start is final. Who holds the disk, or
+// the pmem, may let go of it.
+func (o *serveOptions) startError(err error) error {
+	if !o.Existing || o.Recover || errors.Is(err, backing.ErrInUse) || errors.Is(err, pmem.ErrInUse) {
+		return err
+	}
+	return finalError{err}
+}
 
 func newRunCmd() *cobra.Command {
 	return &cobra.Command{
@@ -38,26 +70,30 @@ The file has options of add, one a line:
   backing = /dev/disk/by-id/nvme-…
   id = 0
 
-and possibly queues, depth, writeback-depth, data-crc, gc-percent. Empty lines and
-those that begin with # do not count.
+and possibly queues, depth, writeback-depth, data-crc, gc-percent. Paths begin
+with /, and nothing is put in quotes. Empty lines and those that begin with # do
+not count. Of more queues than there are CPUs, one for each CPU is made.
 
 A device whose server has died is continued. Disk and pmem are waited for. A
 blank PMEM is refused: when the cache has gone, its dirty data has, and somebody
-should know. To begin with: ublk-pcache format PMEM.`,
+should know. To begin with: ublk-pcache format PMEM.
+
+An error that would come again has exit status ` + fmt.Sprint(exitFinal) + `.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			path := filepath.Join(configDir, args[0]+".conf")
 			o, err := readConfig(path)
 			if err != nil {
-				return err
+				return finalError{err}
 			}
-			spec, err := pmem.ParseSpec(o.Device.PMEM)
+			spec, err := o.region()
 			if err != nil {
-				return err
+				return finalError{err}
 			}
-			for _, needed := range []string{spec.Path, o.Device.Backing} {
+			for _, needed := range []string{o.Device.Backing, spec.Path} {
 				if err := appear(needed); err != nil {
-					return fmt.Errorf("%s: %w", path, err)
+					o.Recover = waits(o.Device.Backing)
+					return o.startError(fmt.Errorf("%s: %w", path, err))
 				}
 			}
 			if o, err = continued(o); err != nil {
@@ -68,71 +104,31 @@ should know. To begin with: ublk-pcache format PMEM.`,
 	}
 }
 
-// readConfig reads the description of a service.
-func readConfig(path string) (serveOptions, error) {
-	var a addOptions
-	flags := pflag.NewFlagSet(path, pflag.ContinueOnError)
-	a.define(flags)
-	if err := eachSetting(path, func(line int, name, value string) error {
-		if flags.Lookup(name) == nil {
-			return fmt.Errorf("%s:%d: no option %q (see 'ublk-pcache run --help')", path, line, name)
-		}
-		if err := flags.Set(name, value); err != nil {
-			return fmt.Errorf("%s:%d: %w", path, line, err)
-		}
-		return nil
-	}); err != nil {
-		return serveOptions{}, err
-	}
-	o, err := a.options(flags)
-	if err == nil {
-		var spec pmem.Spec
-		if spec, err = pmem.ParseSpec(o.Device.PMEM); err == nil && spec.Size != 0 {
-			err = errors.New("a service makes no pmem: give a file that is there, without a size")
-		}
-	}
-	if err != nil {
-		return serveOptions{}, fmt.Errorf("%s: %w", path, err)
-	}
-	o.Foreground, o.Existing = true, true
-	return o, nil
-}
-
-// eachSetting calls do with each line NAME = VALUE of a file.
-func eachSetting(path string, do func(line int, name, value string) error) error {
-	f, err := os.Open(path)
-	if err != nil {
+// appear waits for a device node, and says so. A file is there or not: a service
+// comes before anything is mounted.
+func appear(path string) error {
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) || !strings.HasPrefix(path, "/dev/") {
 		return err
 	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
-	for n := 1; lines.Scan(); n++ {
-		text := strings.TrimSpace(lines.Text())
-		if text == "" || strings.HasPrefix(text, "#") {
-			continue
-		}
-		name, value, ok := strings.Cut(text, "=")
-		if !ok {
-			return fmt.Errorf("%s:%d: %q is not OPTION = VALUE", path, n, text)
-		}
-		if err := do(n, strings.TrimSpace(name), strings.TrimSpace(value)); err != nil {
+	fmt.Fprintf(os.Stderr, "ublk-pcache: waiting for %s to appear, up to %v\n", path, devicePatience)
+	daemon.SdNotify(false, "STATUS=waiting for "+path+" to appear")
+	for begin := time.Now(); time.Since(begin) < devicePatience; time.Sleep(deathStep) {
+		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	return lines.Err()
+	return fmt.Errorf("%s has not appeared within %v (start the service when it has)", path, devicePatience)
 }
 
-// appear waits for a device node.
-func appear(path string) error {
-	for begin := time.Now(); ; time.Sleep(deathStep) {
-		_, err := os.Stat(path)
-		if err == nil {
-			return nil
-		}
-		if !errors.Is(err, os.ErrNotExist) || time.Since(begin) > devicePatience {
-			return err
-		}
-	}
+// waits reports whether a device of this disk may wait for a server.
+func waits(disk string) bool {
+	devices, _ := readStates()
+	return slices.ContainsFunc(devices, func(d *device) bool { return sameFile(d.Backing, disk) })
+}
+
+// serving is what systemd is told of a service that is up.
+func serving(device string) string {
+	return daemon.SdNotifyReady + "\nSTATUS=serving " + device
 }
 
 // continued returns what to do for a service whose server may have died: to
@@ -186,23 +182,32 @@ func newIsBackingCmd() *cobra.Command {
 	}
 }
 
+// The folders, in /dev, of the links by what is on a disk.
+const (
+	byUUID  = "disk/by-uuid/"
+	byLabel = "disk/by-label/"
+)
+
 // backedBy returns the name of a service whose backing device has one of the
-// given names, relative ones being meant in /dev. A line that cannot be read
-// must not keep another's disk from being found, so all errors are passed by.
+// given names, relative ones being meant in /dev. A description that is refused
+// must not keep its disk, or another's, from being found.
 func backedBy(dir string, names []string) (service string) {
 	files, _ := filepath.Glob(filepath.Join(dir, "*.conf"))
 	for _, file := range files {
-		eachSetting(file, func(_ int, name, value string) error {
+		all, _ := settings(file)
+		for _, s := range all {
+			if s.name != "backing" {
+				continue
+			}
 			for _, n := range names {
 				if !filepath.IsAbs(n) {
 					n = filepath.Join("/dev", n)
 				}
-				if name == "backing" && (filepath.Clean(value) == n || sameFile(value, n)) {
-					service = strings.TrimSuffix(filepath.Base(file), ".conf")
+				if filepath.Clean(s.value) == n || sameFile(s.value, n) {
+					return strings.TrimSuffix(filepath.Base(file), ".conf")
 				}
 			}
-			return nil
-		})
+		}
 	}
-	return service
+	return ""
 }

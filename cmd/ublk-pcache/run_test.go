@@ -1,58 +1,23 @@
 package main
 
 import (
+	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/unit"
+
+	"ublk-pcache/backing"
+	"ublk-pcache/pmem"
 )
-
-// config writes the description of a service into a folder of its own.
-func config(t *testing.T, text string) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "data.conf")
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
-func TestConfig(t *testing.T) {
-	path := config(t, "# a comment\n\npmem = /dev/dax0.0\n backing=/dev/sdb\nid = 3\nqueues = 1\ngc-percent = 0\n")
-	o, err := readConfig(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	d := o.Device
-	if d.PMEM != "/dev/dax0.0" || d.Backing != "/dev/sdb" || d.ID != 3 || d.Queues != 1 || d.Depth != 128 ||
-		o.GCPercent == nil || *o.GCPercent != 0 || o.DataCRC != nil || !o.Foreground || !o.Existing {
-		t.Errorf("%+v", o)
-	}
-	const good = "pmem = /dev/dax0.0\nbacking = /dev/sdb\n"
-	for _, c := range []struct{ text, says string }{
-		{good + "nonsense", `data.conf:3: "nonsense" is not OPTION = VALUE`},
-		{good + "depht = 3", `data.conf:3: no option "depht"`},
-		// What gives up data is nothing to do at every boot.
-		{good + "format = true", `data.conf:3: no option "format"`},
-		{good + "force = true", `no option "force"`},
-		{good + "changed = overwrite", `no option "changed"`},
-		{good + "depth = many", `data.conf:3: invalid argument "many"`},
-		{good + "depth = 0", `--depth 0`},
-		{"pmem = /dev/dax0.0", "no backing device"},
-		{"backing = /dev/sdb\npmem = /cache,size=1G", "without a size"},
-	} {
-		if _, err := readConfig(config(t, c.text)); err == nil || !strings.Contains(err.Error(), c.says) || strings.Contains(err.Error(), "\n") {
-			t.Errorf("%q: %v, want %q", c.text, err, c.says)
-		}
-	}
-	if _, err := readConfig("/nowhere/x.conf"); err == nil || !strings.Contains(err.Error(), "/nowhere/x.conf") {
-		t.Error(err)
-	}
-}
 
 // TestBackedBy: a disk is found by any of its names, before it has them and
 // next to a service that cannot be read.
@@ -61,7 +26,7 @@ func TestBackedBy(t *testing.T) {
 	dir := filepath.Dir(path)
 	file := filepath.Join(dir, "disk")
 	for name, text := range map[string]string{
-		"disk": "", "broken.conf": "what\n", "file.conf": "backing = " + file + "\n", "none.conf": "pmem = /dev/sdc\n",
+		"disk": "", "broken.conf": "what\nbacking = /dev/sdy\nbacking = /dev/sdz\n", "file.conf": "backing = " + file + "\n", "none.conf": "pmem = /dev/sdc\n",
 		"other.txt": "backing = /dev/sdx\n",
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
@@ -80,12 +45,46 @@ func TestBackedBy(t *testing.T) {
 		{[]string{"/dev/disk/by-id/late"}, "data"},
 		{[]string{link}, "file"},
 		{[]string{"/dev/sdb", "disk/by-id/lat"}, ""},
+		{[]string{"/dev/sdy"}, "broken"},
 		{[]string{"/dev/sdx"}, ""},
 		{[]string{"/dev/sdc"}, ""},
 	} {
 		if got := backedBy(dir, c.names); got != c.want {
 			t.Errorf("%q belongs to %q, want %q", c.names, got, c.want)
 		}
+	}
+}
+
+// TestFinalErrors: which failures of a start systemd tries again.
+func TestFinalErrors(t *testing.T) {
+	why := errors.New("why")
+	for _, c := range []struct {
+		o    serveOptions
+		err  error
+		want int
+	}{
+		{serveOptions{Existing: true}, why, exitFinal},
+		{serveOptions{Existing: true}, fmt.Errorf("open: %w", backing.ErrInUse), 1},
+		{serveOptions{Existing: true}, fmt.Errorf("open: %w", pmem.ErrInUse), 1},
+		{serveOptions{Existing: true, Recover: true}, why, 1}, // a device waits
+		{serveOptions{Recover: true}, why, 1},
+		{serveOptions{}, why, 1}, // a person tries
+	} {
+		err := fmt.Errorf("x: %w", c.o.startError(c.err))
+		if got := exitStatus(err); got != c.want || !errors.Is(err, c.err) {
+			t.Errorf("%+v, %v: exit status %d (%v), want %d", c.o, c.err, got, err, c.want)
+		}
+	}
+}
+
+// TestAppear: what cannot come is not waited for.
+func TestAppear(t *testing.T) {
+	begin := time.Now()
+	if err := appear(t.TempDir() + "/cache.img"); !errors.Is(err, fs.ErrNotExist) || time.Since(begin) > devicePatience/2 {
+		t.Errorf("%v after %v", err, time.Since(begin))
+	}
+	if err := appear("/dev/null"); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -116,6 +115,8 @@ func TestUnit(t *testing.T) {
 		{"Service", "Type", "notify"},
 		{"Service", "Restart", "always"},
 		{"Service", "RestartPreventExitStatus", "0"},
+		{"Service", "RestartPreventExitStatus", strconv.Itoa(exitFinal)},
+		{"Service", "RestartPreventExitStatus", "SIGTERM"},
 		{"Service", "SendSIGKILL", "no"},
 		{"Service", "OOMScoreAdjust", "-1000"},
 		{"Service", "LimitMEMLOCK", "infinity"},

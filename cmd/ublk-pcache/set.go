@@ -21,7 +21,7 @@ func newSetCmd() *cobra.Command {
 				return err
 			}
 			name, value, _ := strings.Cut(args[1], "=")
-			if name != "gc_percent" {
+			if dashes(name) != "gc-percent" {
 				return fmt.Errorf("no setting %q: there is gc_percent=N", name)
 			}
 			n, err := strconv.Atoi(value)

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -32,10 +31,6 @@ import (
 //
 // The add waits on a socket in the abstract namespace, since no descriptor can be
 // handed to a unit. The first to call there as root is answered for.
-
-// exitRefused is the exit status of a server that was refused, or had nothing to
-// continue: systemd does not start it again. EX_CONFIG of sysexits.h.
-const exitRefused = 78
 
 // unitsUsable reports whether systemd runs here and sees the same files as we do.
 func unitsUsable() bool {
@@ -163,7 +158,7 @@ func unitProperties(o serveOptions, command []string) []dbus.Property {
 		property("CollectMode", "inactive-or-failed"),
 		property("TimeoutStartUSec", uint64(math.MaxUint64)), // whoever waits for it can break it off
 		property("Restart", "always"),
-		property("RestartPreventExitStatus", statuses{Exit: []int32{0, exitRefused}, Signal: []int32{}}),
+		property("RestartPreventExitStatus", statuses{Exit: []int32{0, exitFinal}, Signal: []int32{}}),
 		property("RestartUSec", uint64((100 * time.Millisecond).Microseconds())),
 		property("StartLimitIntervalUSec", uint64(time.Minute.Microseconds())),
 		property("StartLimitBurst", uint32(20)),
@@ -192,12 +187,7 @@ func newUnitCmd() *cobra.Command {
 			if conn, err := net.Dial("unix", o.Answer); err == nil {
 				return begin(o, conn.(*net.UnixConn))
 			}
-			err := goOn(o.Device.Unit)
-			if errors.Is(err, errNothingWaits) {
-				fmt.Fprintln(os.Stderr, "ublk-pcache:", err)
-				os.Exit(exitRefused)
-			}
-			return err
+			return goOn(o.Device.Unit)
 		},
 	}
 }
@@ -215,8 +205,6 @@ func begin(o serveOptions, conn *net.UnixConn) error {
 	o.AnswerFD = int(f.Fd())
 	return launch(o)
 }
-
-var errNothingWaits = errors.New("no device waits for a server")
 
 // goOn becomes the server that continues the device of a unit whose server died.
 func goOn(unit string) error {
@@ -239,5 +227,5 @@ func goOn(unit string) error {
 		o.Foreground, o.Device.Unit = true, unit
 		return launch(o)
 	}
-	return fmt.Errorf("%w of %s", errNothingWaits, unit)
+	return finalError{fmt.Errorf("no device of %s waits for a server", unit)}
 }

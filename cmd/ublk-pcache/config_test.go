@@ -1,0 +1,87 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+)
+
+// config writes the description of a service into a folder of its own.
+func config(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "data.conf")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestConfig(t *testing.T) {
+	path := config(t, "# a comment\n\npmem = /dev/dax0.0\n backing=/dev/sdb\nid = 3\nqueues = 1\ngc-percent = 0\n")
+	o, err := readConfig(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := o.Device
+	if d.PMEM != "/dev/dax0.0" || d.Backing != "/dev/sdb" || d.ID != 3 || d.Queues != 1 || d.Depth != 128 ||
+		o.GCPercent == nil || *o.GCPercent != 0 || o.DataCRC != nil || !o.Foreground || !o.Existing {
+		t.Errorf("%+v", o)
+	}
+	const good = "pmem = /dev/dax0.0\nbacking = /dev/sdb\n"
+	for _, c := range []struct{ text, says string }{
+		{good + "nonsense", `data.conf:3: "nonsense" is not OPTION = VALUE`},
+		{good + "depht = 3", `data.conf:3: no option "depht"`},
+		// What gives up data is nothing to do at every boot.
+		{good + "format = true", `data.conf:3: no option "format"`},
+		{good + "force = true", `no option "force"`},
+		{good + "changed = overwrite", `no option "changed"`},
+		{good + "depth = many", `data.conf:3: invalid argument "many"`},
+		{good + "# more\n\ndepth = 0", `data.conf:5: depth 0: give 1 to 4096`},
+		{good + "queues = 0", `data.conf:3: queues 0: give 1 to`},
+		{good + "writeback-depth = 1000", `data.conf:3: writeback-depth 1000: give`},
+		{good + "gc_percent = 91", `data.conf:3: gc-percent 91: give 0 to 90`},
+		{good + "id = -1", `data.conf:3: id -1: a device number`},
+		{good + "depth =", `data.conf:3: depth has no value`},
+		{"pmem = /dev/dax0.0", "data.conf: no backing device"},
+		{"backing = /dev/sdb\npmem = /cache,size=1G", "data.conf:2: pmem /cache,size=1073741824: a service makes no pmem"},
+		{good + "pmem = /dev/dax1.0", `data.conf:3: pmem is given again, after line 1`},
+		{good + "gc_percent = 50\ngc-percent = 50", `data.conf:4: gc-percent is given again, after line 3`},
+		{"backing = \"/dev/sdb\"", `data.conf:1: backing = "/dev/sdb": write it without quotes`},
+		{"backing = '/dev/sdb'", `write it without quotes`},
+		{"backing = /dev/sdb # the big one", `data.conf:1: backing = /dev/sdb # the big one: give the comment a line of its own`},
+		{good + "depth = 4\t# deep", `data.conf:3: depth = 4`},
+		{"pmem = dax0.0", `data.conf:1: pmem = dax0.0: give the whole path`},
+		{"backing = /dev/disk/by-label/data", `data.conf:1: backing = /dev/disk/by-label/data: that is the name of what is on the disk`},
+		{"backing = /dev/disk/by-uuid/1", `take one from /dev/disk/by-id`},
+	} {
+		if _, err := readConfig(config(t, c.text)); err == nil || !strings.Contains(err.Error(), c.says) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%q: %v, want %q", c.text, err, c.says)
+		}
+	}
+	if _, err := readConfig("/nowhere/x.conf"); err == nil || !strings.Contains(err.Error(), "/nowhere/x.conf") {
+		t.Error(err)
+	}
+}
+
+// TestConfigSpelling: underscores are dashes, and a # within a value is itself.
+func TestConfigSpelling(t *testing.T) {
+	o, err := readConfig(config(t, "pmem = /cache#1\nbacking = /dev/sdb\ngc_percent = 7\nwriteback_depth=3\ndata_crc = true\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if o.Device.PMEM != "/cache#1" || o.GCPercent == nil || *o.GCPercent != 7 || o.Device.Writeback != 3 || o.DataCRC == nil || !*o.DataCRC {
+		t.Errorf("%+v", o)
+	}
+}
+
+// TestConfigOfALargerMachine: CPUs that are missing are no reason for a disk to
+// be.
+func TestConfigOfALargerMachine(t *testing.T) {
+	o, err := readConfig(config(t, fmt.Sprintf("pmem = /cache\nbacking = /dev/sdb\nqueues = %d\n", runtime.NumCPU()+1)))
+	if err != nil || o.Device.Queues != runtime.NumCPU() {
+		t.Errorf("%d queues on %d CPUs, %v", o.Device.Queues, runtime.NumCPU(), err)
+	}
+}
