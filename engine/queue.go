@@ -2,6 +2,7 @@ package engine
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -30,8 +31,8 @@ type Queue struct {
 	// bytes, 0 for none yet. Every Zero of the queue names it.
 	zeros struct{ off, n uint32 }
 
-	inLine int  // requests of the queue that wait in space
-	left   bool // one of them has gone, and nobody else was looked after since
+	line []*Request // those of the queue that wait in space, in order
+	left bool       // one of them has gone, and nobody else was looked after since
 
 	reads    []*Request   // submitted, not looked up yet
 	keys     []ondisk.Key // stored, not committed yet; oldest first
@@ -196,16 +197,10 @@ func (q *Queue) takeInbox() {
 	list := q.inbox.list
 	q.inbox.list, q.inbox.spare = q.inbox.spare[:0], list
 	q.inbox.Unlock()
-	blocked := false
 	for _, r := range list {
 		switch r.stage {
 		case stageWrite:
-			// In order: those behind one that waits on may need less.
-			if blocked {
-				q.wait(r, false)
-			} else {
-				blocked = !q.write(r)
-			}
+			r.awake = true
 		case stageRead:
 			q.read(r)
 		case stageFilled:
@@ -213,6 +208,12 @@ func (q *Queue) takeInbox() {
 		case stageSynced:
 			q.finished = append(q.finished, r)
 		}
+	}
+	// In order: those behind one that waits on may need less.
+	for len(q.line) > 0 && q.line[0].awake {
+		r := q.line[0]
+		r.awake = false
+		q.write(r)
 	}
 }
 
@@ -454,26 +455,25 @@ func (q *Queue) headLeft() uint32 {
 	return ondisk.SegmentData - q.head.off
 }
 
-// write gives the data of r its place, as far as there is space, and reports
-// whether there was. The rest waits in line, and so does every other request that
-// comes while anybody is ahead.
-func (q *Queue) write(r *Request) bool {
+// write gives the data of r its place, as far as there is space. The rest waits in
+// line, and so does every other request that comes while anybody is ahead.
+func (q *Queue) write(r *Request) {
 	c := q.c
 	if err := c.failure(); err != nil {
 		q.leaveLine(r)
 		r.Err = err
 		q.finished = append(q.finished, r)
-		return true
+		return
 	}
-	if q.stalled.Load() || r.ticket == 0 && (q.inLine > 0 || c.space.parked.Load() > 0) {
+	if q.stalled.Load() || r.ticket == 0 && (len(q.line) > 0 || c.space.parked.Load() > 0) {
 		q.wait(r, false)
-		return false
+		return
 	}
 	for r.done < r.size() {
 		k, ok := q.storeNext(r)
 		if !ok {
 			q.wait(r, true)
-			return false
+			return
 		}
 		q.keys = append(q.keys, k)
 		q.stored++
@@ -482,7 +482,6 @@ func (q *Queue) write(r *Request) bool {
 	q.leaveLine(r)
 	r.last = q.stored
 	q.turn = append(q.turn, r)
-	return true
 }
 
 // storeNext stores what comes next of a write or zero.
@@ -501,7 +500,7 @@ func (q *Queue) storeNext(r *Request) (k ondisk.Key, ok bool) {
 func (q *Queue) wait(r *Request, dry bool) {
 	r.stage = stageWrite
 	if r.ticket == 0 {
-		q.inLine++
+		q.line = append(q.line, r)
 	}
 	q.c.space.park(r, dry)
 	if q.c.failure() == ErrAborted {
@@ -511,11 +510,12 @@ func (q *Queue) wait(r *Request, dry bool) {
 	q.c.gc.kick()
 }
 
-// leaveLine is called for a request that waits no longer, if it ever did.
+// leaveLine is called for a request that waits no longer, if it ever did: the first
+// of the queue's.
 func (q *Queue) leaveLine(r *Request) {
 	if r.ticket != 0 {
 		q.c.space.leave(r)
-		q.inLine--
+		q.line = slices.Delete(q.line, 0, 1)
 		q.left = true
 	}
 }

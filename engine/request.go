@@ -35,6 +35,7 @@ type Request struct {
 	ticket uint64 // place in the line for space, 0 for none
 	since  int64  // when it got that, as sinceStart counts
 	parked bool   // it sleeps there; under the line's lock
+	awake  bool   // it has been woken, and its turn has not come yet
 	fills  *fill  // what a read still lacks, linked by next
 	lacks  atomic.Int32
 }

@@ -222,7 +222,7 @@ func (c *Cache) unpin(seg uint32) {
 // Nobody is woken before all who came earlier, and who comes while others sleep lines
 // up behind them. Those who are awake go on at once, each as far as the segment of its
 // queue has room, without waiting for each other: a turn of a queue serves many, and
-// would have to be waited for between any two requests of different queues. But a new
+// would have to be waited for between any two requests of different queues. A new
 // segment is taken by nobody who came later than one that needs it as well.
 type space struct {
 	waiting atomic.Int32 // in line
@@ -332,25 +332,27 @@ func (c *Cache) mayTake(q *Queue, r *Request) bool {
 	return left > len(before)
 }
 
-// serve wakes those who are next in line, as far as there is room: in the segments
-// that their queues fill, or in a new one for each of the others.
+// serve wakes those who are next in line, as far as there is room in the segments
+// that their queues fill, and the first one that needs a new one, if there is one
+// for it, with what of its queue comes next. Who comes behind that is woken once it
+// has it.
 func (c *Cache) serve() {
 	s := &c.space
 	if s.parked.Load() == 0 {
 		return
 	}
 	left := c.segments.free() - c.segments.reserve
-	var given []*Queue
+	var needy *Queue
 	s.wake(func(r *Request) bool {
 		switch {
 		case r.q.stalled.Load():
 			return false // the log has to go on first
-		case !s.mu.dry[r.q] || slices.Contains(given, r.q):
-			return true
-		case left <= len(given):
-			return false
+		case needy != nil:
+			return r.q == needy
+		case s.mu.dry[r.q]:
+			needy = r.q
+			return left > 0
 		}
-		given = append(given, r.q)
 		return true
 	})
 }
