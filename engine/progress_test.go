@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -442,5 +443,82 @@ func TestDiscardsAndWrites(t *testing.T) {
 	clients.Wait()
 	if err := r.kill(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestStuckEverywhere: a sector that the disk refuses in each segment that is written
+// does not fill the cache. The rest goes on, whatever the order, also after restarts
+// and when what is stuck is overwritten, and the disk gets it all when it is well.
+func TestStuckEverywhere(t *testing.T) {
+	for _, x := range []struct {
+		name      string
+		crc, zero bool
+	}{{"data", false, false}, {"sums", true, false}, {"zeros", true, true}} {
+		t.Run(x.name, func(t *testing.T) {
+			const bad, stripes = 40, 40
+			mem := pmem.NewFake(ondisk.MinSize)
+			formatSmall(t, mem, 6, x.crc, 70)
+			disk := backing.NewFake(stripes<<20*4, sectorSize, 1)
+			defer disk.Close()
+			var healed atomic.Bool
+			disk.Script(func(op backing.Op) (f backing.Fault) {
+				first := (op.Off + ondisk.StripeSize - 1 - bad*sectorSize) / ondisk.StripeSize // that may be refused
+				if !healed.Load() && op.Kind != backing.OpRead && first*ondisk.StripeSize+bad*sectorSize < op.Off+op.Len {
+					f.Err = syscall.EIO
+				}
+				return f
+			})
+			r := newRig(t, mem, disk, 2)
+			want := map[int64]uint64{}
+			check := func(when string) {
+				t.Helper()
+				for lba, version := range want {
+					if v := r.version(t, lba); v != version {
+						t.Fatalf("%s: sector %d has version %d, want %d", when, lba, v, version)
+					}
+				}
+			}
+			for round := range uint64(3) {
+				within(t, "writing around what the disk refuses", func() {
+					for i := range int64(stripes) {
+						lba := i * stripeSectors
+						op := &Request{Op: Write, Off: (lba + bad) * sectorSize, Buf: stamped(lba+bad, 1, 2+round)}
+						want[lba+bad] = 2 + round
+						if x.zero && i%2 == 0 {
+							op = &Request{Op: Zero, Off: op.Off, Len: sectorSize}
+							want[lba+bad] = 0
+						}
+						rest := &Request{Op: Write, Off: (lba + 64) * sectorSize, Buf: stamped(lba+64, 4000, 2+round)}
+						want[lba+4000] = 2 + round
+						for _, req := range []*Request{op, rest} {
+							if err := r.do(int(i/4)%len(r.loops), req); err != nil {
+								t.Fatal(err)
+							}
+						}
+					}
+				})
+				check("with bad sectors")
+				if round == 1 {
+					if err := r.kill(); err != nil {
+						t.Fatal(err)
+					}
+					r = newRig(t, mem, disk, 1)
+					check("after a restart")
+				}
+			}
+			r.checkOverwritten(t)
+			healed.Store(true)
+			if err := r.Flush(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			r.kill()
+			p := make([]byte, sectorSize)
+			for lba, version := range want {
+				disk.ReadAt(p, lba*sectorSize)
+				if v, err := stamp(p, lba); v != version || err != nil {
+					t.Fatalf("sector %d of the disk: version %d, %v, want %d", lba, v, err, version)
+				}
+			}
+		})
 	}
 }

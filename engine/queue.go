@@ -104,6 +104,7 @@ func newQueue(c *Cache, id int) *Queue {
 			c.sumsOf(h.seg)
 		}
 		c.segments.all[h.seg].refs.Add(1)
+		c.segments.all[h.seg].filling.Store(true)
 	}
 	return q
 }
@@ -355,6 +356,7 @@ func (q *Queue) closeHead() {
 		q.c.drop(q.head.seg)
 	}
 	q.head.open = false
+	q.c.segments.all[q.head.seg].filling.Store(false)
 	q.c.drop(q.head.seg)
 }
 

@@ -21,11 +21,12 @@ import (
 // segment, and extents of a key go before its reference does, or are about to
 // go under that lock (overwritten.go), so no pin is taken of a dying segment.
 type segment struct {
-	refs atomic.Int32
-	pins atomic.Int32
-	bad  atomic.Bool // its memory has failed, see badmem.go
-	gen  atomic.Uint64
-	sums atomic.Pointer[sums] // of the data, if the cache keeps checksums and it ever had any
+	refs    atomic.Int32
+	pins    atomic.Int32
+	bad     atomic.Bool // its memory has failed, see badmem.go
+	filling atomic.Bool // by a queue
+	gen     atomic.Uint64
+	sums    atomic.Pointer[sums] // of the data, if the cache keeps checksums and it ever had any
 }
 
 // Who may take the last free segments:
@@ -154,6 +155,7 @@ func (c *Cache) takeData(q *Queue, r *Request) (uint32, bool) {
 	}
 	c.space.gotSegment(q)
 	c.segments.all[seg].refs.Store(1)
+	c.segments.all[seg].filling.Store(true)
 	if c.crc {
 		c.sumsOf(seg).clear()
 	}

@@ -150,7 +150,7 @@ func without(parts []extent, known extent) (rest []extent) {
 }
 
 // relogStuck logs what is stuck again, the oldest first, if dirty_tail can pass
-// anything by that, and reports whether it has. When there is room for some of it
+// anything by that, and reports whether garbage collection may go on. When there is room for some of it
 // only, dirty_tail passes that, and collecting what it has passed makes room for more.
 func (c *Cache) relogStuck() (passed bool, err error) {
 	w := &c.writeback
@@ -159,7 +159,8 @@ func (c *Cache) relogStuck() (passed bool, err error) {
 		w.stuck = append(w.stuck, stuck{p, time.Now().Add(p.wait)})
 	}
 	slices.SortFunc(w.stuck, func(a, b stuck) int { return cmp.Or(cmp.Compare(a.key.ksets, b.key.ksets), cmp.Compare(a.off, b.off)) })
-	runs := w.runs()
+	all := w.runs()
+	runs := all
 	if c.relogPays(len(runs)) { // each has one key or more, and their checksums take time
 		n := 0
 		for i := range runs {
@@ -173,7 +174,9 @@ func (c *Cache) relogStuck() (passed bool, err error) {
 		runs = c.leftBehind(runs)
 	}
 	if len(runs) == 0 {
-		return false, nil
+		if passed, err = c.gather(all); err != nil || !passed {
+			return false, err
+		}
 	}
 	for len(runs) > 0 {
 		n, err := c.relog(runs)
@@ -190,7 +193,7 @@ func (c *Cache) relogStuck() (passed bool, err error) {
 	_, before := c.tails.dirtyTail()
 	err = c.advance()
 	_, after := c.tails.dirtyTail()
-	return after > before, err
+	return passed || after > before, err
 }
 
 // relogPays reports whether so many keys, all that are stuck, are worth being logged

@@ -82,18 +82,19 @@ type writeback struct {
 
 	// The goroutine's own. Everything before at is on the disk, but for what
 	// is stuck. end is where the round under way will bring it.
-	at    mark
-	end   mark
-	stuck []stuck
-	parts []part
-	sweep sweep
-	age   expiry
-	idle  time.Duration // idleAfter
-	step  time.Duration // roundTime
-	key   []extent
-	whole []byte
-	depth int
-	free  chan *transfer
+	at       mark
+	end      mark
+	stuck    []stuck
+	parts    []part
+	sweep    sweep
+	entering entering
+	age      expiry
+	idle     time.Duration // idleAfter
+	step     time.Duration // roundTime
+	key      []extent
+	whole    []byte
+	depth    int
+	free     chan *transfer
 
 	backlog backlog
 

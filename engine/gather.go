@@ -1,0 +1,206 @@
+package engine
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+
+	"ublk-pcache/ondisk"
+)
+
+// What is stuck holds the segment that its data is in: 16 MiB for a sector. To log
+// it again where it is does not help there, and a disk with bad places all over it
+// would in the end hold all segments, one sector in each, and everybody would wait
+// for ever.
+//
+// So when writers find no segment, and logging again brings nothing any more, what is
+// stuck in several segments is copied into one: like a write of what is there already
+// to the same place, ordered in the log like any other, and left alone where somebody
+// else has written there meanwhile. Then nothing names the old segments but keys
+// that garbage collection will pass.
+//
+// What cannot be read stays where it is, and so does what is in a segment that a queue
+// still fills, which would not be free for it.
+
+// holding is what is stuck in a segment.
+type holding struct {
+	seg   uint32
+	runs  []*run
+	bytes uint32
+	zeros uint32 // the longest run of them
+}
+
+// holdings returns what can be copied and is worth it: what is in two segments or
+// more and fits into one.
+func (c *Cache) holdings(runs []run) (worth []*holding) {
+	in := map[uint32]*holding{}
+	lost := map[uint32]bool{}
+	for i := range runs {
+		r := &runs[i]
+		h := in[r.e.seg]
+		if h == nil {
+			h = &holding{seg: r.e.seg}
+			in[r.e.seg] = h
+		}
+		h.runs = append(h.runs, r)
+		if r.zero() {
+			h.zeros = max(h.zeros, uint32(r.len()))
+		} else {
+			h.bytes += uint32(r.len())
+		}
+		s := &c.segments.all[r.e.seg]
+		lost[r.e.seg] = lost[r.e.seg] || r.lost || s.bad.Load() || s.filling.Load()
+	}
+	all := slices.DeleteFunc(slices.Collect(maps.Values(in)), func(h *holding) bool { return lost[h.seg] })
+	slices.SortFunc(all, func(a, b *holding) int { return cmp.Compare(a.bytes, b.bytes) })
+	var bytes, zeros uint32
+	for _, h := range all {
+		bytes, zeros = bytes+h.bytes, max(zeros, h.zeros)
+		if bytes+zeros > ondisk.SegmentData {
+			break
+		}
+		worth = append(worth, h)
+	}
+	if len(worth) < 2 {
+		return nil
+	}
+	return worth
+}
+
+// gather copies what is stuck in several segments into one, and reports whether there
+// was anything to copy.
+func (c *Cache) gather(runs []run) (moved bool, err error) {
+	if c.segments.free() > c.segments.reserve {
+		return false, nil
+	}
+	worth := c.holdings(runs)
+	if worth == nil {
+		return false, nil
+	}
+	seg, ok := c.segments.take(relogReserve)
+	if !ok {
+		return false, nil
+	}
+	c.segments.all[seg].refs.Store(1)
+	defer c.drop(seg)
+	c.overwritten.begin(seg)
+	if c.crc {
+		c.sumsOf(seg).clear()
+	}
+	off, err := c.copyZeros(worth, seg)
+	for _, h := range worth {
+		for _, r := range h.runs {
+			if err == nil && !r.zero() {
+				off, err = c.copyRun(r, seg, off)
+			}
+		}
+	}
+	if err != nil {
+		c.badStore("data to be stored", seg, off, ondisk.SectorSize, err)
+		return false, nil
+	}
+	c.mem.Fence() // for the data
+	for _, h := range worth {
+		for _, r := range h.runs {
+			done, err := c.enterCopy(r)
+			if err == errLogFull {
+				return moved, nil
+			} else if err != nil {
+				return moved, err
+			}
+			moved = moved || done
+		}
+	}
+	return moved, nil
+}
+
+// copyZeros stores one run of zeros for all that are stuck, makes their keys, and
+// returns where the run ends.
+func (c *Cache) copyZeros(worth []*holding, seg uint32) (end uint32, err error) {
+	for _, h := range worth {
+		end = max(end, h.zeros)
+	}
+	if end > 0 {
+		err = c.mem.Zero(c.layout.Offset(seg, 0), int64(end))
+	}
+	for _, h := range worth {
+		for _, r := range h.runs {
+			if r.zero() {
+				r.keys = []ondisk.Key{{Off: uint64(r.off), Len: uint32(r.len()), Flags: ondisk.KeyZero, Seg: seg, Gen: c.segments.all[seg].gen.Load()}}
+				if c.crc {
+					r.keys[0].CRC = zeroSum(uint32(r.len()))
+				}
+			}
+		}
+	}
+	return end, err
+}
+
+// copyRun stores the data of a run once more, makes the keys for that, and returns
+// where it ends. It makes none if the data cannot be read.
+func (c *Cache) copyRun(r *run, seg, off uint32) (end uint32, err error) {
+	r.keys = nil
+	buf := make([]byte, r.len())
+	if c.readExtent(buf, r.e, &c.writeback.whole) != nil {
+		return off, nil
+	}
+	if _, err := c.mem.WriteAt(buf, c.layout.Offset(seg, off)); err != nil {
+		return off, err
+	}
+	for at := uint64(r.off); len(buf) > 0; {
+		n := len(buf)
+		k := ondisk.Key{Off: at, Seg: seg, SegOff: off, Gen: c.segments.all[seg].gen.Load()}
+		if c.crc {
+			n = min(n, maxSummed)
+			k.CRC = ondisk.Checksum(buf[:n])
+			c.sumsOf(seg).add(sum{uint16(off >> sectorShift), uint16(n >> sectorShift), k.CRC})
+		}
+		k.Len = uint32(n)
+		r.keys = append(r.keys, k)
+		buf, at, off = buf[n:], at+uint64(n), off+uint32(n)
+	}
+	return off, nil
+}
+
+// enterCopy makes the copy of a run count, unless there is none or the index does not
+// have all of the run at the old place any more.
+func (c *Cache) enterCopy(r *run) (done bool, err error) {
+	if len(r.keys) == 0 {
+		return false, nil
+	}
+	w := &c.writeback
+	at, ok, err := c.logCopy(r)
+	if err != nil || !ok {
+		return false, err
+	}
+	w.entering.enter(c, r.keys)
+	for i := r.from; i < r.to; i++ {
+		p := &w.stuck[i].part
+		p.e.seg, p.e.pos, p.key = r.keys[0].Seg, uint16(r.keys[0].SegOff>>sectorShift)+p.e.off-r.e.off, at
+	}
+	return true, nil
+}
+
+// logCopy is the part of enterCopy that is done under the journal's lock. The keys of
+// a run, of a stripe at most, fit into a kset. With ok it leaves their shards locked.
+func (c *Cache) logCopy(r *run) (at mark, ok bool, err error) {
+	j := &c.journal
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	held := 0
+	for _, e := range c.dirtyParts(r.s, r.s.place(r.e.seg, r.e.pos)) {
+		held += int(e.n) << sectorShift
+	}
+	if held != r.len() {
+		return mark{}, false, nil
+	}
+	at = mark{j.mu.head, j.mu.written, j.mu.keys}
+	if err := c.appendLocked(r.keys, 0); err != nil {
+		return mark{}, false, err
+	}
+	for i := range r.keys {
+		c.segments.all[r.keys[i].Seg].refs.Add(1)
+	}
+	c.writeback.entering.lockShards(c.index, r.keys)
+	return at, true, nil
+}
