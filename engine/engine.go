@@ -40,6 +40,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -60,8 +61,13 @@ type Memory interface {
 	Zero(off, n int64) error
 	// Fence orders what this thread stored before what it stores later.
 	Fence()
-	// Sync makes everything stored before it durable.
+	// Sync makes everything stored before it durable. A later one that succeeds
+	// says nothing about what was stored before one that failed.
 	Sync() error
+	// Settle makes the ranges, offsets and lengths in bytes, durable as they are,
+	// whatever became of syncs before, and shows elsewhere what is durable. Nobody
+	// may access the region meanwhile. With an error the ranges are as they were.
+	Settle(ranges iter.Seq2[int64, int64]) error
 	// Durable reports whether a Fence makes stores survive a power cut.
 	Durable() bool
 	// Size returns the region's size in bytes.
@@ -140,6 +146,11 @@ type failure struct{ err error }
 func Open(mem Memory, disk Disk, o Options) (*Cache, error) {
 	runtime.LockOSThread() // a fence is for the stores of its own thread
 	defer runtime.UnlockOSThread()
+	if !mem.Durable() {
+		if err := settle(mem); err != nil {
+			return nil, err
+		}
+	}
 	c, err := newCache(mem, disk, o)
 	if err != nil {
 		return nil, err
@@ -278,7 +289,7 @@ func (c *Cache) persist() error {
 	if c.mem.Durable() {
 		return nil
 	}
-	return c.mem.Sync()
+	return c.sync()
 }
 
 // tails are the two positions that only move forward: the log begins at

@@ -75,9 +75,7 @@ func (c *Cache) Rest() (Head, error) {
 	err := c.failure()
 	if err == nil {
 		// Where the region needs a sync, most of the one in TakeOver is done here.
-		if err = c.mem.Sync(); err != nil {
-			c.fail(err)
-		}
+		err = c.sync()
 	}
 	return c.journal.end(), err
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"math/bits"
 	"math/rand/v2"
 	"runtime"
@@ -165,6 +166,8 @@ func (m *recorder) Fence() {
 		m.secure(func(s *stored) bool { return s.owner == me })
 	}
 }
+
+func (m *recorder) Settle(iter.Seq2[int64, int64]) error { return nil }
 
 func (m *recorder) Sync() error {
 	if m.durable {

@@ -3,6 +3,7 @@ package ondisk
 import (
 	"fmt"
 	"io"
+	"iter"
 	"sync"
 )
 
@@ -48,6 +49,9 @@ func (o *Overlay) Fence() {}
 
 // Sync has nothing to do either.
 func (o *Overlay) Sync() error { return nil }
+
+// Settle neither, since no Sync fails.
+func (o *Overlay) Settle(iter.Seq2[int64, int64]) error { return nil }
 
 // ReadAt fails where the base does and nothing was stored.
 func (o *Overlay) ReadAt(p []byte, off int64) (n int, err error) {

@@ -3,6 +3,7 @@ package pmem
 import (
 	"fmt"
 	"io"
+	"iter"
 	"math"
 	"sync"
 	"sync/atomic"
@@ -130,6 +131,9 @@ func (f *Fake) Fence() {}
 
 // Sync does nothing.
 func (f *Fake) Sync() error { return nil }
+
+// Settle does nothing, since no Sync fails.
+func (f *Fake) Settle(iter.Seq2[int64, int64]) error { return nil }
 
 // ReadAt is Region.ReadAt.
 func (f *Fake) ReadAt(p []byte, off int64) (n int, err error) {
