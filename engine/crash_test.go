@@ -352,7 +352,7 @@ func (l *life) reopen(mem *recorder, disk *backing.Fake, h *history, live bool) 
 	}
 	// Or a machine that stands still for a second has what is dirty written, and
 	// what is clean forgotten, between the two looks.
-	c.rest()
+	c.rest(context.Background())
 	now := make([]byte, windowSize)
 	disk.ReadAt(now, 0)
 	err = peek(c, now)

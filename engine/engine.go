@@ -37,6 +37,7 @@
 package engine
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -203,7 +204,9 @@ func (c *Cache) start() {
 		c.queues[i] = newQueue(c, i)
 	}
 	c.running.Go(c.syncLoop)
-	c.work()
+	c.workers.mu.Lock()
+	defer c.workers.mu.Unlock()
+	c.workLocked()
 }
 
 // Queue returns queue i. All of its methods but the ones that say otherwise
@@ -217,7 +220,7 @@ func (c *Cache) Queue(i int) *Queue { return c.queues[i] }
 // ErrAborted.
 func (c *Cache) Close() error {
 	close(c.stop)
-	c.rest()
+	c.rest(context.Background())
 	c.running.Wait()
 	// With the mark behind the last kset: what is damaged after an orderly end
 	// was not taken by a power cut.

@@ -31,6 +31,8 @@ var (
 	// ErrBadSegments: so many segments are bad that the queues could wait for
 	// each other for ever.
 	ErrBadSegments = errors.New("too many segments have bad memory")
+	// errRest: a round of write-back was broken off to be made again later.
+	errRest = errors.New("write-back was told to rest")
 	// ErrAborted: the cache was told to give up what waits.
 	ErrAborted = errors.New("the cache is being removed and waits for nothing")
 	// ErrStopped: the cache was closed before the work was done.

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"fmt"
 	"runtime"
 	"sync"
@@ -63,16 +64,21 @@ type workers struct {
 	mu      struct {
 		sync.Mutex
 		resting bool
+		ended   chan struct{} // closed when they have come to rest
+		resume  bool          // they go on as soon as they have
 	}
 }
 
-// Rest stops garbage collection and write-back once they have finished what
-// they are at, and returns the log's head. Requests go on; those that need
-// room wait for Resume. It can be called again, to learn whether the cache has
-// failed since. Any goroutine.
-func (c *Cache) Rest() (Head, error) {
-	c.rest()
-	err := c.failure()
+// Rest stops garbage collection and write-back, and returns the log's head.
+// Requests go on; those that need room wait for Resume, which is to be called
+// after an error, too. A round of write-back is broken off: what the disk has
+// under way is waited for, but not longer than until ctx ends. Rest can be called
+// again, to learn whether the cache has failed since. Any goroutine.
+func (c *Cache) Rest(ctx context.Context) (Head, error) {
+	err := c.rest(ctx)
+	if err == nil {
+		err = c.failure()
+	}
 	if err == nil {
 		// Where the region needs a sync, most of the one in TakeOver is done here.
 		err = c.sync()
@@ -80,34 +86,69 @@ func (c *Cache) Rest() (Head, error) {
 	return c.journal.end(), err
 }
 
-func (c *Cache) rest() {
+func (c *Cache) rest(ctx context.Context) error {
+	ended := c.tellToRest()
+	select {
+	case <-ended:
+		return nil // whatever has become of ctx
+	default:
+	}
+	select {
+	case <-ended:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("the backing device has not answered yet: %w", context.Cause(ctx))
+	}
+}
+
+// tellToRest tells the workers to rest, and returns what is closed when they do.
+func (c *Cache) tellToRest() (ended <-chan struct{}) {
 	w := &c.workers
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.mu.resting {
+	w.mu.resume = false
+	if !w.mu.resting {
+		w.mu.resting, w.mu.ended = true, make(chan struct{})
+		close(w.stop)
+		go c.awaitRest()
+	}
+	return w.mu.ended
+}
+
+func (c *Cache) awaitRest() {
+	w := &c.workers
+	w.running.Wait()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	close(w.mu.ended)
+	if w.mu.resume {
+		c.workLocked()
+	}
+}
+
+// Resume ends a rest, or one that has not come about.
+func (c *Cache) Resume() {
+	w := &c.workers
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.mu.resting {
 		return
 	}
-	w.mu.resting = true
-	close(w.stop)
-	c.writeback.kick()
-	c.gc.kick()
-	w.running.Wait()
+	select {
+	case <-w.mu.ended:
+		c.workLocked()
+	default:
+		w.mu.resume = true
+	}
 }
 
-// Resume ends a rest.
-func (c *Cache) Resume() {
-	c.work()
-	c.gc.kick() // for those who have come to wait
-}
-
-func (c *Cache) work() {
+func (c *Cache) workLocked() {
 	w := &c.workers
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	w.mu.resting = false
 	w.stop = make(chan struct{})
 	w.running.Go(c.gcLoop)
 	w.running.Go(c.writebackLoop)
+	c.gc.kick() // for those who have come to wait
 }
 
 // Retire ends a cache at rest for the one that follows it. The queues must have

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"sync"
@@ -114,7 +115,7 @@ func (s storm) handOver(t *testing.T, seed uint64) {
 			}
 		}
 		old := r.current
-		head, err := old.Rest()
+		head, err := old.Rest(context.Background())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -137,7 +138,7 @@ func (s storm) handOver(t *testing.T, seed uint64) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := c.Rest(); err != nil {
+		if _, err := c.Rest(context.Background()); err != nil {
 			t.Fatal(err)
 		}
 		if l, err := ondisk.ReadLayout(mem, mem.Size()); err != nil || l.SyncMark != ondisk.PrevSeq(head.Seq) {
@@ -182,7 +183,7 @@ func TestFollowStoresNothing(t *testing.T) {
 	for i := range int64(40) {
 		r.write(t, i<<20, make([]byte, 1<<20)[:(i+1)<<9])
 	}
-	head, err := r.Rest()
+	head, err := r.Rest(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -489,7 +489,7 @@ func (m *model) failStore(t *rapid.T) {
 	err := m.cache.do(r)
 	m.mem.failStore(area, 0)
 	// The collector or write-back may have met it, and not have said so yet.
-	m.cache.rest()
+	m.cache.rest(context.Background())
 	m.cache.Resume()
 	s := m.cache.Status()
 	why := m.cache.failure()
@@ -563,7 +563,7 @@ func (m *model) spoil(t *rapid.T, dirty bool) (k loggedKey, ok bool) {
 	key := rapid.IntRange(0, 1<<20).Draw(t, "key")
 	sector := rapid.Uint32Range(0, stripeSectors-1).Draw(t, "sector")
 	wrong := rapid.Bool().Draw(t, "wrong") && m.crc
-	m.cache.Rest() // nobody writes the data back or collects it before it is damaged
+	m.cache.Rest(context.Background()) // nobody writes the data back or collects it before it is damaged
 	defer m.cache.Resume()
 	_, keys, _, _, err := readLog(m.mem)
 	if err != nil {

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -179,7 +180,7 @@ func TestLineOrder(t *testing.T) {
 	disk := backing.NewFake(64<<20, sectorSize, 1)
 	defer disk.Close()
 	d := mustDriver(t, mem, disk, 3)
-	if _, err := d.Rest(); err != nil { // nobody else looks after the line
+	if _, err := d.Rest(context.Background()); err != nil { // nobody else looks after the line
 		t.Fatal(err)
 	}
 	a, b, c := d.queues[0], d.queues[1], d.queues[2]

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"sync"
@@ -198,7 +199,7 @@ func (r *rig) kill() error {
 // mustRest stops what the cache does by itself.
 func (r *rig) mustRest(t testing.TB) {
 	t.Helper()
-	if _, err := r.Rest(); err != nil {
+	if _, err := r.Rest(context.Background()); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -26,7 +26,9 @@ import (
 //
 // A round whose flush failed has moved nothing: the next one begins at the same
 // place and writes everything again, which is the only safe reading of a failed
-// flush. Parts that could not be written are put aside (stuck.go), so that the
+// flush. So does the one after a round that was told to rest, which starts no
+// transfer any more: what is under way must end, or it might come to the disk
+// behind what somebody else writes there later. Parts that could not be written are put aside (stuck.go), so that the
 // rest goes on, up to a number at which the disk is taken for dead.
 //
 // Rounds are made when somebody waits for them (a flush, or garbage
@@ -388,6 +390,9 @@ func (c *Cache) writebackLoop() {
 		}
 		was := len(w.stuck)
 		err := c.round(until)
+		if err == errRest {
+			return
+		}
 		c.settle(err)
 		switch {
 		case c.failure() == ErrAborted:
@@ -433,9 +438,6 @@ func (c *Cache) round(until uint64) error {
 	// to, so nothing that is collected up to there is newer and in its place.
 	to, _ := c.journal.head()
 	w.parts = c.takeDue(w.parts[:0])
-	for i := range w.parts {
-		w.parts[i].err, w.parts[i].lost = nil, false
-	}
 	w.end = w.at
 	if w.end.ksets < until {
 		w.end = c.collect(to, until)
@@ -510,7 +512,9 @@ func (c *Cache) writeParts() error {
 	if failed == len(w.parts) {
 		return nil
 	}
-	if err := c.flushDisk(); err != nil {
+	if err := c.flushDisk(); err == errRest || err == ErrAborted {
+		return err
+	} else if err != nil {
 		c.errs.rounds.Add(1)
 		return fmt.Errorf("flush the backing device: %w", err)
 	}
@@ -551,7 +555,7 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
 			}
 		}
 		end = mark{after, end.ksets + 1, end.keys + uint64(len(k.Keys))}
-		return end.ksets < until && bytes < roundBytes && len(w.parts)-first < roundParts
+		return !c.stopping() && end.ksets < until && bytes < roundBytes && len(w.parts)-first < roundParts
 	})
 	if damage != nil && end == w.at {
 		c.logHurt(damage, end.ksets)
@@ -639,6 +643,10 @@ func (c *Cache) transferParts() error {
 		if t == nil {
 			return ErrAborted
 		}
+		if c.stopping() {
+			w.free <- t
+			break
+		}
 		if now := time.Now(); now.After(late) {
 			w.shorten(i)
 			late = now.Add(w.step)
@@ -648,21 +656,20 @@ func (c *Cache) transferParts() error {
 			}
 		}
 		t.off = w.parts[i].off
-		zero := w.parts[i].zero()
-		for ; i < len(w.parts) && t.joins(w.parts[from:i], &w.parts[i]); i++ {
+		zero, unread := w.parts[i].zero(), 0
+		for ; unread == 0 && i < len(w.parts) && t.joins(w.parts[from:i], &w.parts[i]); i++ {
 			p := &w.parts[i]
+			p.err, p.lost = nil, false // of the round before
 			if !zero {
-				if p.err = c.load(t.buf[t.n:t.n+p.len()], p); p.err != nil {
-					break
-				}
+				p.err = c.load(t.buf[t.n:t.n+p.len()], p)
 			}
-			t.n += p.len()
+			if p.err != nil {
+				unread = 1 // what lies before it goes; behind it a new transfer begins
+			} else {
+				t.n += p.len()
+			}
 		}
-		t.parts = w.parts[from:i]
-		if i < len(w.parts) && w.parts[i].err != nil {
-			// What lies before it goes; behind it a new transfer begins.
-			i++
-		}
+		t.parts = w.parts[from : i-unread]
 		switch b := int64(c.disk.BlockSize()); {
 		case t.n == 0:
 			w.free <- t
@@ -683,6 +690,9 @@ func (c *Cache) transferParts() error {
 	}
 	for _, t := range all {
 		w.free <- t
+	}
+	if c.stopping() {
+		return errRest
 	}
 	return nil
 }
@@ -731,8 +741,16 @@ func (c *Cache) load(buf []byte, p *part) error {
 	return nil
 }
 
+// flushDisk does not wait for a flush that nobody relies on any more.
 func (c *Cache) flushDisk() error {
 	done := make(chan error, 1)
 	c.disk.Flush(func(err error) { done <- err })
-	return c.await(done)
+	select {
+	case err := <-done:
+		return err
+	case <-c.workers.stop:
+		return errRest
+	case <-c.aborted:
+		return ErrAborted
+	}
 }

@@ -270,7 +270,7 @@ func (s *server) obey(ctx context.Context, cmd command) (reply, error) {
 		}
 		return reply{}, s.setGCPercent(*cmd.GCPercent)
 	case "upgrade":
-		return s.upgrade()
+		return s.upgrade(ctx)
 	case "del":
 		left, err := s.remove(cmd.Force)
 		return reply{Status: s.status(), Left: left}, err

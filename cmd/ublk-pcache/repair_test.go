@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"fmt"
 	"math/rand/v2"
@@ -51,7 +52,7 @@ func (w *ward) fill(t *testing.T, s *server) {
 		t.Fatal(err)
 	}
 	// Nothing is to be written back, however long it takes to fill.
-	if _, err := c.Rest(); err != nil {
+	if _, err := c.Rest(context.Background()); err != nil {
 		t.Fatal(err)
 	}
 	w.pmem, w.backing, w.model = s.dev.PMEM, s.dev.Backing, make([]byte, s.disk.Size())

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -66,6 +67,10 @@ const (
 // Meanwhile the cache frees no space.
 const upgradePatience = time.Minute
 
+// restPatience is how long the disk may take for what it has under way when the
+// cache comes to rest, 16 MiB of write-back.
+const restPatience = 20 * time.Second
+
 func newUpgradeCmd() *cobra.Command {
 	return &cobra.Command{
 		Use:   "upgrade ID",
@@ -102,8 +107,9 @@ type upgraded struct {
 var errRetired = errors.New("the new server failed")
 
 // upgrade replaces this server by a new one. Unless the error is another than
-// errRetired, all that is left to do is to end.
-func (s *server) upgrade() (reply, error) {
+// errRetired, all that is left to do is to end. When ctx ends before the new one is
+// prepared, the old one goes on.
+func (s *server) upgrade(ctx context.Context) (reply, error) {
 	if !s.upgrading.TryLock() {
 		return reply{}, fmt.Errorf("device %d: an upgrade is under way already", s.dev.ID)
 	}
@@ -114,7 +120,9 @@ func (s *server) upgrade() (reply, error) {
 	if waiting := s.disk.Waiting(); waiting > hangsAfter {
 		return reply{}, fmt.Errorf("device %d: backing device %s has not answered for %v, the old server goes on", s.dev.ID, s.dev.Backing, waiting.Round(time.Second))
 	}
-	head, err := s.cache.Rest()
+	resting, cancel := context.WithTimeout(ctx, restPatience)
+	defer cancel()
+	head, err := s.cache.Rest(resting)
 	if err != nil {
 		s.removal.Lock()
 		defer s.removal.Unlock()
@@ -125,7 +133,7 @@ func (s *server) upgrade() (reply, error) {
 	}
 	n, err := s.startNext(head)
 	if err == nil {
-		err = n.expect(prepared)
+		err = n.expect(ctx, prepared)
 	}
 	// Held until the end of the process, if it comes to that.
 	s.removal.Lock()
@@ -133,7 +141,7 @@ func (s *server) upgrade() (reply, error) {
 		err = errors.New("the device has been removed meanwhile")
 	}
 	if err == nil {
-		_, err = s.cache.Rest() // it may have failed meanwhile
+		_, err = s.cache.Rest(ctx) // it may have failed meanwhile
 	}
 	if err != nil {
 		n.kill()
@@ -153,7 +161,7 @@ func (s *server) upgrade() (reply, error) {
 		err = json.NewEncoder(n.gate).Encode(last)
 	}
 	if err == nil {
-		err = n.expect(live)
+		err = n.expect(context.Background(), live)
 	}
 	pause := time.Since(began)
 	if err != nil {
@@ -162,7 +170,7 @@ func (s *server) upgrade() (reply, error) {
 		return reply{}, fmt.Errorf("%w: %w (device %d waits: ublk-pcache recover %d)", errRetired, err, s.dev.ID, s.dev.ID)
 	}
 	// The device is the new server's now, whatever becomes of what it has to say yet.
-	if err := n.expect(readyPrefix + s.dev.Device); err != nil {
+	if err := n.expect(context.Background(), readyPrefix+s.dev.Device); err != nil {
 		s.log.Error("the new server serves, but has not said that it is ready", zap.Error(err))
 		return reply{}, fmt.Errorf("%w after it had taken over: %w (see 'ublk-pcache list'; if it is dead: ublk-pcache recover %d)", errRetired, err, s.dev.ID)
 	}
@@ -225,8 +233,9 @@ func (s *server) startNext(head engine.Head) (*next, error) {
 }
 
 // expect waits for a line. Whatever else the new server says is its error.
-func (n *next) expect(want string) error {
+func (n *next) expect(ctx context.Context, want string) error {
 	n.answers.SetReadDeadline(time.Now().Add(upgradePatience))
+	defer context.AfterFunc(ctx, func() { n.answers.SetReadDeadline(time.Now()) })()
 	line, err := n.lines.ReadString('\n')
 	switch {
 	case strings.TrimSuffix(line, "\n") == want:
@@ -237,6 +246,8 @@ func (n *next) expect(want string) error {
 	case err == io.EOF:
 		n.cmd.Process.Kill() // unless it has ended
 		return fmt.Errorf("it ended without a word: %v", n.cmd.Wait())
+	case ctx.Err() != nil:
+		return fmt.Errorf("the command was broken off: %w", ctx.Err())
 	default:
 		return fmt.Errorf("it says nothing: %w", err)
 	}

@@ -102,7 +102,7 @@ func (o *writebackOptions) save(out io.Writer, r *pmem.Region, readOnly error, d
 	}
 	record := newRecord(r, layout, o.changed != "")
 	record.mu.err = readOnly
-	if id := layout.Identity; id != nil && !id.Matches(dev.Serial()) {
+	if layout.Identity != nil && !sameDevice(layout, dev.Identity()) {
 		record.region = nil // it is about another device
 	}
 	cache, err := engine.Open(offline{rep.Overlay, r.Durable(), record}, to, engine.Options{Queues: 1, Log: stderrLog{}})
@@ -115,7 +115,7 @@ func (o *writebackOptions) save(out io.Writer, r *pmem.Region, readOnly error, d
 		fmt.Fprintln(out, "read as if mended:", s)
 	}
 	left, err := flushAll(cache)
-	cache.Rest()
+	cache.Rest(context.Background())
 	cache.RenewFingerprint() // whose failure report knows
 	if closed := cache.Close(); err == nil {
 		err = closed
