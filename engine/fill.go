@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"fmt"
 	"sync"
 
 	"ublk-pcache/ondisk"
@@ -129,11 +128,11 @@ func (q *Queue) takeFills(r *Request) {
 	c := q.c
 	for f := r.fills; f != nil; {
 		next := f.next
+		err := c.errs.diskRead(f.off, f.err)
 		switch {
-		case f.err != nil:
-			c.errs.diskReads.Add(1)
+		case err != nil:
 			if r.Err == nil {
-				r.Err = fmt.Errorf("read the backing device at %d: %w", f.off, f.err)
+				r.Err = err
 			}
 		case c.failure() == nil && !q.stalled.Load():
 			for done := 0; done < len(f.buf); {

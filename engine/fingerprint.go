@@ -116,7 +116,7 @@ func (c *Cache) sample(size int64) (sum uint32, err error) {
 	reading, n := 0, int64(0)
 	for i, a := range f.areas {
 		if f.stale[i] {
-			c.disk.Read(f.buf[n:n+a.n], a.off, func(err error) { read <- err })
+			c.disk.Read(f.buf[n:n+a.n], a.off, func(err error) { read <- c.errs.diskRead(a.off, err) })
 			reading++
 		}
 		n += a.n
@@ -172,6 +172,8 @@ func (c *Cache) compareDisk(choice Choice, foreign bool) error {
 // What a server that died wrote last it may have in a volatile cache only.
 func (c *Cache) readDisk() {
 	if err := c.flushDisk(); err != nil {
+		err = fmt.Errorf("flush the backing device: %w", err)
+		c.writeback.failed(err) // until a round succeeds
 		c.log.Error("cannot take the fingerprint of the backing device", err)
 		c.fingerprint.now = ondisk.Fingerprint{}
 		return

@@ -14,8 +14,25 @@ import (
 // errorCounts count what went wrong since the cache was opened.
 type errorCounts struct {
 	memory    atomic.Uint64 // accesses of the region that failed, bad checksums
-	diskReads atomic.Uint64 // failed reads of misses
+	diskReads atomic.Uint64 // failed reads
 	rounds    atomic.Uint64 // failed rounds of write-back
+
+	unread atomic.Pointer[failure] // why the last read of the disk failed, nil if it did not
+}
+
+// diskRead is told how each read of the disk ended. A queue does so for each miss,
+// so where all is well nothing is stored.
+func (e *errorCounts) diskRead(off int64, err error) error {
+	if err == nil {
+		if e.unread.Load() != nil {
+			e.unread.Store(nil)
+		}
+		return nil
+	}
+	err = fmt.Errorf("read the backing device at %d: %w", off, err)
+	e.diskReads.Add(1)
+	e.unread.Store(&failure{err})
+	return err
 }
 
 // State is how a cache is.
@@ -25,7 +42,8 @@ const (
 	// Healthy: everything works.
 	Healthy State = "ok"
 	// Degraded: write-back fails at the moment, dirty data stays in the cache; or
-	// memory has failed, and what it held is lost or not, as BadPlaces tells.
+	// the disk has failed the last read that it was asked for; or memory has failed,
+	// and what it held is lost or not, as BadPlaces tells.
 	Degraded State = "degraded"
 	// Failed: the region takes no more writes. Reads go on.
 	Failed State = "failed"
@@ -109,6 +127,9 @@ func (c *Cache) Status() Status {
 	s.BadPlaces, s.MoreBad = slices.Clone(c.badMemory.mu.places), c.badMemory.mu.more
 	degraded := c.badMemory.mu.fault
 	c.badMemory.mu.Unlock()
+	if f := c.errs.unread.Load(); f != nil {
+		degraded = f.err
+	}
 	c.writeback.mu.Lock()
 	degraded = cmp.Or(c.writeback.mu.err, degraded)
 	c.writeback.mu.Unlock()

@@ -315,6 +315,13 @@ func (c *Cache) settle(err error) {
 	})
 }
 
+// failed is called when the disk has failed outside a round.
+func (w *writeback) failed(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.mu.err = err
+}
+
 // nextTurn counts a turn of the loop, and reports whether somebody waits for a
 // flush, and whether what is stuck is to be tried in it.
 func (w *writeback) nextTurn() (flushing, again bool) {
