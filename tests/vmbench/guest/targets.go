@@ -139,9 +139,12 @@ func blank(string) error {
 }
 
 func added(args ...string) (string, error) {
-	out, err := exec.Command("ublk-pcache", append([]string{"add", "-p", dax, "-n", "0"}, args...)...).CombinedOutput()
+	cmd := exec.Command("ublk-pcache", append([]string{"add", "-p", dax, "-n", "0"}, args...)...)
+	var said strings.Builder // a warning, maybe
+	cmd.Stderr = &said
+	out, err := cmd.Output()
 	if err != nil {
-		return "", fmt.Errorf("ublk-pcache add: %w\n%s", err, out)
+		return "", fmt.Errorf("ublk-pcache add: %w\n%s", err, said.String())
 	}
 	return strings.TrimSpace(string(out)), nil
 }
