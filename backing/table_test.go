@@ -13,6 +13,9 @@ func gpt(block int, disk byte, partitions ...byte) []byte {
 	le := binary.LittleEndian
 	p := make([]byte, 40<<10)
 	p[510], p[511] = 0x55, 0xAA
+	p[450] = 0xEE // protective, from block 1 on
+	le.PutUint32(p[454:], 1)
+	le.PutUint32(p[458:], uint32(testSize/block-1))
 	entries := p[2*block:][:128*128]
 	for i, number := range partitions {
 		if number == 0 {

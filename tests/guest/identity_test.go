@@ -19,7 +19,10 @@ import (
 func TestBelongsToAFile(t *testing.T) {
 	wipe(t, disk, disk4K)
 	must(t, "mkfs.ext4", "-q", "-F", disk4K)
-	dir := mount(t, disk4K)
+	dir := mount(t, disk4K) + "/files" // and nothing else
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range []string{"a", "b"} {
 		sparseFile(t, dir, name, 64<<20)
 	}
