@@ -45,10 +45,14 @@ func attribute(dir, name string) string {
 // serial is the first name that the disk has, from world-wide to just the
 // vendor's. Each kind of driver puts it somewhere else: NVMe wwid, SCSI
 // device/wwid, NVMe again device/serial, virtio serial, device mapper and md
-// in their own folders.
+// in their own folders, and old SCSI disks in a page of their own.
 func (d disk) serial() string {
-	for _, name := range []string{"wwid", "device/wwid", "device/serial", "serial", "dm/uuid", "md/uuid"} {
-		if s := attribute(d.whole, name); s != "" {
+	for _, name := range []string{"wwid", "device/wwid", "device/serial", "serial", "dm/uuid", "md/uuid", unitSerial} {
+		s := attribute(d.whole, name)
+		if name == unitSerial {
+			s = strings.TrimSpace(s[min(unitSerialHead, len(s)):])
+		}
+		if s != "" {
 			if d.partition != "" {
 				s += "-part" + d.partition
 			}
@@ -57,6 +61,13 @@ func (d disk) serial() string {
 	}
 	return ""
 }
+
+// unitSerial is a page as the disk has sent it (SPC-4, 7.8.16), with a head of so
+// many bytes.
+const (
+	unitSerial     = "device/vpd_pg80"
+	unitSerialHead = 4
+)
 
 // zoned tells whether the disk refuses writes anywhere but at the end of a zone.
 // One that is only better off without them ("host-aware") is as any other.

@@ -72,6 +72,19 @@ func TestZeroesCheaply(t *testing.T) {
 	}
 }
 
+// TestUnitSerial: some SCSI disks have no name but in this page.
+func TestUnitSerial(t *testing.T) {
+	sys := fakeSysfs(t, map[string]string{
+		"old/device/vpd_pg80": "\x00\x80\x00\x08  S1234 ", "old/p2/partition": "2", "empty/device/vpd_pg80": "\x00\x80\x00\x04    ",
+		"short/device/vpd_pg80": "\x00\x80", "new/device/vpd_pg80": "\x00\x80\x00\x02S1", "new/device/wwid": "naa.5000",
+	})
+	for name, want := range map[string]string{"old": "S1234", "old/p2": "S1234-part2", "empty": "", "short": "", "new": "naa.5000"} {
+		if got := diskAt(filepath.Join(sys, name)).serial(); got != want {
+			t.Errorf("%s: %q, should be %q", name, got, want)
+		}
+	}
+}
+
 func TestZoned(t *testing.T) {
 	sys := fakeSysfs(t, map[string]string{
 		"none/queue/zoned": "none", "aware/queue/zoned": "host-aware", "smr/queue/zoned": "host-managed", "smr/p1/partition": "1",
