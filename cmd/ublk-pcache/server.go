@@ -313,8 +313,8 @@ func (s *server) remove(force bool) (left []string, err error) {
 	// What is wrong with the cache already is no reason for its device to stay.
 	if err = s.cache.Close(); failed || errors.Is(err, engine.ErrAborted) {
 		err = nil
-	} else if err == nil {
-		err = s.rebind()
+	} else if failure := s.rebind(); failure != nil {
+		s.log.Warn("cannot record what the backing device is known by now", zap.Error(failure))
 	}
 	deleted, ok := inTime(s.ublk.Delete)
 	if !ok {
