@@ -58,6 +58,10 @@ type Config struct {
 	MaxDiscard    int   // bytes in one Discard, 0 to offer none
 	MaxZeroes     int   // bytes in one WriteZeroes, 0 to offer none
 	VolatileCache bool  // requests may complete before they are durable; Flush and FUA make them so
+
+	// Mark is kept by the driver for as long as the device exists: whoever looks
+	// the device up can tell by it whose it is.
+	Mark uint64
 }
 
 // physicalShift is the advertised physical block size, smallest and optimal
@@ -67,7 +71,7 @@ const physicalShift = 12
 
 // check catches what the driver would accept, or understand, wrongly.
 func (c *Config) check() error {
-	if c.ID < -1 || c.Queues < 1 || c.Queues > maxQueues || c.Depth < 1 || c.Depth > maxQueueDepth {
+	if c.ID < -1 || c.ID > MaxID || c.Queues < 1 || c.Queues > maxQueues || c.Depth < 1 || c.Depth > maxQueueDepth {
 		return fmt.Errorf("%w: number %d, %d queues of depth %d", ErrGeometry, c.ID, c.Queues, c.Depth)
 	}
 	if c.BlockSize < 1<<sectorShift || c.BlockSize > 1<<physicalShift || bits.OnesCount(uint(c.BlockSize)) != 1 ||
@@ -166,6 +170,11 @@ func (u *Unstarted) create(cfg Config, fatal func(error)) error {
 	if err := c.requireFeatures(); err != nil {
 		return err
 	}
+	if cfg.ID >= 0 {
+		if err := CheckNames(cfg.ID); err != nil {
+			return err
+		}
+	}
 	info, err := c.add(devInfo{
 		nrHwQueues:    uint16(cfg.Queues),
 		queueDepth:    uint16(cfg.Depth),
@@ -173,6 +182,7 @@ func (u *Unstarted) create(cfg Config, fatal func(error)) error {
 		devID:         uint32(cfg.ID), // -1 is anyID
 		ublksrvPID:    int32(os.Getpid()),
 		flags:         featureUserRecovery | featureUserRecoveryReissue | featureCmdIoctlEncode | featureQuiesce,
+		ublksrvFlags:  cfg.Mark,
 	})
 	if err != nil {
 		return err
@@ -206,6 +216,9 @@ func (u *Unstarted) Start(newHandler NewHandler) (*Device, error) {
 	id := u.d.info.devID
 	if err := u.d.bringUp(newHandler, func() error { return u.control.start(id) }); err != nil {
 		return nil, errors.Join(err, u.control.delete(id))
+	}
+	if err := awaitNode(id); err != nil {
+		return nil, errors.Join(err, u.d.Stop(true), u.d.Delete())
 	}
 	return u.d, nil
 }
@@ -259,6 +272,9 @@ type Successor struct {
 // the queues' memory, threads and rings. TakeOver, or the end of the process,
 // must follow.
 func Prepare(id int, fatal func(error)) (*Successor, error) {
+	if err := checkID(id); err != nil {
+		return nil, err
+	}
 	c, err := openControl()
 	if err != nil {
 		return nil, err
@@ -396,18 +412,21 @@ func prepareRuntime(queues int) error {
 }
 
 // openChar opens the device's character device, or ends the queues. udev may
-// have it open for a moment, and only one process can; half a second is many
-// times what it needs.
-func (d *Device) openChar() (err error) {
-	path := fmt.Sprintf("/dev/ublkc%d", d.info.devID)
+// have it open for a moment, and only one process can, or has not made it yet;
+// half a second is many times what it needs.
+func (d *Device) openChar() error {
+	id := d.info.devID
 	for attempt := 0; ; attempt++ {
-		d.char, err = unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		err := checkChar(id)
+		if err == nil {
+			d.char, err = unix.Open(charPath(id), unix.O_RDWR|unix.O_CLOEXEC, 0)
+		}
 		if err == nil {
 			return nil
 		}
-		if attempt == 10 || !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENOENT) {
+		if attempt == 10 || !errors.Is(err, unix.EBUSY) && !errors.Is(err, ErrNode) {
 			d.abandon()
-			return fmt.Errorf("open %s: %w", path, err)
+			return fmt.Errorf("open %s: %w", charPath(id), err)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}

@@ -31,6 +31,9 @@ var (
 	// ErrExists says that the requested number is taken.
 	ErrExists = errors.New("the number is taken: choose another, or none for the first free one")
 
+	// ErrNode says that the name of a device leads to something else.
+	ErrNode = errors.New("the device has no name in /dev")
+
 	// ErrServed says that there is nothing to recover from.
 	ErrServed = errors.New("its server is alive")
 

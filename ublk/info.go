@@ -9,8 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // State is how a device is doing, as the driver sees it.
@@ -47,10 +45,26 @@ type Info struct {
 	Depth  int
 	MaxIO  int   // bytes
 	Size   int64 // bytes, 0 without a disk
+	Mark   uint64
+}
+
+// MaxID is the largest number that a device can have (drivers/block/ublk_drv.c,
+// UBLK_MINORS).
+const MaxID = 1<<20 - 1
+
+// checkID refuses numbers that the driver would take for others: it has 32 bits.
+func checkID(id int) error {
+	if id < 0 || id > MaxID {
+		return fmt.Errorf("ublk device %d: %w (there are 0 to %d)", id, ErrNoDevice, MaxID)
+	}
+	return nil
 }
 
 // Lookup tells about one device. It wraps ErrNoDevice if there is none.
 func Lookup(id int) (Info, error) {
+	if err := checkID(id); err != nil {
+		return Info{}, err
+	}
 	c, err := openControl()
 	if err != nil {
 		return Info{}, err
@@ -110,6 +124,7 @@ func (c *control) lookup(id uint32) (Info, error) {
 		Depth:  int(info.queueDepth),
 		MaxIO:  int(info.maxIOBufBytes),
 		Size:   sectors(info.devID) << sectorShift,
+		Mark:   info.ublksrvFlags,
 	}, nil
 }
 
@@ -138,6 +153,9 @@ func sysBlock(id uint32) string { return "/sys/block/" + filepath.Base(diskPath(
 // one whose server has died; requests that wait for a server then fail. For
 // force see Device.Stop.
 func Remove(id int, force bool) error {
+	if err := checkID(id); err != nil {
+		return err
+	}
 	c, err := openControl()
 	if err != nil {
 		return err
@@ -254,8 +272,8 @@ func (c *control) stopIfUnused(id uint32) error {
 // Since 7.0 the driver can do that in one step. Before, we look first: at an
 // exclusive claim (a mount, swap, a device on top) by trying to make one, at
 // ordinary openers by going through all processes' descriptors. Somebody can
-// come in between, and a process in another mount namespace may call the disk
-// differently; that leaves them where force would.
+// come in between, and parts of the kernel that have it open without a claim may
+// not say so; that leaves them where force would.
 func (c *control) tryStopIfUnused(id uint32) error {
 	have, err := c.features()
 	if err != nil {
@@ -264,69 +282,8 @@ func (c *control) tryStopIfUnused(id uint32) error {
 	if have&featureSafeStopDev != 0 {
 		return c.tryStop(id)
 	}
-	if err := checkUnused(diskPath(id)); err != nil {
+	if err := checkUnused(id); err != nil {
 		return deviceError("stop", id, err)
 	}
 	return c.stop(id)
 }
-
-func checkUnused(disk string) error {
-	fd, err := unix.Open(disk, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
-	switch {
-	case errors.Is(err, unix.EBUSY):
-		return fmt.Errorf("%w (%s is mounted or claimed)", ErrInUse, disk)
-	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO): // there is no disk
-		return nil
-	case err != nil:
-		return fmt.Errorf("open %s: %w", disk, err)
-	}
-	unix.Close(fd)
-	return checkOpeners(disk)
-}
-
-// lookUnused returns ErrInUse for a disk of which the system tells without asking
-// the disk that it is mounted, claimed by a device on top, swapped to or open.
-func lookUnused(id uint32) error {
-	disk := diskPath(id)
-	block := "/sys/block/" + filepath.Base(disk)
-	for _, pattern := range []string{block + "/holders/*", block + "/*/holders/*"} {
-		if holders, _ := filepath.Glob(pattern); len(holders) > 0 {
-			return fmt.Errorf("%w (%s is on top of %s)", ErrInUse, filepath.Base(holders[0]), disk)
-		}
-	}
-	tables, err := filepath.Glob("/proc/[0-9]*/mounts")
-	if err != nil {
-		return err
-	}
-	for _, table := range append(tables, "/proc/swaps") {
-		text, err := os.ReadFile(table) // an error means that the process has ended meanwhile
-		if err != nil {
-			continue
-		}
-		for line := range strings.Lines(string(text)) {
-			if f := strings.Fields(line); len(f) > 0 && isOn(f[0], disk) {
-				return fmt.Errorf("%w (%s is in %s)", ErrInUse, f[0], table)
-			}
-		}
-	}
-	return checkOpeners(disk)
-}
-
-func checkOpeners(disk string) error {
-	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
-	if err != nil {
-		return err
-	}
-	for _, link := range links {
-		target, err := os.Readlink(link) // an error means that it was closed meanwhile
-		if err == nil && isOn(target, disk) {
-			return fmt.Errorf("%w (process %s has %s open)", ErrInUse, strings.Split(link, "/")[2], target)
-		}
-	}
-	return nil
-}
-
-// isOn reports whether a path is that of the disk or of one of its partitions.
-func isOn(path, disk string) bool { return path == disk || strings.HasPrefix(path, disk+"p") }
-
-func diskPath(id uint32) string { return fmt.Sprintf("/dev/ublkb%d", id) }
