@@ -168,10 +168,10 @@ func (c *Cache) compareDisk(choice Choice, foreign bool) error {
 	return nil
 }
 
-// readDisk takes the fingerprint of a disk that a cache is opened in front of.
+// readDisk takes the fingerprint of the disk while nothing is written back.
 // What a server that died wrote last it may have in a volatile cache only.
 func (c *Cache) readDisk() {
-	if err := c.flushDisk(); err != nil {
+	if err := c.flushDisk(nil); err != nil {
 		err = fmt.Errorf("flush the backing device: %w", err)
 		c.writeback.failed(err) // until a round succeeds
 		c.log.Error("cannot take the fingerprint of the backing device", err)

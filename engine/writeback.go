@@ -519,7 +519,7 @@ func (c *Cache) writeParts() error {
 	if failed == len(w.parts) {
 		return nil
 	}
-	if err := c.flushDisk(); err == errRest || err == ErrAborted {
+	if err := c.flushDisk(c.workers.stop); err == errRest || err == ErrAborted {
 		return err
 	} else if err != nil {
 		c.errs.rounds.Add(1)
@@ -748,14 +748,15 @@ func (c *Cache) load(buf []byte, p *part) error {
 	return nil
 }
 
-// flushDisk does not wait for a flush that nobody relies on any more.
-func (c *Cache) flushDisk() error {
+// flushDisk flushes the disk, or does not wait for that any longer when nobody
+// relies on it: a closed channel says so.
+func (c *Cache) flushDisk(rest <-chan struct{}) error {
 	done := make(chan error, 1)
 	c.disk.Flush(func(err error) { done <- err })
 	select {
 	case err := <-done:
 		return err
-	case <-c.workers.stop:
+	case <-rest:
 		return errRest
 	case <-c.aborted:
 		return ErrAborted

@@ -12,6 +12,7 @@ import (
 	"ublk-pcache/engine"
 	"ublk-pcache/ondisk"
 	"ublk-pcache/pmem"
+	"ublk-pcache/ublk"
 )
 
 const (
@@ -111,8 +112,8 @@ func (o *serveOptions) check(idGiven bool) error {
 		return errors.New("no persistent memory given: -p PMEM")
 	case d.Backing == "":
 		return errors.New("no backing device given: -b BACKING")
-	case idGiven && d.ID < 0:
-		return fmt.Errorf("--id %d: a device number is not negative", d.ID)
+	case idGiven && (d.ID < 0 || d.ID > ublk.MaxID):
+		return fmt.Errorf("--id %d: give 0 to %d", d.ID, ublk.MaxID)
 	case d.Queues < 1 || d.Queues > runtime.NumCPU():
 		return fmt.Errorf("--queues %d: give 1 to %d, the number of CPUs", d.Queues, runtime.NumCPU())
 	case d.Depth < 1 || d.Depth > maxDepth:

@@ -43,7 +43,7 @@ func TestConfig(t *testing.T) {
 		{good + "queues = 0", `data.conf:3: queues 0: give 1 to`},
 		{good + "writeback-depth = 1000", `data.conf:3: writeback-depth 1000: give`},
 		{good + "gc_percent = 91", `data.conf:3: gc-percent 91: give 0 to 90`},
-		{good + "id = -1", `data.conf:3: id -1: a device number`},
+		{good + "id = -1", `data.conf:3: id -1: give 0 to 1048575`},
 		{good + "depth =", `data.conf:3: depth has no value`},
 		{"pmem = /dev/dax0.0", "data.conf: no backing device"},
 		{"backing = /dev/sdb\npmem = /cache,size=1G", "data.conf:2: pmem /cache,size=1073741824: a service makes no pmem"},

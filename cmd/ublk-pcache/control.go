@@ -273,6 +273,9 @@ func (s *server) obey(ctx context.Context, cmd command) (reply, error) {
 		return s.upgrade(ctx)
 	case "del":
 		left, err := s.remove(cmd.Force)
+		if err != nil {
+			err = s.dev.removalError(err)
+		}
 		return reply{Status: s.status(), Left: left}, err
 	default:
 		return reply{}, fmt.Errorf("unknown command %.40q: there are status, flush, set, upgrade, del", cmd.Do)

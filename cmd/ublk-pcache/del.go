@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -27,7 +29,7 @@ open is not removed. A backing device that does not answer is not waited for.`,
 				return err
 			}
 			d, err := readState(id)
-			if errors.Is(err, errDamaged) {
+			if errors.Is(err, errDamaged) || errors.Is(err, errForeign) && force {
 				d, err = bare(id)
 			}
 			if err != nil {
@@ -35,41 +37,67 @@ open is not removed. A backing device that does not answer is not waited for.`,
 			}
 			if d.alive() {
 				r, err := ask(id, command{Do: "del", Force: force})
-				if err != nil {
+				if err == nil {
+					for _, left := range r.Left {
+						fmt.Fprintln(os.Stderr, "ublk-pcache:", left)
+					}
+					d.printDirty("", dirtyBytes(*r.Status))
+					return nil
+				}
+				if !errors.Is(err, errDamaged) && !errors.Is(err, errForeign) {
 					return err
 				}
-				for _, left := range r.Left {
-					fmt.Fprintln(os.Stderr, "ublk-pcache:", left)
-				}
-				d.printDirty("", dirtyBytes(*r.Status))
-				return nil
+				// There is nothing to ask its server by.
 			}
-			if err := d.removeDead(force); err != nil {
-				return err
+			// Everything acknowledged is in the cache; all that is left to
+			// remove is the device.
+			if err := d.removeByDriver(force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
+				return d.removalError(err)
 			}
-			return d.printDirtyOfDead()
+			return errors.Join(d.remove(), d.printDirtyOfDead())
 		},
 	}
 	cmd.Flags().BoolVar(&force, "force", false, "even if the device is open")
 	return cmd
 }
 
-// removeDead removes a device without a server. Everything acknowledged is in the
-// cache; all that is left to remove is the device.
-func (d *device) removeDead(force bool) error {
-	if err := ublk.Remove(d.ID, force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
-		return d.removalError(err)
+// removeByDriver removes a device without asking its server. If there is one, it
+// finds that out and ends.
+func (d *device) removeByDriver(force bool) error {
+	if halted(d.PID) {
+		return stuck(d.ID, d.PID)
 	}
-	return d.remove()
+	removed := make(chan error, 1)
+	go func() { removed <- ublk.Remove(d.ID, force) }()
+	for {
+		select {
+		case err := <-removed:
+			return err
+		case <-time.After(lifeSign + statusPatience):
+			if d.alive() {
+				return stuck(d.ID, d.PID)
+			}
+		}
+	}
 }
 
 // removalError says what to do about a device that cannot be removed.
 func (d *device) removalError(err error) error {
-	if errors.Is(err, ublk.ErrInUse) {
-		return fmt.Errorf("%s is in use (unmount it and close what has it open, or remove it from under them: ublk-pcache del --force %d)", d.Device, d.ID)
+	if !errors.Is(err, ublk.ErrInUse) {
+		return err
 	}
-	return err
+	users := ublk.Users(d.ID)
+	if more := len(users) - shownUsers; more > 0 {
+		users = append(users[:shownUsers], fmt.Sprintf("and %d more", more))
+	}
+	if len(users) == 0 {
+		users = []string{"by whom cannot be seen from here"}
+	}
+	return fmt.Errorf("%s is in use: %s (unmount it and close what has it open, or remove it from under them: ublk-pcache del --force %d)", d.Device, strings.Join(users, ", "), d.ID)
 }
+
+// shownUsers is how many of those who use a device a line has room for.
+const shownUsers = 5
 
 // printDirty says what the backing device of a removed device does not have.
 func (d *device) printDirty(about string, bytes int64) {

@@ -18,13 +18,13 @@ func TestExposed(t *testing.T) {
 				if err := os.Chmod(path, mode); err != nil {
 					t.Fatal(err)
 				}
-				_, err := s.plan(&serveOptions{})
+				_, err := s.open(&serveOptions{})
 				fails(t, err, path, "open to all users", "chmod o= "+path)
 				if blank, err := ondisk.Blank(s.region, s.region.Size()); blank == old {
 					t.Errorf("old cache %v, blank %v, %v", old, blank, err)
 				}
 				for _, o := range []serveOptions{{Existing: true}, {Recover: true}} {
-					if _, err := s.plan(&o); old && err != nil {
+					if _, err := s.open(&o); old && err != nil {
 						t.Errorf("%+v: %v", o, err)
 					}
 				}
@@ -33,7 +33,7 @@ func TestExposed(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if _, err := s.plan(&serveOptions{}); err != nil {
+		if _, err := s.open(&serveOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -33,6 +34,7 @@ func newListCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			devices = append(devices, lost(devices)...)
 			all := []listed{}
 			for _, d := range devices {
 				l, err := look(d)
@@ -54,6 +56,18 @@ func newListCmd() *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON array")
 	return cmd
+}
+
+// lost are our devices without a state file. Where the driver cannot be asked
+// there are none.
+func lost(known []*device) (others []*device) {
+	all, _ := ublk.List()
+	for _, info := range all {
+		if info.Mark == mark && !slices.ContainsFunc(known, func(d *device) bool { return d.ID == info.ID }) {
+			others = append(others, &device{ID: info.ID, damage: unusable(info.ID, errMissing)})
+		}
+	}
+	return others
 }
 
 // look finds out how a device is, from its server and from the driver.

@@ -99,9 +99,13 @@ func oneLine(err error) string {
 // deviceID reads the argument of the commands that take a device: its number,
 // or its path.
 func deviceID(arg string) (int, error) {
-	id, err := strconv.Atoi(strings.TrimPrefix(arg, "/dev/ublkb"))
-	if err != nil || id < 0 {
+	number := strings.TrimPrefix(arg, "/dev/ublkb")
+	id, err := strconv.Atoi(number)
+	switch {
+	case err != nil || strconv.Itoa(id) != number: // or it might be another's number, written otherwise
 		return 0, fmt.Errorf("%q is not a device: give its number, as in 'ublk-pcache list'", arg)
+	case id < 0 || id > ublk.MaxID:
+		return 0, fmt.Errorf("%q is not a device: they have numbers from 0 to %d", arg, ublk.MaxID)
 	}
 	return id, nil
 }

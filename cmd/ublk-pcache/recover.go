@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -46,6 +47,10 @@ been promised.`,
 			}
 			if d.alive() {
 				return d.servedError()
+			}
+			if err := ublk.CheckNode(id); err != nil {
+				// Those who wait have it open already.
+				fmt.Fprintln(os.Stderr, "ublk-pcache: warning:", oneLine(err))
 			}
 			o := recovery(d, info)
 			o.Foreground, o.Changed = foreground, changed

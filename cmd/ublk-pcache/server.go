@@ -207,6 +207,7 @@ func (s *server) prepareDevice(recover bool) (*pendingDevice, error) {
 		Size: s.disk.Size(), BlockSize: s.disk.BlockSize(), ChunkSize: ondisk.StripeSize,
 		MaxDiscard: discard, MaxZeroes: engine.MaxZero,
 		VolatileCache: !s.region.Durable(),
+		Mark:          mark,
 	}, s.fatal)
 	if err != nil {
 		return nil, err
@@ -256,7 +257,7 @@ func (s *server) wait() {
 		case <-again:
 		}
 		if _, err := s.remove(false); err != nil && !told {
-			s.log.Warn("told to end, which has to wait", zap.Error(err))
+			s.log.Warn("told to end, which has to wait", zap.Error(s.dev.removalError(err)))
 		}
 		again = time.After(endStep)
 	}
@@ -305,7 +306,7 @@ func (s *server) remove(force bool) (left []string, err error) {
 		defer time.AfterFunc(removalPatience, s.cache.Abort).Stop()
 	}
 	if err := s.ublk.Stop(force); err != nil {
-		return nil, s.dev.removalError(err)
+		return nil, err
 	}
 	s.removal.done = true // whatever comes now
 	defer time.AfterFunc(removalPatience, s.cache.Abort).Stop()

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -46,8 +47,16 @@ type device struct {
 	damage error // nothing but ID is known, and why
 }
 
-// errDamaged: somebody else has written to a state file.
-var errDamaged = errors.New("cannot be used")
+var (
+	// errDamaged: somebody else has written to a state file, or has removed it.
+	errDamaged = errors.New("cannot be used")
+	// errMissing: the state file of a device is not there.
+	errMissing = errors.New("it is missing")
+)
+
+// mark is what the driver keeps for us with each device. A device that carries it
+// is ours, whatever has become of its state file.
+const mark = 0x706361636865 // "pcache"
 
 // checkStateDir refuses a folder that others can write to. What is in there
 // names files and devices that we then open, format and remove as root.
@@ -83,7 +92,15 @@ func reserve(d *device) error {
 	if err := os.MkdirAll(stateDir, 0o700); err != nil {
 		return err
 	}
+	unlock, err := lockStates()
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if d.ID >= 0 {
+		if err := ublk.CheckNames(d.ID); err != nil {
+			return err
+		}
 		ok, err := d.create()
 		if err == nil && !ok {
 			err = fmt.Errorf("device %d exists already (see 'ublk-pcache list')", d.ID)
@@ -95,7 +112,7 @@ func reserve(d *device) error {
 		return err
 	}
 	for d.ID = 0; ; d.ID++ {
-		if slices.ContainsFunc(taken, func(i ublk.Info) bool { return i.ID == d.ID }) {
+		if slices.ContainsFunc(taken, func(i ublk.Info) bool { return i.ID == d.ID }) || errors.Is(ublk.CheckNames(d.ID), ublk.ErrNode) {
 			continue
 		}
 		if ok, err := d.create(); ok || err != nil {
@@ -140,12 +157,16 @@ func sameFile(a, b string) bool {
 }
 
 // create makes the file of d unless it is there. A file whose device never
-// came to be, because its server died on the way, does not count.
+// came to be, because its server died on the way, does not count. The caller has
+// locked the states.
 func (d *device) create() (ok bool, err error) {
-	if o, err := readState(d.ID); err == nil && !o.alive() {
+	switch o, err := readState(d.ID); {
+	case err == nil && !o.alive():
 		if _, err := ublk.Lookup(d.ID); errors.Is(err, ublk.ErrNoDevice) {
-			o.remove()
+			o.removeLocked()
 		}
+	case errors.Is(err, errMissing), errors.Is(err, errForeign):
+		return false, err
 	}
 	f, err := os.OpenFile(stateDir, unix.O_TMPFILE|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -168,7 +189,7 @@ func (d *device) create() (ok bool, err error) {
 		return false, fmt.Errorf("make %s: %w", statePath(d.ID, ".json"), err)
 	}
 	if err := d.stage(); err != nil {
-		return false, errors.Join(err, d.remove())
+		return false, errors.Join(err, d.removeLocked())
 	}
 	return true, nil
 }
@@ -223,8 +244,24 @@ func (d *device) publish() error {
 	return nil
 }
 
-// remove takes away everything of a device that is gone.
+// remove takes away everything of a device that is gone, unless its number has
+// been given to another since d was read.
 func (d *device) remove() error {
+	unlock, err := lockStates()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if now, err := readState(d.ID); err == nil && (now.PID != d.PID || now.Started != d.Started) {
+		return nil
+	}
+	return d.removeLocked()
+}
+
+func (d *device) removeLocked() error {
 	for _, ext := range []string{".sock", ".sock.new", ".log", ".log.1", ".new"} {
 		os.Remove(statePath(d.ID, ext))
 	}
@@ -232,6 +269,28 @@ func (d *device) remove() error {
 		return err
 	}
 	return nil
+}
+
+// statesPatience is how long somebody may keep the states locked: a moment, unless
+// it has been stopped in that.
+const statesPatience = 10 * time.Second
+
+// lockStates keeps others from giving numbers away and from taking back those
+// whose devices have gone: both look first, and then act.
+func lockStates() (unlock func(), err error) {
+	dir, err := os.Open(stateDir)
+	if err != nil {
+		return nil, err
+	}
+	for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+		switch err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
+		case err == nil:
+			return func() { dir.Close() }, nil
+		case err != unix.EWOULDBLOCK && err != unix.EINTR || time.Since(begin) > statesPatience:
+			dir.Close()
+			return nil, fmt.Errorf("lock %s: %w (who holds it: fuser %s)", stateDir, err, stateDir)
+		}
+	}
 }
 
 // servedByUs makes this process the server of d.
@@ -274,10 +333,17 @@ func readState(id int) (*device, error) {
 		d, err = decodeState(path, id)
 	}
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("no device %d (see 'ublk-pcache list')", id)
+		info, err := ublk.Lookup(id)
+		switch {
+		case err != nil: // no device, or no driver to have one
+			return nil, fmt.Errorf("no device %d (see 'ublk-pcache list')", id)
+		case info.Mark != mark:
+			return nil, foreignError(info)
+		}
+		return nil, unusable(id, errMissing)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("state file %s %w: %w (remove the device with 'ublk-pcache del %d', dirty data stays in its cache, and add it again)", path, errDamaged, err, id)
+		return nil, unusable(id, err)
 	}
 	return d, nil
 }
@@ -297,6 +363,22 @@ func decodeState(path string, id int) (*device, error) {
 	return d, nil
 }
 
+// unusable says what to do about a device whose state file says nothing.
+func unusable(id int, why error) error {
+	return fmt.Errorf("state file %s %w: %w (remove the device with 'ublk-pcache del %d', dirty data stays in its cache, and add it again)", statePath(id, ".json"), errDamaged, why, id)
+}
+
+// errForeign: it is another program's.
+var errForeign = errors.New("is a ublk device of another program")
+
+func foreignError(info ublk.Info) error {
+	whose := "whose server has died"
+	if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", info.PID)); err == nil && info.PID > 0 {
+		whose = fmt.Sprintf("process %d, %q", info.PID, bytes.TrimSpace(name))
+	}
+	return fmt.Errorf("%s %w, %s (if it is to go all the same: ublk-pcache del --force %d)", info.Path, errForeign, whose, info.ID)
+}
+
 // readRegular reads a file that may turn out to be anything.
 func readRegular(path string) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
@@ -312,7 +394,7 @@ func readRegular(path string) ([]byte, error) {
 
 // plausible reports whether d may be what a server has written for a device.
 func (d *device) plausible(id int) bool {
-	return d.ID == id && d.PID > 0 && filepath.IsAbs(d.PMEM) && filepath.IsAbs(d.Backing) &&
+	return d.ID == id && id <= ublk.MaxID && d.PID > 0 && filepath.IsAbs(d.PMEM) && filepath.IsAbs(d.Backing) &&
 		d.Queues > 0 && d.Depth > 0 && d.Depth <= maxDepth && d.Writeback > 0 && d.Writeback <= maxWriteback
 }
 
@@ -337,7 +419,7 @@ func readStates() ([]*device, error) {
 	var all []*device
 	for _, f := range files {
 		id, err := strconv.Atoi(strings.TrimSuffix(filepath.Base(f), ".json"))
-		if err != nil || id < 0 || f != statePath(id, ".json") {
+		if err != nil || id < 0 || id > ublk.MaxID || f != statePath(id, ".json") {
 			continue
 		}
 		d, err := readState(id)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"text/tabwriter"
@@ -53,6 +54,12 @@ type statusJSON struct {
 	MoreBad     int         `json:"bad_memory_more"`
 }
 
+// silentJSON is what status --json prints if no server tells more.
+type silentJSON struct {
+	listed
+	Error string `json:"error"`
+}
+
 // badMemory is a place of the cache that could not be read, or not be stored to.
 type badMemory struct {
 	What       string `json:"what"`
@@ -75,20 +82,30 @@ func newStatusCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			r, err := ask(id, command{Do: "status"})
-			if err != nil {
-				return err
-			}
+			r, unanswered := ask(id, command{Do: "status"})
 			if dm {
+				if unanswered != nil {
+					return unanswered
+				}
 				return printDM(id, r.Status)
 			}
-			d, err := readState(id)
-			if err != nil {
-				return err
+			d, broken := readState(id)
+			if errors.Is(broken, errDamaged) {
+				d = &device{ID: id, damage: broken}
+			} else if broken != nil {
+				return broken
 			}
 			l, err := look(d)
 			if err != nil {
 				return err
+			}
+			// What cannot be told is an error, and the rest is told all the same.
+			if unanswered != nil {
+				s := silentJSON{l, oneLine(unanswered)}
+				if asJSON {
+					return errors.Join(printJSON(s), unanswered)
+				}
+				return errors.Join(s.print(), unanswered)
 			}
 			s := newStatusJSON(l, r.Status)
 			s.Persistence, s.Doubt = string(r.Persistence), r.Doubt
@@ -97,9 +114,9 @@ func newStatusCmd() *cobra.Command {
 				s.Persistence, s.Doubt = string(p), why
 			}
 			if asJSON {
-				return printJSON(s)
+				return errors.Join(printJSON(s), broken)
 			}
-			return s.print()
+			return errors.Join(s.print(), broken)
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object")
@@ -127,18 +144,33 @@ func newStatusJSON(l listed, s *engine.Status) statusJSON {
 	}
 }
 
-func (s *statusJSON) print() error {
+// rows begins a table, with what list knows.
+func (l *listed) rows() (row func(name, format string, args ...any), flush func() error) {
 	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
-	row := func(name, format string, args ...any) {
+	row = func(name, format string, args ...any) {
 		fmt.Fprintf(w, "%s\t"+format+"\n", append([]any{name}, args...)...)
 	}
-	row("device", "%s, %s, server %d", s.Device, s.State, s.PID)
-	row("pmem", "%s", s.PMEM)
+	server := "no server"
+	if l.PID != 0 {
+		server = fmt.Sprintf("server %d", l.PID)
+	}
+	row("device", "%s, %s, %s", l.Device, l.State, server)
+	row("pmem", "%s", l.PMEM)
+	row("backing", "%s", l.Backing)
+	return row, w.Flush
+}
+
+func (s *silentJSON) print() error {
+	_, flush := s.rows()
+	return flush()
+}
+
+func (s *statusJSON) print() error {
+	row, flush := s.rows()
 	row("persistence", "%s", s.Persistence)
 	if s.Doubt != "" {
 		row("", "%s", s.Doubt)
 	}
-	row("backing", "%s", s.Backing)
 	row("health", "%s", s.Health)
 	if s.Error != "" {
 		row("", "%s", s.Error)
@@ -162,7 +194,7 @@ func (s *statusJSON) print() error {
 		row("bad memory", "%s: %s", where, p.Error)
 	}
 	row("errors", "%d pmem, %d backing reads, %d write-back", s.MemoryErrors, s.DiskReadErrors, s.WritebackErrors)
-	return w.Flush()
+	return flush()
 }
 
 func onOff(b bool) string {

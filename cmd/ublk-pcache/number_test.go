@@ -1,0 +1,131 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"ublk-pcache/ublk"
+)
+
+// TestDeviceID: no argument is taken for another device's number.
+func TestDeviceID(t *testing.T) {
+	for arg, want := range map[string]int{"0": 0, "7": 7, "/dev/ublkb0": 0, "/dev/ublkb12": 12, strconv.Itoa(ublk.MaxID): ublk.MaxID} {
+		if id, err := deviceID(arg); err != nil || id != want {
+			t.Errorf("%q is device %d, %v", arg, id, err)
+		}
+	}
+	for _, arg := range []string{
+		"", "-1", "+1", "01", "00", " 1", "1 ", "0x1", "1_0", "1e0", "4294967296", "4294967295", "18446744073709551616", strconv.Itoa(ublk.MaxID + 1),
+		"/dev/ublkb", "/dev/ublkb0p1", "/dev/ublkb00", "/dev/ublkb-0", "/dev/ublkb+1", "/dev/ublkc0", "ublkb0", "/dev/sda", "/dev/ublkb/dev/ublkb0",
+	} {
+		id, err := deviceID(arg)
+		if err == nil {
+			t.Errorf("%q is taken for device %d", arg, id)
+			continue
+		}
+		fails(t, err, "is not a device")
+	}
+}
+
+// TestNumberBounds: a number that the driver would cut off is refused wherever it comes from.
+func TestNumberBounds(t *testing.T) {
+	ownStateDir(t)
+	for _, id := range []string{"1048576", "4294967296", "-1"} {
+		if _, err := readConfig(config(t, "pmem = /dev/dax0.0\nbacking = /dev/sdb\nid = "+id+"\n")); err == nil || !strings.Contains(err.Error(), "give 0 to 1048575") {
+			t.Errorf("a service with number %s: %v", id, err)
+		}
+	}
+	d := someDevice(1 << 32)
+	if err := d.save(); err != nil {
+		t.Fatal(err)
+	}
+	if d.plausible(1 << 32) {
+		t.Error("its state file is taken for one")
+	}
+	if all, err := readStates(); err != nil || len(all) > 0 {
+		t.Errorf("it is among the devices: %+v, %v", all, err)
+	}
+	fails(t, reserve(someDevice(1<<32)), "4294967296")
+}
+
+// TestStatesAreLocked: nobody gives a number away, or takes one back, while somebody else is at it.
+func TestStatesAreLocked(t *testing.T) {
+	for name, do := range map[string]func() error{
+		"reserve": func() error { return reserve(&device{ID: 4, PMEM: "/nope/p", Backing: "/nope/b"}) },
+		"remove":  func() error { return someDevice(3).remove() },
+	} {
+		ownStateDir(t)
+		if err := someDevice(3).save(); err != nil {
+			t.Fatal(err)
+		}
+		unlock, err := lockStates()
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		begun := make(chan struct{})
+		go func() {
+			close(begun)
+			done <- do()
+		}()
+		<-begun
+		for range 100 {
+			if _, err := os.Stat(statePath(4, ".json")); err == nil {
+				t.Errorf("%s does not wait", name)
+				break
+			}
+			if _, err := os.Stat(statePath(3, ".json")); err != nil {
+				t.Errorf("%s does not wait", name)
+				break
+			}
+			time.Sleep(time.Millisecond) // for whoever does not wait
+		}
+		unlock()
+		if err := <-done; err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestRemoveLeavesTheNext: the number of a device that is gone may be another's by the time its file is removed.
+func TestRemoveLeavesTheNext(t *testing.T) {
+	ownStateDir(t)
+	gone := someDevice(3)
+	gone.PID = 999_999_999
+	if err := gone.save(); err != nil {
+		t.Fatal(err)
+	}
+	if err := gone.remove(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(statePath(3, ".json")); !errors.Is(err, os.ErrNotExist) {
+		t.Fatalf("it is not removed: %v", err)
+	}
+	next := someDevice(3)
+	if ok, err := next.create(); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	for _, late := range []*device{gone, {ID: 3}} { // the second one's file was damaged
+		if err := late.remove(); err != nil {
+			t.Error(err)
+		}
+		if d, err := readState(3); err != nil || d.PID != os.Getpid() {
+			t.Errorf("the file of the next is %+v, %v", d, err)
+		}
+	}
+	if err := next.remove(); err != nil {
+		t.Error(err)
+	}
+	if left, err := os.ReadDir(stateDir); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+	// And a folder that is not there has nothing in it.
+	os.Remove(stateDir)
+	if err := next.remove(); err != nil {
+		t.Error(err)
+	}
+}
