@@ -21,10 +21,9 @@ import (
 // copied, and damaged data stays damaged. Then dirty_tail can pass the old
 // keys, and collecting them leaves the segment its references.
 
-// maxStuck bounds how much of it the disk has refused. Of a disk that refuses
-// more nothing is put aside any more, so that it costs no memory and is asked for
-// the same again. What cannot be read is a piece for each hole, however large,
-// and no reason to stop.
+// maxStuck bounds how many of them the disk has refused, and so their memory. What
+// it refuses beyond is passed by (skip.go). What cannot be read is a piece for each
+// hole, however large, and all of it is put aside.
 const maxStuck = 4096
 
 // stuck is a part that could not be written.
@@ -44,12 +43,39 @@ func (w *writeback) putBack(parts []part, err error) {
 	}
 }
 
+// refused counts what is stuck because the disk has refused it.
+func (w *writeback) refused() (n int) {
+	for i := range w.stuck {
+		if w.stuck[i].refused() {
+			n++
+		}
+	}
+	return n
+}
+
+// refusal returns why something was not written, nil if there is nothing.
+func (w *writeback) refusal() error {
+	switch {
+	case len(w.stuck) > 0:
+		return w.stuck[0].err
+	case w.skipped.on:
+		return w.skipped.err
+	}
+	return nil
+}
+
+// holds reports whether there is anything that was tried and not written.
+func (w *writeback) holds() bool { return len(w.stuck) > 0 || w.skipped.on }
+
 // setAside takes a part that was not written out of the round, in pieces where
-// that may help.
-func (c *Cache) setAside(p *part) {
+// that may help and may be.
+func (c *Cache) setAside(p *part, pieces bool) {
 	w := &c.writeback
 	for rest := p.e; rest.n > 0; {
-		n := c.pieceOf(p, rest)
+		n := rest.n
+		if pieces || p.lost {
+			n = c.pieceOf(p, rest)
+		}
 		piece := p.sub(rest.off, n)
 		if piece.wait = firstRetry; n == p.e.n {
 			piece.wait = backoff(p.wait)
@@ -279,15 +305,8 @@ func (c *Cache) relog(runs []run) (n int, err error) {
 	if n == 0 {
 		return 0, errLogFull
 	}
-	for len(keys) > 0 {
-		some := keys[:min(len(keys), ondisk.MaxKeys)]
-		if err := c.appendLocked(some, 0); err != nil {
-			return 0, err
-		}
-		for i := range some {
-			c.segments.all[some[i].Seg].refs.Add(1)
-		}
-		keys = keys[len(some):]
+	if err := c.appendAgainLocked(keys, 0); err != nil {
+		return 0, err
 	}
 	for _, r := range runs[:n] {
 		for i := r.from; i < r.to; i++ {
@@ -295,6 +314,22 @@ func (c *Cache) relog(runs []run) (n int, err error) {
 		}
 	}
 	return n, nil
+}
+
+// appendAgainLocked appends keys for dirty data that is in the cache already, and
+// leaves so many free segments alone.
+func (c *Cache) appendAgainLocked(keys []ondisk.Key, keep int) error {
+	for len(keys) > 0 {
+		some := keys[:min(len(keys), ondisk.MaxKeys)]
+		if err := c.appendLocked(some, keep); err != nil {
+			return err
+		}
+		for i := range some {
+			c.segments.all[some[i].Seg].refs.Add(1)
+		}
+		keys = keys[len(some):]
+	}
+	return nil
 }
 
 // holds reports whether the index has all that the keys name, and dirty.

@@ -87,6 +87,7 @@ type writeback struct {
 	at       mark
 	end      mark
 	stuck    []stuck
+	skipped  skipped
 	parts    []part
 	sweep    sweep
 	entering entering
@@ -138,6 +139,9 @@ type part struct {
 func (p *part) len() int { return int(p.e.n) << sectorShift }
 
 func (p *part) zero() bool { return p.e.flags&extZero != 0 }
+
+// refused reports whether it is the disk that did not take it.
+func (p *part) refused() bool { return p.err != nil && !p.lost }
 
 // sub returns the part of p that begins at sector off of its stripe and is n
 // sectors long.
@@ -293,8 +297,8 @@ func (c *Cache) settle(err error) {
 	tried := w.at.ksets
 	if err != nil {
 		tried = math.MaxUint64
-	} else if len(w.stuck) > 0 {
-		err = w.stuck[0].err
+	} else {
+		err = w.refusal()
 	}
 	_, cleaned := c.tails.dirtyTail()
 	w.mu.Lock()
@@ -302,7 +306,7 @@ func (c *Cache) settle(err error) {
 	w.mu.err = err
 	w.mu.waiters = slices.DeleteFunc(w.mu.waiters, func(f flushWaiter) bool {
 		switch {
-		case err != nil && tried >= f.until && w.mu.turn >= f.turn:
+		case err != nil && tried >= f.until && w.mu.turn >= f.turn && !(w.skipped.on && w.skipped.pass < f.turn && tried != math.MaxUint64):
 			f.done <- err
 		case err == nil && cleaned >= f.until:
 			// Not with an error, since dirty_tail may have passed what is
@@ -349,8 +353,11 @@ func (c *Cache) writebackLoop() {
 			seen, since = written, now
 		}
 		flushing, again := w.nextTurn()
-		if w.pressed.Swap(false) && len(w.stuck) > 0 && c.failure() == nil {
+		if w.pressed.Swap(false) && w.holds() && c.failure() == nil {
 			passed, err := c.relogStuck()
+			if err == nil && !passed {
+				passed, err = c.relogSkipped()
+			}
 			if err != nil {
 				c.fail(err)
 			}
@@ -362,18 +369,23 @@ func (c *Cache) writebackLoop() {
 		if again {
 			w.retryNow()
 		}
-		idleAt, dirty := since.Add(w.idle), w.at.ksets < written
+		idleAt := since.Add(w.idle)
 		_, cleaned := c.tails.dirtyTail()
 		until := max(w.want.Load(), w.age.expired(now, written))
 		pressed := w.tail.Load() == cleaned+1
 		if flushing || pressed && until <= w.at.ksets || !now.Before(idleAt) {
 			until = written
 		}
+		until = w.rewind(flushing, until)
+		dirty := w.at.ksets < written
 		collect := dirty && w.at.ksets < until
 		retryAt, retry := w.nextRetry()
+		if s := &w.skipped; s.on && (!retry || s.next.Before(retryAt)) {
+			retryAt, retry = s.next, true
+		}
 		// All may be done but for dirty_tail: what was stuck has been overwritten,
 		// or the last try to store it has failed.
-		behind := len(w.stuck) == 0 && cleaned < w.at.ksets
+		behind := !w.holds() && cleaned < w.at.ksets
 		if !behind && !collect && !(retry && !now.Before(retryAt)) {
 			var wake *time.Timer
 			switch {
@@ -395,7 +407,7 @@ func (c *Cache) writebackLoop() {
 			w.asleep.Store(false)
 			continue
 		}
-		was := len(w.stuck)
+		held := w.holds()
 		err := c.round(until)
 		if err == errRest {
 			return
@@ -412,9 +424,9 @@ func (c *Cache) writebackLoop() {
 			case <-c.workers.stop:
 			}
 			continue
-		case len(w.stuck) > 0 && was == 0:
-			c.log.Error(fmt.Sprintf("%d pieces of data cannot be written back and stay in the cache, the rest goes on", len(w.stuck)), w.stuck[0].err)
-		case delay > 0, was > 0 && len(w.stuck) == 0:
+		case w.holds() && !held:
+			c.log.Error(fmt.Sprintf("%d pieces of data or more cannot be written back and stay in the cache, the rest goes on", len(w.stuck)), w.refusal())
+		case delay > 0, held && !w.holds():
 			c.log.Info("write-back works again", nil)
 		}
 		delay = 0
@@ -465,12 +477,26 @@ func (c *Cache) round(until uint64) error {
 		w.putBack(w.parts, err)
 		return err
 	}
+	refused, room := 0, maxStuck-w.refused()
+	var first error
+	for i := range w.parts {
+		if p := &w.parts[i]; p.refused() {
+			refused++
+			first = cmp.Or(first, p.err)
+		}
+	}
+	none := refused == len(w.parts) && refused > room
 	// Before dirty_tail moves: after that a part's place may soon be another's.
 	for i := range w.parts {
-		if p := &w.parts[i]; p.err != nil {
-			c.setAside(p)
-		} else {
+		switch p := &w.parts[i]; {
+		case p.err == nil:
 			w.key = c.index.clean(p.s, p.s.place(p.e.seg, p.e.pos), w.key)
+		case p.lost || p.wait > 0 || room > 0 && !none:
+			was := len(w.stuck)
+			c.setAside(p, room > 0)
+			room -= len(w.stuck) - was
+		default:
+			w.skip(p)
 		}
 	}
 	w.at = w.end
@@ -479,42 +505,41 @@ func (c *Cache) round(until uint64) error {
 		c.fail(err)
 		return err
 	}
+	if none {
+		return first
+	}
 	return nil
 }
 
 // writeParts writes the parts of the round and flushes the disk. What could
-// not be written says so itself, unless it is too much.
+// not be written says so itself.
 func (c *Cache) writeParts() error {
 	w := &c.writeback
 	if len(w.parts) == 0 {
 		return nil
 	}
-	if err := c.transferParts(); err != nil {
+	if err := c.transferParts(w.parts, w.shorten); err != nil {
 		return err
 	}
-	failed, refused := 0, 0
-	var first error
+	refused := w.refused()
 	for i := range w.parts {
-		p := &w.parts[i]
-		if p.err == nil {
-			continue
-		}
-		failed++
-		if !p.lost {
+		if w.parts[i].refused() {
 			refused++
-			first = cmp.Or(first, p.err)
 		}
 	}
-	for i := range w.stuck {
-		if !w.stuck[i].lost {
-			refused++
+	if refused > maxStuck {
+		if err := c.transferAlone(w.parts); err != nil {
+			return err
+		}
+	}
+	failed := 0
+	for i := range w.parts {
+		if w.parts[i].err != nil {
+			failed++
 		}
 	}
 	if failed > 0 {
 		c.errs.rounds.Add(1)
-	}
-	if first != nil && refused > maxStuck {
-		return first
 	}
 	if failed == len(w.parts) {
 		return nil
@@ -536,6 +561,9 @@ func (c *Cache) advance() error {
 		if m := c.writeback.stuck[i].key; m.ksets < to.ksets {
 			to = m
 		}
+	}
+	if s := &c.writeback.skipped; s.on && s.from.ksets < to.ksets {
+		to = s.from
 	}
 	if _, cleaned := c.tails.dirtyTail(); to.ksets > cleaned {
 		return c.moveDirtyTail(to.pos, to.ksets-cleaned)
@@ -621,10 +649,11 @@ func (c *Cache) dirtyIn(s span, holds func(extent) bool) []extent {
 	return w.key
 }
 
-// transferParts writes the sorted parts, neighbours joined, and returns once
+// transferParts writes parts in order, neighbours joined, and returns once
 // nothing is under way any more, or everything was given up. What was put aside
-// before goes alone, so that only what is really wrong fails again.
-func (c *Cache) transferParts() error {
+// before goes alone, so that only what is really wrong fails again. From time to
+// time shorten, if there is one, says how many parts are left, of which i have gone.
+func (c *Cache) transferParts(parts []part, shorten func(i int) []part) error {
 	w := &c.writeback
 	take := func() *transfer {
 		var t *transfer
@@ -645,7 +674,7 @@ func (c *Cache) transferParts() error {
 		return t
 	}
 	late := time.Now().Add(w.step)
-	for i := 0; i < len(w.parts); {
+	for i := 0; i < len(parts); {
 		t, from := take(), i
 		if t == nil {
 			return ErrAborted
@@ -654,18 +683,17 @@ func (c *Cache) transferParts() error {
 			w.free <- t
 			break
 		}
-		if now := time.Now(); now.After(late) {
-			w.shorten(i)
-			late = now.Add(w.step)
-			if i == len(w.parts) {
+		if now := time.Now(); shorten != nil && now.After(late) {
+			parts, late = shorten(i), now.Add(w.step)
+			if i == len(parts) {
 				w.free <- t
 				break
 			}
 		}
-		t.off = w.parts[i].off
-		zero, unread := w.parts[i].zero(), 0
-		for ; unread == 0 && i < len(w.parts) && t.joins(w.parts[from:i], &w.parts[i]); i++ {
-			p := &w.parts[i]
+		t.off = parts[i].off
+		zero, unread := parts[i].zero(), 0
+		for ; unread == 0 && i < len(parts) && t.joins(parts[from:i], &parts[i]); i++ {
+			p := &parts[i]
 			p.err, p.lost = nil, false // of the round before
 			if !zero {
 				p.err = c.load(t.buf[t.n:t.n+p.len()], p)
@@ -676,7 +704,7 @@ func (c *Cache) transferParts() error {
 				t.n += p.len()
 			}
 		}
-		t.parts = w.parts[from : i-unread]
+		t.parts = parts[from : i-unread]
 		switch b := int64(c.disk.BlockSize()); {
 		case t.n == 0:
 			w.free <- t
@@ -707,21 +735,22 @@ func (c *Cache) transferParts() error {
 // shorten lets a round that takes too long end with an earlier kset: of the parts from
 // i on, no more are left than have been written, the oldest. Those that were written
 // and lie behind that end are clean by then, and no more to write.
-func (w *writeback) shorten(i int) {
+func (w *writeback) shorten(i int) []part {
 	rest := w.parts[i:]
 	if w.sweep.on {
-		return
+		return w.parts
 	}
 	byAge := slices.DeleteFunc(slices.Clone(rest), func(p part) bool { return p.wait > 0 })
 	slices.SortFunc(byAge, func(a, b part) int { return cmp.Compare(a.key.ksets, b.key.ksets) })
 	// The first kset of the round is written in any case.
 	first := slices.IndexFunc(byAge, func(p part) bool { return p.key.ksets > w.at.ksets })
 	if first < 0 || len(byAge) <= i {
-		return
+		return w.parts
 	}
 	w.end = byAge[max(i, first)].key
 	rest = slices.DeleteFunc(rest, func(p part) bool { return p.wait == 0 && p.key.ksets >= w.end.ksets })
 	w.parts = w.parts[:i+len(rest)]
+	return w.parts
 }
 
 // joins reports whether p can go with what the transfer has.

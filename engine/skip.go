@@ -1,0 +1,196 @@
+package engine
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"ublk-pcache/ondisk"
+)
+
+// What the disk refuses is put aside piece by piece (stuck.go), up to maxStuck of
+// them. A disk may refuse any number, and take the rest: a thin pool that is full
+// takes what overwrites. To remember all of it would cost many times the memory of
+// the index. To stop there would keep the rest from the disk.
+//
+// So what is refused beyond that is passed by. The index knows that it is dirty, and
+// the log where it is named; all that is kept is the first place in the log behind
+// which there is any. dirty_tail stays in front of that. When write-back has come to
+// the end of what it is to write, it begins there once more, after a while or for a
+// flush that waits, and finds what has not been written. When garbage collection has
+// nothing left, the log from there on is logged again without what has been written,
+// batch by batch.
+//
+// Pieces that are passed by are as large as they came. One that is refused takes
+// its neighbours in a transfer with it, so after a transfer that failed each part of
+// it is tried alone, in the same round.
+//
+// A round of which the disk has taken nothing is still a failed one, and followed by
+// a delay. The next one begins behind it.
+
+const (
+	// probes is how many parts are tried alone in a round of which the disk has
+	// taken nothing, about as many as there were transfers.
+	probes = 128
+	// relogBatch is how many keys are logged again under one lock, about.
+	relogBatch = 4096
+)
+
+// skipped is what was passed by.
+type skipped struct {
+	on   bool
+	from mark // all of it is named there or behind
+	err  error
+	next time.Time // when to begin there once more
+	pass uint64    // the turn of the loop in which that was done last
+}
+
+// skip passes a part by.
+func (w *writeback) skip(p *part) {
+	s := &w.skipped
+	if !s.on || p.key.ksets < s.from.ksets {
+		s.from = p.key
+	}
+	if !s.on {
+		s.next = time.Now().Add(lastRetry)
+	}
+	s.on, s.err = true, p.err
+}
+
+// rewind begins once more with what was passed by, if a flush waits or it is time,
+// and what was to be written up to now has been tried. It returns up to where the
+// log is to be written then.
+func (w *writeback) rewind(flushing bool, until uint64) uint64 {
+	s := &w.skipped
+	if !s.on || w.at.ksets < until || !flushing && time.Now().Before(s.next) {
+		return until
+	}
+	until = w.at.ksets
+	w.demand(until)
+	w.at, s.on = s.from, false
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s.pass = w.mu.turn
+	return until
+}
+
+// transferAlone tries each part once more by itself that has failed, after a round
+// in which not all can be put aside.
+func (c *Cache) transferAlone(parts []part) error {
+	var failed []int
+	for i := range parts {
+		if p := &parts[i]; p.refused() && p.wait == 0 {
+			failed = append(failed, i)
+		}
+	}
+	if len(failed) == len(parts) && len(failed) > probes {
+		failed = failed[:probes]
+	}
+	alone := make([]part, 0, len(failed))
+	for _, i := range failed {
+		p := parts[i]
+		p.wait = firstRetry // such go alone
+		alone = append(alone, p)
+	}
+	if err := c.transferParts(alone, nil); err != nil {
+		return err
+	}
+	for j, i := range failed {
+		parts[i].err, parts[i].lost = alone[j].err, alone[j].lost
+	}
+	return nil
+}
+
+// relogSkipped lets dirty_tail pass what was passed by, by logging it again, if that
+// makes the log shorter by half, and reports whether it has passed any.
+func (c *Cache) relogSkipped() (passed bool, err error) {
+	w := &c.writeback
+	if !w.skipped.on || w.sweep.on {
+		return false, nil
+	}
+	w.parts = w.parts[:0] // of the last round: what it has not written is to be found
+	known := w.known()
+	var left []part
+	collect := func(k *ondisk.Kset) {
+		for i := range k.Keys {
+			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {
+				c.collectKey(key, mark{}, known)
+			}
+		}
+		left = append(left, w.parts...)
+		w.parts = w.parts[:0]
+	}
+	n := uint64(0)
+	damage := c.walk(w.skipped.from.pos, w.at.pos, func(k *ondisk.Kset, _ ondisk.Position) bool {
+		collect(k)
+		n += uint64(len(left))
+		left = left[:0]
+		return true
+	})
+	if damage != nil || 2*n > w.at.keys-w.skipped.from.keys {
+		return false, nil
+	}
+	for end := w.skipped.from; end.ksets < w.at.ksets && !c.stopping(); {
+		damage := c.walk(end.pos, w.at.pos, func(k *ondisk.Kset, after ondisk.Position) bool {
+			collect(k)
+			end = mark{after, end.ksets + 1, end.keys + uint64(len(k.Keys))}
+			return end.ksets < w.at.ksets && len(left) < relogBatch && !c.stopping()
+		})
+		if damage != nil {
+			return passed, nil
+		}
+		var keys []ondisk.Key
+		for i := range left {
+			keys = c.keysOf(keys, &left[i])
+		}
+		left = left[:0]
+		if err := c.relogAll(keys); err == errLogFull || err == errOvertaken {
+			return passed, nil
+		} else if err != nil {
+			return passed, err
+		}
+		c.extendFlushes()
+		if err := c.persist(); err != nil {
+			return passed, fmt.Errorf("sync what was logged again: %w", err)
+		}
+		w.skipped.from, w.skipped.on = end, end.ksets < w.at.ksets
+		_, before := c.tails.dirtyTail()
+		if err := c.advance(); err != nil {
+			return passed, err
+		}
+		_, after := c.tails.dirtyTail()
+		passed = passed || after > before
+	}
+	return passed, nil
+}
+
+// extendFlushes lets those who wait for a flush wait for what has been logged again
+// behind the place that they wait for.
+func (c *Cache) extendFlushes() {
+	w := &c.writeback
+	_, written := c.journal.head()
+	w.mu.Lock()
+	for i := range w.mu.waiters {
+		w.mu.waiters[i].until = written
+	}
+	waits := len(w.mu.waiters) > 0
+	w.mu.Unlock()
+	if waits {
+		w.demand(written)
+	}
+}
+
+// errOvertaken: a part was overwritten before it was logged again.
+var errOvertaken = errors.New("overwritten meanwhile")
+
+// relogAll appends all of the keys, if the index has all that they name, and leaves
+// alone what is kept for what is stuck.
+func (c *Cache) relogAll(keys []ondisk.Key) error {
+	j := &c.journal
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if !c.holds(keys) {
+		return errOvertaken
+	}
+	return c.appendAgainLocked(keys, relogReserve)
+}
