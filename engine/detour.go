@@ -2,7 +2,6 @@ package engine
 
 import (
 	"fmt"
-	"slices"
 
 	"ublk-pcache/ondisk"
 )
@@ -101,7 +100,7 @@ func (s *sweep) swept() {
 }
 
 // skip is step 2: it returns the hidden references.
-func (c *Cache) skip(to ondisk.Position) (dropped []uint32, damage *ondisk.Damage) {
+func (c *Cache) skip(to ondisk.Position) (dropped []references, damage *ondisk.Damage) {
 	c.index.forgetClean()
 	head, hidden := c.journal.account()
 	damage = c.walk(to, head, func(k *ondisk.Kset, _ ondisk.Position) bool {
@@ -116,7 +115,9 @@ func (c *Cache) skip(to ondisk.Position) (dropped []uint32, damage *ondisk.Damag
 		return nil, damage
 	}
 	for seg, n := range hidden {
-		dropped = append(dropped, slices.Repeat([]uint32{uint32(seg)}, int(n))...)
+		if n > 0 {
+			dropped = append(dropped, references{uint32(seg), n})
+		}
 	}
 	return dropped, nil
 }

@@ -145,7 +145,8 @@ func (c *Cache) gcStep() (changed bool, err error) {
 	if needed && from == to && len(dead) == 0 {
 		c.pressWriteback(cleaned)
 	}
-	var freed, dropped []uint32
+	var freed []uint32
+	var dropped []references
 	if needed && from != to {
 		var end ondisk.Position
 		if end, dropped = c.collectKsets(from, to); end != from {
@@ -167,8 +168,8 @@ func (c *Cache) gcStep() (changed bool, err error) {
 	for _, seg := range append(freed, dead...) {
 		c.segments.addFree(seg)
 	}
-	for _, seg := range dropped {
-		c.drop(seg)
+	for _, r := range dropped {
+		c.dropAll(r)
 	}
 	return true, nil
 }
@@ -176,7 +177,7 @@ func (c *Cache) gcStep() (changed bool, err error) {
 // collectKsets takes what the index has of the ksets from key_tail on, as many as
 // a step is to have. It returns where they end, and the segment of each key that
 // holds a reference.
-func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dropped []uint32) {
+func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dropped []references) {
 	end, ksets, most := from, 0, gcKsets
 	if !c.mem.Durable() {
 		most = gcKsetsSync
@@ -185,7 +186,7 @@ func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dro
 		c.lookAheadKeys(k.Keys, 0)
 		for i := range k.Keys {
 			if c.forgetKey(&k.Keys[i]) {
-				dropped = append(dropped, k.Keys[i].Seg)
+				dropped = append(dropped, references{k.Keys[i].Seg, 1})
 			}
 		}
 		end = after

@@ -63,7 +63,7 @@ type journal struct {
 
 		// What the log holds from key_tail on: how many keys that name each
 		// segment, and the segments that it came through itself.
-		named []int32
+		named []int64
 		path  []uint32
 	}
 }
@@ -88,7 +88,7 @@ func (j *journal) mark() mark {
 }
 
 // account returns the head, and how many keys in front of it name each segment.
-func (j *journal) account() (head ondisk.Position, named []int32) {
+func (j *journal) account() (head ondisk.Position, named []int64) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return j.mu.head, slices.Clone(j.mu.named)
@@ -96,11 +96,11 @@ func (j *journal) account() (head ondisk.Position, named []int32) {
 
 // passed is called for a new key_tail, with the segments that the keys in front
 // of it name. It returns those that the log has left behind.
-func (j *journal) passed(tail ondisk.Position, dropped []uint32) (left []uint32) {
+func (j *journal) passed(tail ondisk.Position, dropped []references) (left []uint32) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	for _, seg := range dropped {
-		j.mu.named[seg]--
+	for _, r := range dropped {
+		j.mu.named[r.seg] -= r.n
 	}
 	n := slices.Index(j.mu.path, tail.Seg)
 	left, j.mu.path = j.mu.path[:n:n], j.mu.path[n:]

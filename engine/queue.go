@@ -24,7 +24,7 @@ type Queue struct {
 		open bool
 		seg  uint32
 		off  uint32 // bytes
-		owed int32
+		owed int64
 	}
 
 	// A run of zeros in the head's segment, with a reference of its own; n

@@ -136,7 +136,7 @@ func newReplayer(c *Cache) *replayer {
 	r := &replayer{c: c, dirty: l.KeyTail == l.DirtyTail, fill: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain)), sums: map[uint32][]named{}}
 	r.log[l.KeyTail.Seg] = true
 	c.journal.mu.path = []uint32{l.KeyTail.Seg}
-	c.journal.mu.named = make([]int32, len(l.Chain))
+	c.journal.mu.named = make([]int64, len(l.Chain))
 	return r
 }
 

@@ -21,7 +21,7 @@ import (
 // segment, and extents of a key go before its reference does, or are about to
 // go under that lock (overwritten.go), so no pin is taken of a dying segment.
 type segment struct {
-	refs    atomic.Int32
+	refs    atomic.Int64 // a log of 86 GB may have 2^31 keys of zeros that all name one
 	pins    atomic.Int32
 	bad     atomic.Bool // its memory has failed, see badmem.go
 	filling atomic.Bool // by a queue
@@ -203,11 +203,20 @@ func (c *Cache) bumpGeneration(seg uint32) {
 	s.all[seg].gen.Store(gen)
 }
 
-// drop gives one reference back. Whoever drops the last one hands the segment
-// to garbage collection.
-func (c *Cache) drop(seg uint32) {
-	if c.segments.all[seg].refs.Add(-1) == 0 {
-		c.gc.bury(seg)
+// references are those of some keys to one segment.
+type references struct {
+	seg uint32
+	n   int64
+}
+
+// drop gives one reference back.
+func (c *Cache) drop(seg uint32) { c.dropAll(references{seg, 1}) }
+
+// dropAll gives references back. Whoever drops the last one hands the segment to
+// garbage collection.
+func (c *Cache) dropAll(r references) {
+	if c.segments.all[r.seg].refs.Add(-r.n) == 0 {
+		c.gc.bury(r.seg)
 	}
 }
 
