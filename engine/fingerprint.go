@@ -157,12 +157,12 @@ func (c *Cache) compareDisk(choice Choice, foreign bool) error {
 			f.now.State = ondisk.FingerprintUnknown
 		}
 	}
-	dirty := c.index.usage().dirty
+	u := c.index.usage()
 	switch {
 	case !f.outdated && choice == Discard:
 		return ErrUnchanged
-	case f.outdated && choice == Refuse && dirty > 0:
-		return fmt.Errorf("%w, which holds %d bytes of dirty data", ErrChanged, dirty)
+	case f.outdated && choice == Refuse && u.dirty+u.zero > 0:
+		return fmt.Errorf("%w, which holds %s", ErrChanged, ondisk.Unwritten(u.dirty, u.zero))
 	}
 	f.outdated = f.outdated || choice == Overwrite
 	return nil
@@ -285,18 +285,18 @@ func (c *Cache) storeFingerprint(rec ondisk.Fingerprint) error {
 // any point the next Open goes on here, or asks again what to do with the dirty
 // data that is left.
 func (c *Cache) startOver(o Options) (*Cache, error) {
-	if c.index.usage().dirty > 0 && o.Changed == Overwrite {
+	if u := c.index.usage(); u.dirty+u.zero > 0 && o.Changed == Overwrite {
 		c.start()
 		err := errors.Join(c.Flush(context.Background()), c.Close())
-		if left := c.index.usage().dirty; err == nil && left > 0 {
-			err = fmt.Errorf("%w: %d bytes are left", ErrStopped, left)
+		if left := c.index.usage(); err == nil && left.dirty+left.zero > 0 {
+			err = fmt.Errorf("%w: %s are left", ErrStopped, ondisk.Unwritten(left.dirty, left.zero))
 		}
 		if err != nil {
 			return nil, fmt.Errorf("write the dirty data over what is on the backing device: %w", err)
 		}
 	}
 	u := c.index.usage()
-	c.log.Error(fmt.Sprintf("the cache starts empty, since its backing device was written without it: given up are %d bytes of clean and %d of dirty data", u.clean, u.dirty), nil)
+	c.log.Error(fmt.Sprintf("the cache starts empty, since its backing device was written without it: given up are %d bytes of clean data and %s", u.clean, ondisk.Unwritten(u.dirty, u.zero)), nil)
 
 	// dirty_tail first: it must never lie before key_tail.
 	head, written := c.journal.head()

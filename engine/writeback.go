@@ -425,7 +425,11 @@ func (c *Cache) writebackLoop() {
 			}
 			continue
 		case w.holds() && !held:
-			c.log.Error(fmt.Sprintf("%d pieces of data or more cannot be written back and stay in the cache, the rest goes on", len(w.stuck)), w.refusal())
+			more := ""
+			if w.skipped.on {
+				more = " and more"
+			}
+			c.log.Error(fmt.Sprintf("%d pieces of data%s cannot be written back and stay in the cache, the rest goes on", len(w.stuck), more), w.refusal())
 		case delay > 0, held && !w.holds():
 			c.log.Info("write-back works again", nil)
 		}
@@ -667,7 +671,7 @@ func (c *Cache) transferParts(parts []part, shorten func(i int) []part) error {
 			for i := range t.parts {
 				t.parts[i].err = err
 			}
-		} else {
+		} else if len(t.parts) > 0 && !t.parts[0].zero() {
 			w.inRound.Add(int64(t.n))
 		}
 		t.err, t.n, t.parts = nil, 0, nil

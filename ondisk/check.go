@@ -17,8 +17,11 @@ type Report struct {
 	Dead  int // keys of a generation that is past
 	Dirty int // keys at or after dirty_tail, neither clean nor dead
 
-	DirtyBytes  int64 // what those keys cover, counting overwritten data too
-	BehindBytes int64 // likewise, of the keys behind damage of the log
+	// What those keys cover, overwritten data too, each sector once unless there
+	// are too many runs of them (maxRuns). ZeroBytes is of zeros alone.
+	DirtyBytes, ZeroBytes int64
+	// Likewise, of the keys behind damage of the log.
+	behind unwritten
 
 	Damaged    Ranges // dirty data that is not what it was, overwritten data too
 	Unreadable Ranges // cached data that cannot be read, likewise
@@ -32,6 +35,47 @@ type Report struct {
 
 // maxProblems bounds the report of an image that is wrong all over.
 const maxProblems = 100
+
+// Unwritten says how much the backing device lacks.
+func Unwritten(data, zeros int64) string {
+	switch {
+	case zeros == 0:
+		return fmt.Sprintf("%d bytes of dirty data", data)
+	case data == 0:
+		return fmt.Sprintf("%d bytes to be zeroed", zeros)
+	}
+	return fmt.Sprintf("%d bytes of dirty data and %d bytes to be zeroed", data, zeros)
+}
+
+// maxRuns bounds the memory for counting sectors once, to 64 MiB.
+const maxRuns = 4 << 20
+
+// unwritten counts what the backing device lacks.
+type unwritten struct {
+	data, all Ranges
+	more      [2]int64 // of data and zeros, that were not looked at any more
+}
+
+func (u *unwritten) add(k *Key) {
+	zero := k.Flags&KeyZero != 0
+	switch {
+	case len(u.all.runs) >= maxRuns:
+		i := 0
+		if zero {
+			i = 1
+		}
+		u.more[i] += int64(k.Len)
+		return
+	case !zero:
+		u.data.Add(int64(k.Off), int64(k.Len))
+	}
+	u.all.Add(int64(k.Off), int64(k.Len))
+}
+
+func (u *unwritten) bytes() (data, zeros int64) {
+	n := u.data.Bytes()
+	return n + u.more[0], u.all.Bytes() - n + u.more[1]
+}
 
 func (rep *Report) problem(err error) {
 	if len(rep.Problems) == maxProblems {
@@ -87,34 +131,33 @@ func check(r io.ReaderAt, size int64, data bool) *Report {
 	}
 	rep.End, _ = l.WalkLog(r, l.KeyTail, c.kset)
 	c.claim(rep.End.Pos.Seg, logRole)
+	rep.DirtyBytes, rep.ZeroBytes = c.unwritten.bytes()
 	if rep.End.Damage != nil {
 		var err error
-		rep.BehindBytes, err = l.covered(r, rep.End.Damage)
+		rep.behind, err = l.covered(r, rep.End.Damage)
 		rep.problem(err)
 	}
 	return rep
 }
 
 // covered adds to damage of the log what dirty data lies behind it, and counts
-// that, overwritten data, too.
-func (l *Layout) covered(r io.ReaderAt, d *Damage) (bytes int64, err error) {
+// that.
+func (l *Layout) covered(r io.ReaderAt, d *Damage) (dirty unwritten, err error) {
 	from := d.Ahead
 	if d.DirtyTail != nil {
 		from = d.DirtyTail
 	}
-	var dirty Ranges
 	if from != nil {
 		l.walkOn(r, *from, func(_ Position, k *Kset) error {
 			for i := range k.Keys {
 				if k := &k.Keys[i]; k.Flags&KeyClean == 0 && k.Gen >= l.Gens[k.Seg] {
-					bytes += int64(k.Len)
-					dirty.Add(int64(k.Off), int64(k.Len))
+					dirty.add(k)
 				}
 			}
 			return nil
 		})
 	}
-	return bytes, fmt.Errorf("%w; behind that lie %d bytes of dirty data, %v", d, bytes, &dirty)
+	return dirty, fmt.Errorf("%w; behind that lie %s, %v", d, Unwritten(dirty.bytes()), &dirty.all)
 }
 
 type checker struct {
@@ -123,6 +166,8 @@ type checker struct {
 	dirty bool   // dirty_tail was passed
 	role  []role // by cache_seg_id
 	buf   []byte // for data, nil if that is not to be read
+
+	unwritten unwritten
 }
 
 // role is what a segment was seen used for. One is never used for both.
@@ -171,7 +216,7 @@ func (c *checker) key(k *Key) error {
 	if k.Flags&KeyClean == 0 && c.dirty {
 		kind = "dirty"
 		c.Dirty++
-		c.DirtyBytes += int64(k.Len)
+		c.unwritten.add(k)
 	}
 	c.claim(k.Seg, dataRole)
 	if k.Gen > gen {

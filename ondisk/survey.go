@@ -10,7 +10,8 @@ import (
 // write over it.
 type Holding struct {
 	Kind  HoldingKind
-	Dirty int64 // bytes of dirty data that can be found, overwritten data counted, too
+	Dirty int64 // bytes of dirty data that can be found, overwritten data, too
+	Zeros int64 // likewise, to be zeroed on the backing device
 	Err   error // what is wrong, of HoldsDamage and HoldsUnknown
 
 	// Harmless: nothing dirty can be lost.
@@ -49,7 +50,7 @@ func Survey(r io.ReaderAt, size int64, durable bool) *Holding {
 	}
 	rep := check(r, size, false)
 	if len(rep.Problems) == 0 {
-		return &Holding{Kind: HoldsCache, Dirty: rep.DirtyBytes, Harmless: rep.Dirty == 0}
+		return &Holding{Kind: HoldsCache, Dirty: rep.DirtyBytes, Zeros: rep.ZeroBytes, Harmless: rep.Dirty == 0}
 	}
 	first, left := rep.Problems[0], rep.left
 	if left == nil {
@@ -70,13 +71,14 @@ func Survey(r io.ReaderAt, size int64, durable bool) *Holding {
 	h := &Holding{Kind: HoldsDamage, Err: first}
 	mended := Repair(r, size, RepairOptions{Durable: durable})
 	behind := check(mended, size, false)
-	h.Dirty = behind.DirtyBytes + behind.BehindBytes
-	if behind.Keys == 0 && h.Dirty == 0 {
+	data, zeros := behind.behind.bytes()
+	h.Dirty, h.Zeros = behind.DirtyBytes+data, behind.ZeroBytes+zeros
+	if behind.Keys == 0 && h.Dirty+h.Zeros == 0 {
 		// An empty log leaves no key that is alive.
-		h.Dirty = left.dirty.Bytes()
+		h.Dirty, h.Zeros = left.dirty.bytes()
 	}
 	unfinished := left.unfinished && rep.left != nil
-	h.Harmless = h.Dirty == 0 && (unfinished || len(mended.Left) == 0 && len(behind.Problems) == 0)
+	h.Harmless = h.Dirty+h.Zeros == 0 && (unfinished || len(mended.Left) == 0 && len(behind.Problems) == 0)
 	_, err = ReadLayout(Repair(r, size, RepairOptions{Durable: durable, GiveUpLog: true}), size)
 	h.Mendable = err == nil
 	return h
@@ -89,11 +91,11 @@ func noSuperblock(fault error) bool {
 
 // remains are what can be found of a cache that nothing leads to.
 type remains struct {
-	found      bool   // something that only a cache has
-	unfinished bool   // a format that was cut off, on a device that was blank before
-	ksets      bool   // any were found
-	dirty      Ranges // what keys that may be alive say is dirty
-	unreadable error  // the first place that could not be read
+	found      bool      // something that only a cache has
+	unfinished bool      // a format that was cut off, on a device that was blank before
+	ksets      bool      // any were found
+	dirty      unwritten // what keys that may be alive say is dirty
+	unreadable error     // the first place that could not be read
 }
 
 // remainsSpan is how far behind the beginning of a segment a first kset is
@@ -166,7 +168,7 @@ func (m *remains) segment(w *walker, seg uint32) {
 			m.found, m.ksets, span = true, true, SegmentData
 			for i := range k.Keys {
 				if k := &k.Keys[i]; k.Flags&KeyClean == 0 && k.Gen >= w.l.Gens[k.Seg] {
-					m.dirty.Add(int64(k.Off), int64(k.Len))
+					m.dirty.add(k)
 				}
 			}
 			if k.Last {

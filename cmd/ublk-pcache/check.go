@@ -33,8 +33,8 @@ line on stdout, and the exit code is 1 if there is any.`,
 				}
 				return fmt.Errorf("%s: problems found: %d", r.Path(), n)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s: in order, %d keys (%d clean, %d dirty with %d bytes) in %d ksets up to %v\n",
-				r.Path(), rep.Keys, rep.Clean, rep.Dirty, rep.DirtyBytes, rep.Ksets, rep.End.Pos)
+			fmt.Fprintf(cmd.OutOrStdout(), "%s: in order, %d keys (%d clean, %d dirty with %s) in %d ksets up to %v\n",
+				r.Path(), rep.Keys, rep.Clean, rep.Dirty, ondisk.Unwritten(rep.DirtyBytes, rep.ZeroBytes), rep.Ksets, rep.End.Pos)
 			return nil
 		},
 	}

@@ -41,7 +41,7 @@ open is not removed. A backing device that does not answer is not waited for.`,
 					for _, left := range r.Left {
 						fmt.Fprintln(os.Stderr, "ublk-pcache:", left)
 					}
-					d.printDirty("", dirtyBytes(*r.Status))
+					d.printDirty("", r.Status.DirtyBytes, r.Status.ZeroBytes)
 					return nil
 				}
 				if !errors.Is(err, errDamaged) && !errors.Is(err, errForeign) {
@@ -100,9 +100,9 @@ func (d *device) removalError(err error) error {
 const shownUsers = 5
 
 // printDirty says what the backing device of a removed device does not have.
-func (d *device) printDirty(about string, bytes int64) {
-	if bytes > 0 {
-		fmt.Printf("%s%d bytes of dirty data stay in cache %s, %s does not have them (to have them there: add again, then flush)\n", about, bytes, d.PMEM, d.Backing)
+func (d *device) printDirty(about string, data, zeros int64) {
+	if data+zeros > 0 {
+		fmt.Printf("%s%s stay in cache %s, %s does not have them (to have them there: add again, then flush)\n", about, ondisk.Unwritten(data, zeros), d.PMEM, d.Backing)
 	}
 }
 
@@ -116,7 +116,8 @@ func (d *device) printDirtyOfDead() error {
 		return fmt.Errorf("device %d is removed, but how much of cache %s is dirty cannot be told: %w", d.ID, d.PMEM, err)
 	}
 	defer r.Close()
-	// Ranges that were written more than once count as often.
-	d.printDirty("up to ", ondisk.Check(r, r.Size(), false).DirtyBytes)
+	// What is overwritten by zeros counts as data.
+	rep := ondisk.Check(r, r.Size(), false)
+	d.printDirty("up to ", rep.DirtyBytes, rep.ZeroBytes)
 	return nil
 }

@@ -60,9 +60,9 @@ func (f formatting) check(r *pmem.Region, backing string) error {
 	case h.Kind == ondisk.HoldsCache && h.Harmless:
 		return fmt.Errorf("%s holds a cache without dirty data (to give up what it holds: %s)", path, giveUp)
 	case h.Kind == ondisk.HoldsCache:
-		return fmt.Errorf("%s holds a cache with %d bytes of dirty data that its backing device does not have (add it and flush it first, or save them with '%s'; to give them up: %s)", path, h.Dirty, writebackLine(path, backing), giveUp)
+		return fmt.Errorf("%s holds a cache with %s that its backing device does not have (add it and flush it first, or save them with '%s'; to give them up: %s)", path, ondisk.Unwritten(h.Dirty, h.Zeros), writebackLine(path, backing), giveUp)
 	}
-	found := fmt.Sprintf("in which %d bytes of dirty data can be found", h.Dirty)
+	found := fmt.Sprintf("in which %s can be found", ondisk.Unwritten(h.Dirty, h.Zeros))
 	if h.Harmless {
 		found = "without dirty data"
 	}

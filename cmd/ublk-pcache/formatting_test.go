@@ -210,34 +210,34 @@ func TestFormatting(t *testing.T) {
 		{"an empty cache", empty, nil, "without dirty data|--force", opens, formats},
 		{"a clean cache", clean, nil, "without dirty data|--force", opens, formats},
 		{"a dirty cache", w.pmem, nil,
-			"819200 bytes of dirty data|writeback PMEM -b BACK|give them up: --force)", opens, "819200 bytes of dirty data|writeback PMEM -b BACK|give them up: --format --force)"},
+			"685056 bytes of dirty data|writeback PMEM -b BACK|give them up: --force)", opens, "685056 bytes of dirty data|writeback PMEM -b BACK|give them up: --format --force)"},
 		{"one copy damaged", w.pmem, func(t *testing.T, p string) { spoil(t, p, ondisk.CtrlOff+16, 8) },
-			all(damaged("819200"), "--force"), opens, all(damaged("819200"), "--format --force")},
+			all(damaged("685056"), "--force"), opens, all(damaged("685056"), "--format --force")},
 		{"no superblock, clean", clean, noSuperblock,
 			"damaged cache, without dirty data|" + lost + "|repair PMEM|--force)", "damaged cache, without dirty data|" + lost + "|repair PMEM|: --format)", formats},
 		{"no superblock, empty", empty, noSuperblock,
 			"damaged cache, without dirty data|--force)", "damaged cache, without dirty data|: --format)", formats},
 		{"no superblock", w.pmem, noSuperblock,
-			all(damaged("819200")+"|"+lost, "--force"), all(damaged("819200")+"|"+lost, "--format --force"), all(damaged("819200")+"|"+lost, "--format --force")},
+			all(damaged("685056")+"|"+lost, "--force"), all(damaged("685056")+"|"+lost, "--format --force"), all(damaged("685056")+"|"+lost, "--format --force")},
 		{"another superblock", w.pmem, func(t *testing.T, p string) { overwrite(t, p, ondisk.SuperblockOff, []byte("somebody's superblock")) },
-			all(damaged("819200")+"|"+lost, "--force"), all(damaged("819200")+"|"+lost, "--format --force"), all(damaged("819200")+"|"+lost, "--format --force")},
+			all(damaged("685056")+"|"+lost, "--force"), all(damaged("685056")+"|"+lost, "--format --force"), all(damaged("685056")+"|"+lost, "--format --force")},
 		{"superblock damaged", w.pmem, func(t *testing.T, p string) { spoil(t, p, ondisk.SuperblockOff, 4) },
-			all(damaged("819200")+"|crc", "--force"), all(damaged("819200")+"|crc", "--format --force"), all(damaged("819200")+"|crc", "--format --force")},
+			all(damaged("685056")+"|crc", "--force"), all(damaged("685056")+"|crc", "--format --force"), all(damaged("685056")+"|crc", "--format --force")},
 		{"no superblock, first kset damaged", w.pmem, func(t *testing.T, p string) { noSuperblock(t, p); spoil(t, p, w.ksets[0], 4) },
-			all(damaged("815104"), "--force"), all(damaged("815104"), "--format --force"), all(damaged("815104"), "--format --force")},
+			all(damaged("680960"), "--force"), all(damaged("680960"), "--format --force"), all(damaged("680960"), "--format --force")},
 		// The log looks empty, so only a search finds the rest; what was overwritten counts once.
 		{"no superblock, first kset erased", w.pmem, func(t *testing.T, p string) { noSuperblock(t, p); erase(t, p, w.ksets[0], 64) },
 			all(damaged(found), "--force"), all(damaged(found), "--format --force"), all(damaged(found), "--format --force")},
 		{"first kset damaged", w.pmem, func(t *testing.T, p string) { spoil(t, p, w.ksets[0], 4) },
-			all(damaged("815104"), "--force"), "the log is damaged|check PMEM|writeback PMEM -b BACK|repair PMEM|--format --force)", all(damaged("815104"), "--format --force")},
+			all(damaged("680960"), "--force"), "the log is damaged|check PMEM|writeback PMEM -b BACK|repair PMEM|--format --force)", all(damaged("680960"), "--format --force")},
 		{"log damaged", w.pmem, func(t *testing.T, p string) { spoil(t, p, w.ksets[100]+30, 8) },
-			all(damaged("815104"), "--force"), "the log is damaged|check PMEM|writeback PMEM -b BACK|repair PMEM|--format --force)", all(damaged("815104"), "--format --force")},
+			all(damaged("742400"), "--force"), "the log is damaged|check PMEM|writeback PMEM -b BACK|repair PMEM|--format --force)", all(damaged("742400"), "--format --force")},
 		{"a generation lost", w.pmem, func(t *testing.T, p string) { erase(t, p, w.data-(w.data-segment)%seg+8<<10, 32) },
-			all(damaged("819200"), "--force"), all(damaged("819200")+"|generation", "--format --force"), all(damaged("819200"), "--format --force")},
+			all(damaged("685056"), "--force"), all(damaged("685056")+"|generation", "--format --force"), all(damaged("685056"), "--format --force")},
 		{"tails lost", w.pmem, noTails,
-			all(damaged("819200"), "--force"), all(damaged("819200")+"|key_tail", "--format --force"), all(damaged("819200"), "--format --force")},
+			all(damaged("685056"), "--force"), all(damaged("685056")+"|key_tail", "--format --force"), all(damaged("685056"), "--format --force")},
 		{"all records in front lost", w.pmem, func(t *testing.T, p string) { noSuperblock(t, p); noTails(t, p); noInfo(t, p) },
-			all(damaged("819200"), "--force"), all(damaged("819200"), "--format --force"), all(damaged("819200"), "--format --force")},
+			all(damaged("685056"), "--force"), all(damaged("685056"), "--format --force"), all(damaged("685056"), "--format --force")},
 		// With the log. Nothing is found, and nothing tells what was there.
 		{"first MiB erased", w.pmem, func(t *testing.T, p string) { erase(t, p, 0, 1<<20) },
 			"damaged cache, in which 0 bytes|--force)", "damaged cache, in which 0 bytes|--format --force)", "damaged cache, in which 0 bytes|--format --force)"},
@@ -422,7 +422,7 @@ func TestShrunkDisk(t *testing.T) {
 		}
 		goOn := "no dirty data, so begin with a new one: --format)"
 		if dirty {
-			goOn = "819200 bytes of dirty data first; or give them up: --format --force)"
+			goOn = "685056 bytes of dirty data first; or give them up: --format --force)"
 		}
 		same := unchanged(t, w.pmem)
 		fails(t, open(serveOptions{}), w.backing, "3145728", "4194304", "right device", goOn)

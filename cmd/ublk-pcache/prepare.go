@@ -117,7 +117,7 @@ func (s *server) shrunkError(o *serveOptions, id, mine *ondisk.Identity, err err
 	if h.Harmless {
 		return fmt.Errorf("%w (if it was made smaller: the cache holds no dirty data, so begin with a new one: %s)", err, may.byClean)
 	}
-	return fmt.Errorf("%w (if it was made smaller: make it as large again and flush the %d bytes of dirty data first; or give them up: %s)", err, h.Dirty, may.byAll)
+	return fmt.Errorf("%w (if it was made smaller: make it as large again and flush the %s first; or give them up: %s)", err, ondisk.Unwritten(h.Dirty, h.Zeros), may.byAll)
 }
 
 // openError says what can be done about a cache that the engine does not open.

@@ -328,7 +328,8 @@ func (s *server) remove(force bool) (left []string, err error) {
 		left = append(left, fmt.Sprintf("backing device %s does not answer, process %d, or the kernel for it, holds it until it does", s.dev.Backing, os.Getpid()))
 	}
 	err = errors.Join(err, closed)
-	s.log.Info("removed", zap.Int64("dirty_bytes", dirtyBytes(s.cache.Status())), zap.Strings("left", left), zap.Error(err))
+	st := s.cache.Status()
+	s.log.Info("removed", zap.Int64("dirty_bytes", st.DirtyBytes), zap.Int64("zero_bytes", st.ZeroBytes), zap.Strings("left", left), zap.Error(err))
 	s.log.Sync() // which may make the file
 	s.dev.remove()
 	return left, err
@@ -345,9 +346,6 @@ func inTime(f func() error) (err error, ok bool) {
 		return nil, false
 	}
 }
-
-// dirtyBytes is what the cache has and the disk does not.
-func dirtyBytes(s engine.Status) int64 { return s.DirtyBytes + s.ZeroBytes }
 
 // hangsAfter is how long a disk may take for one operation: more than any that
 // is well needs, and less than the 30 s after which a SCSI one is given up.

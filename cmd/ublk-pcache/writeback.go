@@ -123,8 +123,9 @@ func (o *writebackOptions) save(out io.Writer, r *pmem.Region, readOnly error, d
 	left.total.Each(func(off, n int64) {
 		fmt.Fprintf(out, "not written: sectors %d-%d, %d bytes\n", off>>9, (off+n)>>9-1, n)
 	})
-	fmt.Fprintf(out, "%s: %d bytes of dirty data written to %s, %d bytes were not\n", r.Path(), left.before-left.total.Bytes(), dev.Path(), left.total.Bytes())
-	if left.before > 0 {
+	fmt.Fprintf(out, "%s: %s written to %s, %d bytes were not\n", r.Path(), ondisk.Unwritten(left.data, left.zeros), dev.Path(), left.total.Bytes())
+	wasDirty := left.data+left.zeros+left.total.Bytes() > 0
+	if wasDirty {
 		record.report(out, r.Path(), dev.Path())
 	}
 	switch {
@@ -135,7 +136,7 @@ func (o *writebackOptions) save(out io.Writer, r *pmem.Region, readOnly error, d
 	case rep.LostLog:
 		return fmt.Errorf("%s: all that is intact was written, but the log was damaged, and what it held there is lost", r.Path())
 	}
-	if left.before > 0 {
+	if wasDirty {
 		fmt.Fprintf(out, "%s still has it as dirty data, which an add writes again (to start anew: ublk-pcache format --force %s)\n", r.Path(), r.Path())
 	}
 	return nil
@@ -160,10 +161,10 @@ func forgetFingerprint(rep *ondisk.Repaired, l *ondisk.Layout) error {
 	return err
 }
 
-// unwritten is what is dirty before and after.
+// unwritten is what was written, in bytes, and what was not.
 type unwritten struct {
-	before int64
-	total  ondisk.Ranges
+	data, zeros int64
+	total       ondisk.Ranges
 }
 
 // flushTries is how often a flush is asked for: write-back halves what cannot be
@@ -172,11 +173,7 @@ const flushTries = 12
 
 // flushAll writes what it can.
 func flushAll(cache *engine.Cache) (left unwritten, err error) {
-	dirty := func() int64 {
-		st := cache.Status()
-		return st.DirtyBytes + st.ZeroBytes - st.RoundBytes
-	}
-	left.before = dirty()
+	before := cache.Status()
 	done := make(chan error, 1)
 	go func() {
 		var err error
@@ -187,7 +184,12 @@ func flushAll(cache *engine.Cache) (left unwritten, err error) {
 		}
 		done <- err
 	}()
-	err = showProgress(done, func() (int64, error) { return dirty(), nil })
+	err = showProgress(done, func() (int64, error) {
+		st := cache.Status()
+		return st.DirtyBytes - st.RoundBytes, nil
+	})
+	after := cache.Status()
+	left.data, left.zeros = before.DirtyBytes-after.DirtyBytes, before.ZeroBytes-after.ZeroBytes
 	cache.Dirty(left.total.Add)
 	return left, err
 }
