@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-pcache/internal/filelock"
 )
 
 // nobody has no right to anything.
@@ -85,41 +87,62 @@ func startReader(t *testing.T, path, how string) (end func()) {
 // TestReadersLockNobodyOut: whatever who may only read the file does with it, a
 // server can open it, and it alone, for as long as the reader stays and after.
 func TestReadersLockNobodyOut(t *testing.T) {
+	type scene struct {
+		how, path string
+		end       func()
+		server    *Device
+	}
+	var scenes []scene
 	for how := range readers {
-		t.Run(how, func(t *testing.T) {
-			t.Parallel()
-			path := tempFile(t, testSize)
-			end := startReader(t, path, how)
-			d := openDevice(t, path)
-			f, err := d.File()
-			if err != nil {
-				t.Fatal(err)
+		s := scene{how: how, path: tempFile(t, testSize)}
+		s.end = startReader(t, s.path, how)
+		d := openDevice(t, s.path)
+		mustBeHeld(t, how, s.path)
+		f, err := d.File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Close()
+		s.server, err = Inherit(f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustBeHeld(t, how, s.path)
+		scenes = append(scenes, s)
+	}
+	for _, s := range scenes {
+		s.end()
+	}
+	// A version that knows flock alone is kept out, too, soon after.
+	for _, s := range scenes {
+		older, err := unix.Open(s.path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for begin := time.Now(); unix.Flock(older, unix.LOCK_EX|unix.LOCK_NB) == nil; time.Sleep(50 * time.Millisecond) {
+			unix.Flock(older, unix.LOCK_UN)
+			if time.Since(begin) > 10*time.Second {
+				t.Fatalf("%s: the lock is not taken when the reader has gone", s.how)
 			}
-			d.Close()
-			heir, err := Inherit(f)
-			f.Close()
-			if err != nil {
-				t.Fatal(err)
-			}
-			refuse(t, path, ErrInUse, "locked")
-			end()
+		}
+		unix.Close(older)
+		mustBeHeld(t, s.how, s.path)
+		s.server.Close()
+		openDevice(t, s.path).Close()
+	}
+}
 
-			// A version that knows flock alone is kept out, too, soon after.
-			older, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer unix.Close(older)
-			for begin := time.Now(); unix.Flock(older, unix.LOCK_EX|unix.LOCK_NB) == nil; time.Sleep(50 * time.Millisecond) {
-				unix.Flock(older, unix.LOCK_UN)
-				if time.Since(begin) > 10*time.Second {
-					t.Fatal("the lock is not taken when the reader has gone")
-				}
-			}
-			refuse(t, path, ErrInUse, "locked")
-			heir.Close()
-			openDevice(t, path).Close()
-		})
+// mustBeHeld is refuse without the patience of Open.
+func mustBeHeld(t *testing.T, how, path string) {
+	t.Helper()
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if _, err := filelock.Take(fd, filelock.Exclusive); !errors.Is(err, filelock.ErrHeld) {
+		t.Errorf("%s: a second server: %v", how, err)
 	}
 }
 
