@@ -88,8 +88,11 @@ func (s *server) bind(ask func() (id *ondisk.Identity, ok bool)) error {
 	}
 	// While a table was read, write-back may have changed it. It has not if the
 	// fingerprint is the same.
-	if before != "" && before == provenBy(l) && backing.OnDevice(now.Serial) {
-		now.Serial += proof + before
+	if s.proven = provenBy(l); before != s.proven {
+		s.proven = ""
+	}
+	if s.proven != "" && backing.OnDevice(now.Serial) {
+		now.Serial += proof + s.proven
 	}
 	if old := l.Identity; old != nil {
 		now.UUID = old.UUID
@@ -107,9 +110,16 @@ func (s *server) bindNow() error {
 	return s.bind(func() (*ondisk.Identity, bool) { return identityOf(s.disk), true })
 }
 
-// rebind is for the end, when the disk may have another table than it began with,
-// and need not answer.
+// rebind is for the end, when the disk may have another table than it began with.
+// It need not answer, so it is only asked if it has been written to where that is.
 func (s *server) rebind() error {
+	l, err := ondisk.ReadLayout(s.region, s.region.Size())
+	if err != nil {
+		return err
+	}
+	if sum := provenBy(l); sum == "" || sum == s.proven {
+		return nil
+	}
 	return s.bind(func() (id *ondisk.Identity, ok bool) {
 		answer := make(chan *ondisk.Identity, 1)
 		_, ok = inTime(func() error { answer <- identityOf(s.disk); return nil })

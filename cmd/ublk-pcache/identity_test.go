@@ -107,4 +107,26 @@ func TestBind(t *testing.T) {
 			t.Errorf("fingerprint %v, then %v: on record %+v, should be %q, %v", c.before, c.after, l.Identity, c.recorded, err)
 		}
 	}
+
+	// At the end the disk is only asked if it has been written to.
+	for _, c := range []struct {
+		fingerprint *ondisk.Fingerprint
+		proven      string
+		asked       bool
+	}{
+		{&ondisk.Fingerprint{}, "0000abcd", false}, {known, "0000abcd", false}, {known, "0000abce", true}, {known, "", true},
+	} {
+		if err := s.bind(func() (*ondisk.Identity, bool) { return &ondisk.Identity{BackingSize: 1 << 20}, true }); err != nil {
+			t.Fatal(err)
+		}
+		store(c.fingerprint)
+		s.proven = c.proven
+		if err := s.rebind(); err != nil {
+			t.Fatal(err)
+		}
+		l, err := ondisk.ReadLayout(s.region, s.region.Size())
+		if asked := err == nil && l.Identity.BackingSize == s.disk.Size(); asked != c.asked {
+			t.Errorf("fingerprint %v, %q when it was bound: asked %v, %v", c.fingerprint, c.proven, asked, err)
+		}
+	}
 }

@@ -61,6 +61,7 @@ type server struct {
 
 	foreground bool
 	warnings   []string       // for whoever asked for the device
+	proven     string         // provenBy, when the cache was bound
 	signals    chan os.Signal // that ask for the device to go
 
 	clients   chan struct{} // one for each command that is being served
