@@ -26,7 +26,7 @@ const IdentitySize = identitySize
 type Identity struct {
 	UUID        [16]byte // of the cache, made when it is bound
 	BackingSize int64    // bytes
-	Serial      string   // of the backing device; empty when it has none
+	Serial      string   // of the backing device, or what else it is known by; empty when there is nothing
 }
 
 // Matches reports whether a backing device with this serial is the one named.

@@ -67,7 +67,7 @@ what becomes of that:
 	a.define(f)
 	f.StringVar((*string)(&o.Changed), "changed", "", "what becomes of dirty data if BACKING was written without its cache: overwrite, discard")
 	f.BoolVar(&o.Format, "format", false, "make a new cache even if PMEM is not blank")
-	f.BoolVar(&o.Force, "force", false, "with --format: even if PMEM holds dirty data; without: even if BACKING has another serial")
+	f.BoolVar(&o.Force, "force", false, "with --format: even if PMEM holds dirty data; without: even if BACKING is another device or file than the cache belongs to")
 	f.BoolVar(&o.Foreground, "foreground", false, "stay, and log to the terminal")
 	return cmd
 }

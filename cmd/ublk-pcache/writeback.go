@@ -43,7 +43,7 @@ PMEM cannot be written, a line says so, and what to answer to add.`,
 	f := cmd.Flags()
 	f.StringVarP(&o.backing, "backing", "b", "", "the block device or file that the cache belongs to (required)")
 	f.StringVar(&o.changed, "changed", "", "overwrite: write even if BACKING was written without its cache")
-	f.BoolVar(&o.force, "force", false, "take a BACKING with another serial number, or one that cannot be verified")
+	f.BoolVar(&o.force, "force", false, "take another BACKING than the cache belongs to, or one that cannot be verified")
 	cmd.MarkFlagRequired("backing")
 	return cmd
 }
