@@ -19,8 +19,8 @@ import (
 // else has written there meanwhile. Then nothing names the old segments but keys
 // that garbage collection will pass.
 //
-// What cannot be read stays where it is, and so does what is in a segment that a queue
-// still fills, which would not be free for it.
+// What is in bad memory stays where it is, and so does what is in a segment that a queue
+// still fills: neither would be free for it.
 
 // holding is what is stuck in a segment.
 type holding struct {
@@ -34,7 +34,7 @@ type holding struct {
 // more and fits into one.
 func (c *Cache) holdings(runs []run) (worth []*holding) {
 	in := map[uint32]*holding{}
-	lost := map[uint32]bool{}
+	stays := map[uint32]bool{}
 	for i := range runs {
 		r := &runs[i]
 		h := in[r.e.seg]
@@ -49,9 +49,9 @@ func (c *Cache) holdings(runs []run) (worth []*holding) {
 			h.bytes += uint32(r.len())
 		}
 		s := &c.segments.all[r.e.seg]
-		lost[r.e.seg] = lost[r.e.seg] || r.lost || s.bad.Load() || s.filling.Load()
+		stays[r.e.seg] = stays[r.e.seg] || s.bad.Load() || s.filling.Load()
 	}
-	all := slices.DeleteFunc(slices.Collect(maps.Values(in)), func(h *holding) bool { return lost[h.seg] })
+	all := slices.DeleteFunc(slices.Collect(maps.Values(in)), func(h *holding) bool { return stays[h.seg] })
 	slices.SortFunc(all, func(a, b *holding) int { return cmp.Compare(a.bytes, b.bytes) })
 	var bytes, zeros uint32
 	for _, h := range all {
@@ -70,14 +70,23 @@ func (c *Cache) holdings(runs []run) (worth []*holding) {
 // gather copies what is stuck in several segments into one, and reports whether there
 // was anything to copy.
 func (c *Cache) gather(runs []run) (moved bool, err error) {
-	if c.segments.free() > c.segments.reserve {
-		return false, nil
+	head := c.journal.mark()
+	if c.segments.free() > c.segments.reserve || c.writeback.at.ksets < head.ksets {
+		return false, nil // what is still to be written may hold the same segments
 	}
 	worth := c.holdings(runs)
 	if worth == nil {
 		return false, nil
 	}
-	seg, ok := c.segments.take(relogReserve)
+	// The log may need one, too.
+	keep, n := relogReserve, 0
+	for _, h := range worth {
+		n += len(h.runs)
+	}
+	if uint32(n)*ondisk.KsetSize(ondisk.StripeSize/maxSummed)+ondisk.MaxKsetSize < roomAt(head.pos) {
+		keep = 0
+	}
+	seg, ok := c.segments.take(keep)
 	if !ok {
 		return false, nil
 	}
@@ -137,12 +146,16 @@ func (c *Cache) copyZeros(worth []*holding, seg uint32) (end uint32, err error) 
 }
 
 // copyRun stores the data of a run once more, makes the keys for that, and returns
-// where it ends. It makes none if the data cannot be read.
+// where it ends. It makes none if the data cannot be read. What is damaged stays that.
 func (c *Cache) copyRun(r *run, seg, off uint32) (end uint32, err error) {
 	r.keys = nil
 	buf := make([]byte, r.len())
-	if c.readExtent(buf, r.e, &c.writeback.whole) != nil {
-		return off, nil
+	damaged := c.readExtent(buf, r.e, &c.writeback.whole) != nil
+	if damaged {
+		_, err := c.mem.ReadAt(buf, c.layout.Offset(r.e.seg, uint32(r.e.pos)<<sectorShift))
+		if err != nil || !r.lost || !c.crc {
+			return off, nil
+		}
 	}
 	if _, err := c.mem.WriteAt(buf, c.layout.Offset(seg, off)); err != nil {
 		return off, err
@@ -152,7 +165,9 @@ func (c *Cache) copyRun(r *run, seg, off uint32) (end uint32, err error) {
 		k := ondisk.Key{Off: at, Seg: seg, SegOff: off, Gen: c.segments.all[seg].gen.Load()}
 		if c.crc {
 			n = min(n, maxSummed)
-			k.CRC = ondisk.Checksum(buf[:n])
+			if k.CRC = ondisk.Checksum(buf[:n]); damaged {
+				k.Flags, k.CRC = ondisk.KeyBad, ^k.CRC
+			}
 			c.sumsOf(seg).add(sum{uint16(off >> sectorShift), uint16(n >> sectorShift), k.CRC})
 		}
 		k.Len = uint32(n)

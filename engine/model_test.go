@@ -62,6 +62,7 @@ func TestModel(t *testing.T) {
 			"requests":   m.requests,
 			"scatter":    m.scatter,
 			"fill":       m.fill,
+			"discard":    m.discard,
 			"hold read":  m.holdRead,
 			"release":    m.release,
 			"writeback":  m.writeback,
@@ -212,6 +213,22 @@ func (m *model) fill(t *rapid.T) {
 	queue := rapid.IntRange(0, modelQueues-1).Draw(t, "queue")
 	for i := range rapid.Int64Range(1, 10).Draw(t, "stripes") {
 		m.run(t, []*Request{m.newWrite(i%2*stripeSectors, stripeSectors)}, []int{queue})
+	}
+}
+
+// discard makes zeros of single sectors, up to what fills more than a segment.
+func (m *model) discard(t *rapid.T) {
+	lba := rapid.Int64Range(0, modelSectors-1).Draw(t, "lba")
+	queue := rapid.IntRange(0, modelQueues-1).Draw(t, "queue")
+	rs := make([]*Request, rapid.IntRange(1, 3).Draw(t, "times")*rapid.IntRange(1, modelSectors-1).Draw(t, "sectors"))
+	for i := range rs {
+		rs[i] = &Request{Op: Zero, Off: lba * sectorSize, Len: sectorSize}
+		lba = (lba + 1) % modelSectors
+	}
+	for len(rs) > 0 { // no two of a turn at the same place
+		n := min(len(rs), modelSectors)
+		m.run(t, rs[:n], slices.Repeat([]int{queue}, n))
+		rs = rs[n:]
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -62,7 +63,7 @@ func TestZerosAreBounded(t *testing.T) {
 	mem := pmem.NewFake(ondisk.MinSize)
 	formatSmall(t, mem, segments, false, 70)
 	disk, _ := heldDisk(64 << 20)
-	for range 4 {
+	for range 8 {
 		d := mustDriver(t, mem, disk, queues)
 		for n := 0; d.space.waiting.Load() < 10; n++ {
 			if n > segments*segmentSectors {
@@ -251,6 +252,94 @@ func TestLineOrder(t *testing.T) {
 	}
 }
 
+// TestLastSegment: the log leaves the last free segment to what is stuck, and that
+// makes room for all.
+func TestLastSegment(t *testing.T) {
+	const bad = 1000
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 20, false, 70)
+	disk := backing.NewFake(64<<20, sectorSize, 1)
+	defer disk.Close()
+	badBlocks(disk, bad, 1)
+	r := newRig(t, mem, disk, 1)
+	r.mustRest(t)
+	r.write(t, bad*sectorSize, stamped(bad, 1, 1))
+	data := stamped(0, 1, 1)
+	for {
+		r.write(t, 0, data)
+		if head, _ := r.journal.head(); roomAt(head) < ondisk.MaxKsetSize+1000 {
+			break
+		}
+	}
+	for _, ok := r.segments.take(relogReserve); ok; {
+		_, ok = r.segments.take(relogReserve)
+	}
+	written := make(chan error, 1)
+	go func() {
+		var err error
+		for range 100 {
+			err = errors.Join(err, r.do(0, &Request{Op: Write, Off: 0, Buf: data}))
+		}
+		written <- err
+	}()
+	within(t, "filling the log", func() {
+		for !r.queues[0].stalled.Load() {
+			time.Sleep(time.Millisecond)
+		}
+	})
+	if n := r.segments.free(); n != relogReserve {
+		t.Errorf("%d segments are free", n)
+	}
+	if r.longestWait() <= 0 {
+		t.Error("the longest wait is nothing")
+	}
+	r.Resume()
+	within(t, "writes to a log that has come to the last segment", func() {
+		if err := <-written; err != nil {
+			t.Error(err)
+		}
+	})
+	if v := r.version(t, bad); v != 1 {
+		t.Errorf("what is stuck has version %d", v)
+	}
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestLogTakesSegment: the collector and write-back hear of it.
+func TestLogTakesSegment(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 20, false, 10)
+	disk := backing.NewFake(64<<20, sectorSize, 1)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 1)
+	r.mustRest(t)
+	r.write(t, 0, stamped(0, 1, 1))
+	_, keys, _, _, err := readLog(mem)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for len(r.gc.kicked) > 0 {
+		<-r.gc.kicked
+	}
+	head, _ := r.journal.head()
+	for at := head; at.Seg == head.Seg; at, _ = r.journal.head() {
+		r.journal.mu.Lock()
+		err := r.appendLocked([]ondisk.Key{keys[0].Key}, relogReserve)
+		r.journal.mu.Unlock()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(r.gc.kicked) == 0 || r.writeback.want.Load() == 0 {
+		t.Errorf("the collector hears of it: %t; write-back is asked for %d ksets", len(r.gc.kicked) > 0, r.writeback.want.Load())
+	}
+	if err := r.kill(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // fullLog makes a closed cache's log take every segment, as an older version let
 // discards do: up to where a kset would need another one.
 func fullLog(t *testing.T, mem Memory, disk *backing.Fake) {
@@ -267,7 +356,10 @@ func fullLog(t *testing.T, mem Memory, disk *backing.Fake) {
 		}
 	}
 	r.journal.mu.Lock()
-	for r.segments.free() > 0 || roomAt(r.journal.mu.head) >= 2*ondisk.MaxKsetSize {
+	for r.segments.free() > 0 || roomAt(r.journal.mu.head) >= ondisk.MaxKsetSize+ondisk.KsetSize(1) {
+		if r.segments.free() == 0 && roomAt(r.journal.mu.head) < 2*ondisk.MaxKsetSize {
+			keys = keys[:1]
+		}
 		if err := r.appendLocked(keys, 0); err != nil {
 			t.Fatal(err)
 		}
@@ -493,7 +585,8 @@ func TestStuckEverywhere(t *testing.T) {
 						want[lba+4000] = 2 + round
 						for _, req := range []*Request{op, rest} {
 							if err := r.do(int(i/4)%len(r.loops), req); err != nil {
-								t.Fatal(err)
+								t.Error(err)
+								return
 							}
 						}
 					}
@@ -520,6 +613,72 @@ func TestStuckEverywhere(t *testing.T) {
 					t.Fatalf("sector %d of the disk: version %d, %v, want %d", lba, v, err, version)
 				}
 			}
+		})
+	}
+}
+
+// discarder is a client that discards single sectors, many at a time.
+func (s storm) discarder(t *testing.T, r *rig, g *ledger, id int, dice *rand.Rand) {
+	for range *stormOps / 4 {
+		var waits []func() error
+		var lbas []int64
+		for range 64 {
+			u := dice.IntN(int(s.diskMiB))
+			u = u - u%s.clients + id
+			lba := int64(u)<<11 + dice.Int64N(2048)
+			if u >= int(s.diskMiB) || slices.Contains(lbas, lba) {
+				continue
+			}
+			version := g.begun[lba].Load() + 1
+			g.begun[lba].Store(version)
+			g.zeroed[lba].Store(version)
+			lbas = append(lbas, lba)
+			waits = append(waits, r.begin(dice.IntN(s.queues), &Request{Op: Zero, Off: lba * sectorSize, Len: sectorSize}))
+		}
+		for i, wait := range waits {
+			switch err := wait(); {
+			case err == errKilled:
+				return
+			case err != nil:
+				t.Errorf("zero: %v", err)
+				return
+			}
+			g.acked[lbas[i]].Store(g.begun[lbas[i]].Load())
+		}
+	}
+}
+
+// TestProgress is a storm of writes and discards over a disk that is slow and refuses
+// some sectors, killed and opened again now and then: every request finishes, also
+// those for what is refused, and all is right.
+func TestProgress(t *testing.T) {
+	seed := *stormSeed
+	if seed == 0 {
+		seed = rand.Uint64()
+	}
+	t.Logf("seed %d (-storm.seed)", seed)
+	for i, s := range []storm{
+		{queues: 1, clients: 4, segments: 5, diskMiB: 64, maxIO: 512 << 10, gcPercent: 70, discarders: 2},
+		{queues: 3, clients: 6, segments: 7, diskMiB: 96, maxIO: 512 << 10, gcPercent: 70, crc: true, discarders: 3},
+		{queues: 2, clients: 6, segments: 6, diskMiB: 32, maxIO: 16 << 10, gcPercent: 0, discarders: 5},
+	} {
+		t.Run(fmt.Sprintf("%dq-%dmib", s.queues, s.diskMiB), func(t *testing.T) {
+			dice := rand.New(rand.NewPCG(seed, uint64(i)))
+			s.patient = true
+			bad := dice.Int64N(4 << 20 >> sectorShift)
+			s.script = func(op backing.Op) (f backing.Fault) { // one at a time
+				const every = 4 << 20 // bytes have a sector that is refused
+				next := (op.Off - bad*sectorSize + every - 1) / every
+				switch {
+				case op.Kind == backing.OpRead:
+				case op.Kind != backing.OpFlush && max(0, next)*every+bad*sectorSize < op.Off+op.Len:
+					f.Err = syscall.EIO
+				default:
+					f.Delay = time.Duration(dice.IntN(3)) * time.Millisecond
+				}
+				return f
+			}
+			s.run(t, seed+uint64(i))
 		})
 	}
 }

@@ -120,6 +120,9 @@ type storm struct {
 	gcPercent                 int
 	faults                    bool
 	maxIO                     int
+	script                    func(backing.Op) backing.Fault // of the disk until the last flush, where not faults says
+	discarders                int                            // the first so many clients
+	patient                   bool                           // the last round is let end by itself, and has to
 }
 
 // TestStorm lets clients read and write at random, on several queues and on a
@@ -164,6 +167,8 @@ func (s storm) run(t *testing.T, seed uint64) {
 				}
 				return f
 			})
+		} else if s.script != nil {
+			disk.Script(s.script)
 		}
 		r := newRig(t, mem, disk, s.queues)
 		s.verify(t, r, g, round > 0)
@@ -171,13 +176,24 @@ func (s storm) run(t *testing.T, seed uint64) {
 		var clients sync.WaitGroup
 		for id := range s.clients {
 			dice := rand.New(rand.NewPCG(rnd.Uint64(), 1))
-			clients.Go(func() { s.client(t, r, g, id, dice) })
+			if id < s.discarders {
+				clients.Go(func() { s.discarder(t, r, g, id, dice) })
+			} else {
+				clients.Go(func() { s.client(t, r, g, id, dice) })
+			}
 		}
 		ended := make(chan struct{})
 		go func() { clients.Wait(); close(ended) }()
+		patience := time.Duration(rnd.IntN(1500)) * time.Millisecond
+		if s.patient && round == *rounds-1 {
+			patience = 2 * time.Minute
+		}
 		select {
 		case <-ended:
-		case <-time.After(time.Duration(rnd.IntN(1500)) * time.Millisecond):
+		case <-time.After(patience):
+			if s.patient && round == *rounds-1 {
+				t.Errorf("requests do not finish: %+v", r.Status())
+			}
 		}
 		faulty.Store(false)
 		r.checkOverwritten(t)

@@ -267,7 +267,7 @@ func (w *writeback) runs() (runs []run) {
 		p := &w.stuck[i].part
 		if n := len(runs); n > 0 {
 			r := &runs[n-1]
-			if r.s.sh == p.s.sh && r.s.root == p.s.root && r.key == p.key && !p.zero() && r.e.abuts(p.e) {
+			if r.s.sh == p.s.sh && r.s.root == p.s.root && r.key == p.key && !p.zero() && !r.lost && !p.lost && r.e.abuts(p.e) {
 				r.e.n += p.e.n
 				r.s.n += p.e.n
 				r.to++
