@@ -477,6 +477,27 @@ func TestSlowDisk(t *testing.T) {
 	}
 }
 
+// TestZeroesPace: transfers of zeros grow where the disk makes them at once, and
+// shrink where it has to write them.
+func TestZeroesPace(t *testing.T) {
+	w := writeback{step: roundTime, zeroes: ondisk.StripeSize}
+	for _, x := range []struct {
+		n, times int
+		took     time.Duration
+		want     int
+	}{
+		{4096, 1, time.Millisecond, ondisk.StripeSize}, {MaxZero, 2, time.Millisecond, 16 << 20}, {MaxZero, 9, time.Millisecond, MaxZero},
+		{MaxZero, 9, roundTime / 10, MaxZero}, {4096, 1, roundTime, MaxZero / 2}, {MaxZero, 9, roundTime, ondisk.StripeSize},
+	} {
+		for range x.times {
+			w.zeroesTook(x.n, x.took)
+		}
+		if w.zeroes != x.want {
+			t.Errorf("after %d that took %v: %d bytes, want %d", x.times, x.took, w.zeroes, x.want)
+		}
+	}
+}
+
 // voidDisk takes no time and no memory.
 type voidDisk struct{ size int64 }
 

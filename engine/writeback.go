@@ -94,6 +94,7 @@ type writeback struct {
 	age      expiry
 	idle     time.Duration // idleAfter
 	step     time.Duration // roundTime
+	zeroes   int           // bytes of a transfer of zeros
 	key      []extent
 	whole    []byte
 	depth    int
@@ -161,6 +162,8 @@ type transfer struct {
 	parts []part // what it writes
 	err   error
 	done  func(error)
+	begun time.Time
+	took  time.Duration
 }
 
 func (w *writeback) init(c *Cache, depth int) {
@@ -169,12 +172,13 @@ func (w *writeback) init(c *Cache, depth int) {
 	}
 	w.depth = depth
 	w.idle, w.step, w.age.after = idleAfter, roundTime, expireAfter
+	w.zeroes = ondisk.StripeSize
 	w.kicked = make(chan struct{}, 1)
 	w.free = make(chan *transfer, depth)
 	for range depth {
 		t := &transfer{buf: c.disk.Buffer(transferBytes)}
 		t.done = func(err error) {
-			t.err = err
+			t.err, t.took = err, time.Since(t.begun)
 			w.free <- t
 		}
 		w.free <- t
@@ -671,8 +675,12 @@ func (c *Cache) transferParts(parts []part, shorten func(i int) []part) error {
 			for i := range t.parts {
 				t.parts[i].err = err
 			}
-		} else if len(t.parts) > 0 && !t.parts[0].zero() {
-			w.inRound.Add(int64(t.n))
+		} else if len(t.parts) > 0 {
+			if t.parts[0].zero() {
+				w.zeroesTook(t.n, t.took)
+			} else {
+				w.inRound.Add(int64(t.n))
+			}
 		}
 		t.err, t.n, t.parts = nil, 0, nil
 		return t
@@ -696,7 +704,7 @@ func (c *Cache) transferParts(parts []part, shorten func(i int) []part) error {
 		}
 		t.off = parts[i].off
 		zero, unread := parts[i].zero(), 0
-		for ; unread == 0 && i < len(parts) && t.joins(parts[from:i], &parts[i]); i++ {
+		for ; unread == 0 && i < len(parts) && t.joins(parts[from:i], &parts[i], w.zeroes); i++ {
 			p := &parts[i]
 			p.err, p.lost = nil, false // of the round before
 			if !zero {
@@ -708,7 +716,7 @@ func (c *Cache) transferParts(parts []part, shorten func(i int) []part) error {
 				t.n += p.len()
 			}
 		}
-		t.parts = parts[from : i-unread]
+		t.parts, t.begun = parts[from:i-unread], time.Now()
 		switch b := int64(c.disk.BlockSize()); {
 		case t.n == 0:
 			w.free <- t
@@ -757,15 +765,27 @@ func (w *writeback) shorten(i int) []part {
 	return w.parts
 }
 
-// joins reports whether p can go with what the transfer has.
-func (t *transfer) joins(has []part, p *part) bool {
+// zeroesTook adapts the size of transfers of zeros to how long one of n bytes took. Many disks
+// make any number of zeros at once, and some have to write them.
+func (w *writeback) zeroesTook(n int, d time.Duration) {
+	switch {
+	case d > w.step/4:
+		w.zeroes = max(w.zeroes/2, ondisk.StripeSize)
+	case d < w.step/40 && n >= w.zeroes:
+		w.zeroes = min(w.zeroes*2, MaxZero)
+	}
+}
+
+// joins reports whether p can go with what the transfer has. zeroes is how many of
+// those may go together.
+func (t *transfer) joins(has []part, p *part, zeroes int) bool {
 	switch {
 	case len(has) == 0:
 		return true
 	case p.off != t.off+int64(t.n) || p.wait > 0 || has[0].wait > 0 || p.zero() != has[0].zero():
 		return false
 	case p.zero():
-		return t.n < MaxZero
+		return t.n < zeroes
 	default:
 		return t.n+p.len() <= len(t.buf)
 	}
