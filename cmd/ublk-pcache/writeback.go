@@ -130,7 +130,7 @@ func (o *writebackOptions) save(out io.Writer, r *pmem.Region, readOnly error, d
 	}
 	switch {
 	case err != nil:
-		return fmt.Errorf("%s: not everything was written: %w (it can be repeated)", r.Path(), err)
+		return fmt.Errorf("%s: not everything was written: %w (what was not stays there, so this can be repeated)", r.Path(), err)
 	case left.total.Bytes() > 0:
 		return fmt.Errorf("%s: not everything was written: %w", r.Path(), engine.ErrDamaged)
 	case rep.LostLog:
@@ -293,7 +293,7 @@ func (rec *record) report(out io.Writer, path, backing string) {
 	switch {
 	case rec.mu.err != nil:
 		fmt.Fprintf(out, "%s could not take the record of what %s looks like now (%s): an add will say that it was written without its cache, and --changed=overwrite is right then, unless somebody else writes to it\n", path, backing, oneLine(rec.mu.err))
-	case rec.mu.changed:
+	case rec.mu.changed && rec.region != nil:
 		fmt.Fprintf(out, "%s was written without its cache, so what %s holds of it is out of date: an add has to be given --changed=overwrite, too\n", backing, path)
 	}
 }
