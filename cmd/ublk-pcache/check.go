@@ -31,6 +31,9 @@ line on stdout, and the exit code is 1 if there is any.`,
 				if rep.More > 0 {
 					fmt.Fprintf(cmd.OutOrStdout(), "and %d more\n", rep.More)
 				}
+				if ondisk.Survey(r, r.Size(), r.Durable()).Mendable {
+					return fmt.Errorf("%s: problems found: %d (%s)", r.Path(), n, saveOrMend(r.Path(), ""))
+				}
 				return fmt.Errorf("%s: problems found: %d", r.Path(), n)
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "%s: in order, %d keys (%d clean, %d dirty with %s) in %d ksets up to %v\n",

@@ -78,7 +78,11 @@ func damageRemedies(damage error, mendable bool, path, backing string) string {
 	if !mendable {
 		return look
 	}
-	return fmt.Sprintf("%s, save its dirty data with '%s' or mend it with 'ublk-pcache repair %s'", look, writebackLine(path, backing), path)
+	return look + ", " + saveOrMend(path, backing)
+}
+
+func saveOrMend(path, backing string) string {
+	return fmt.Sprintf("save its dirty data with '%s' or mend it with 'ublk-pcache repair %s'", writebackLine(path, backing), path)
 }
 
 func writebackLine(path, backing string) string {

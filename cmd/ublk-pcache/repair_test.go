@@ -162,7 +162,7 @@ func TestRepairCommand(t *testing.T) {
 	spoil(t, w.pmem, ondisk.SuperblockOff+16, 4)
 	same := unchanged(t, w.pmem)
 	out, err := execute(newCheckCmd(), w.pmem)
-	fails(t, err, w.pmem, "problems found")
+	fails(t, err, w.pmem, "problems found", "writeback "+w.pmem, "repair "+w.pmem)
 	if !strings.Contains(out, "superblock") {
 		t.Errorf("check says %q", out)
 	}
