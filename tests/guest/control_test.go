@@ -309,11 +309,18 @@ func TestWhoseDevice(t *testing.T) {
 	if l := list(t); len(l) > 0 {
 		t.Errorf("list shows %+v", l)
 	}
+	letGo := make(chan error, 1)
+	go func() {
+		<-other.Done()
+		letGo <- errors.Join(other.Stop(true), other.Delete())
+	}()
 	pcache(t, "del", "--force", "5")
+	if err := <-letGo; err != nil && !errors.Is(err, ublk.ErrNoDevice) { // which is gone already
+		t.Error(err)
+	}
 	if _, err := ublk.Lookup(5); !errors.Is(err, ublk.ErrNoDevice) {
 		t.Errorf("after del --force: %v", err)
 	}
-	<-other.Done()
 
 	for _, alive := range []bool{true, false} {
 		d := add(t, "-p", dax, "-b", disk)
@@ -377,7 +384,17 @@ func TestNumbersAndNames(t *testing.T) {
 		}
 		pcache(t, "del", other.id)
 	})
-	d.del(t)
+
+	// A device that waits is continued all the same: its users have it open. New ones are warned.
+	killServer(t, d, unix.SIGKILL)
+	if err := os.Remove(d.path); err != nil {
+		t.Fatal(err)
+	}
+	file(d.path)(t)
+	if r := run(t, "ublk-pcache", "recover", d.id); r.code != 0 || r.stdout != d.path+"\n" || !strings.Contains(r.stderr, "warning") || !strings.Contains(r.stderr, "move it away") {
+		t.Errorf("with a file in place of the disk: %+v", r)
+	}
+	pcache(t, "del", d.id)
 }
 
 // del says who has a device open.
