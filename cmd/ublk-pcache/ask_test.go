@@ -198,6 +198,31 @@ func TestFollowed(t *testing.T) {
 	}
 }
 
+// TestFlushOfTheNext: a server that hands its cache over does not answer those who flush; the next one does. If it is for
+// good, they hear so.
+func TestFlushOfTheNext(t *testing.T) {
+	s := someServer(t)
+	s.removal.Lock() // as by upgrade
+	if _, err := s.cache.Rest(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.cache.Retire(); err != nil {
+		t.Fatal(err)
+	}
+	answered := make(chan error, 1)
+	go func() {
+		_, err := s.obey(t.Context(), command{Do: "flush"})
+		answered <- err
+	}()
+	select {
+	case err := <-answered:
+		t.Fatalf("the answer is %v", err)
+	case <-time.After(200 * time.Millisecond):
+	}
+	s.removal.Unlock()
+	fails(t, <-answered, "being stopped")
+}
+
 // TestClientThatGaveUp: a server that finds a command whose client has gone leaves it alone, also one that was to stay.
 func TestClientThatGaveUp(t *testing.T) {
 	for _, half := range []bool{false, true} {

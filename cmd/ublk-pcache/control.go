@@ -263,7 +263,14 @@ func (s *server) obey(ctx context.Context, cmd command) (reply, error) {
 		r.Persistence, r.Doubt = s.region.Persistence()
 		return r, nil
 	case "flush":
-		return reply{}, s.cache.Flush(ctx)
+		err := s.cache.Flush(ctx)
+		if errors.Is(err, engine.ErrStopped) {
+			// If that is for the next server, this is held until the end of the
+			// process, and the next one is asked.
+			s.removal.Lock()
+			defer s.removal.Unlock()
+		}
+		return reply{}, err
 	case "set":
 		if cmd.GCPercent == nil {
 			return reply{}, errors.New("nothing to set: there is gc_percent")

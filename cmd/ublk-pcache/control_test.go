@@ -30,6 +30,19 @@ var controlSeed = flag.Uint64("control.seed", 0, "random seed of the commands (d
 // controlled is a server that can do everything but be removed or replaced.
 func controlled(tb testing.TB) (obey func(context.Context, command) (reply, error)) {
 	tb.Helper()
+	s := someServer(tb)
+	tb.Cleanup(func() { s.cache.Close() })
+	return func(ctx context.Context, cmd command) (reply, error) {
+		if cmd.Do == "del" || cmd.Do == "upgrade" {
+			return reply{}, nil
+		}
+		return s.obey(ctx, cmd)
+	}
+}
+
+// someServer is a cache without a device. Whoever uses it ends the cache.
+func someServer(tb testing.TB) *server {
+	tb.Helper()
 	mem := pmem.NewFake(ondisk.MinSize)
 	if err := ondisk.Format(mem, ondisk.FormatOptions{GCPercent: ondisk.DefaultGCPercent}); err != nil {
 		tb.Fatal(err)
@@ -46,14 +59,8 @@ func controlled(tb testing.TB) (obey func(context.Context, command) (reply, erro
 	if err != nil {
 		tb.Fatal(err)
 	}
-	tb.Cleanup(func() { cache.Close(); dev.Close() })
-	s := &server{cache: cache, disk: dev, region: pmem.Heap(8)}
-	return func(ctx context.Context, cmd command) (reply, error) {
-		if cmd.Do == "del" || cmd.Do == "upgrade" {
-			return reply{}, nil
-		}
-		return s.obey(ctx, cmd)
-	}
+	tb.Cleanup(func() { dev.Close() })
+	return &server{cache: cache, disk: dev, region: pmem.Heap(8)}
 }
 
 // connected returns the two ends of a unix socket.

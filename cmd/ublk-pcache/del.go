@@ -75,7 +75,7 @@ func (d *device) removeByDriver(force bool) error {
 			return err
 		case <-time.After(lifeSign + statusPatience):
 			if d.alive() {
-				return stuck(d.ID, d.PID)
+				return fmt.Errorf("device %d does not go, since process %d holds it (end that with 'kill -KILL %d', and repeat)", d.ID, d.PID, d.PID)
 			}
 		}
 	}
