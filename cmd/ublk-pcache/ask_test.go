@@ -203,7 +203,7 @@ func TestFollowed(t *testing.T) {
 func TestFlushOfTheNext(t *testing.T) {
 	s := someServer(t)
 	s.removal.Lock() // as by upgrade
-	if _, err := s.cache.Rest(); err != nil {
+	if _, err := s.cache.Rest(context.Background()); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.cache.Retire(); err != nil {

@@ -41,7 +41,7 @@ open is not removed. A backing device that does not answer is not waited for.`,
 					for _, left := range r.Left {
 						fmt.Fprintln(os.Stderr, "ublk-pcache:", left)
 					}
-					d.printDirty("", r.Status.DirtyBytes, r.Status.ZeroBytes)
+					fmt.Print(d.leftDirty("", r.Status.DirtyBytes, r.Status.ZeroBytes))
 					return nil
 				}
 				if !errors.Is(err, errDamaged) && !errors.Is(err, errForeign) {
@@ -99,14 +99,19 @@ func (d *device) removalError(err error) error {
 // shownUsers is how many of those who use a device a line has room for.
 const shownUsers = 5
 
-// printDirty says what the backing device of a removed device does not have.
-func (d *device) printDirty(about string, data, zeros int64) {
-	if data+zeros > 0 {
-		fmt.Printf("%s%s stay in cache %s, %s does not have them (to have them there: add again, then flush)\n", about, ondisk.Unwritten(data, zeros), d.PMEM, d.Backing)
+// leftDirty says what the backing device of a removed device does not have.
+func (d *device) leftDirty(about string, data, zeros int64) string {
+	if data+zeros <= 0 {
+		return ""
 	}
+	cache, backing := "cache "+d.PMEM, d.Backing
+	if d.PMEM == "" { // its state file was of no use
+		cache, backing = "its cache", "its backing device"
+	}
+	return fmt.Sprintf("%s%s stay in %s, %s does not have them (to have them there: add again, then flush)\n", about, ondisk.Unwritten(data, zeros), cache, backing)
 }
 
-// printDirtyOfDead is printDirty by what is on the media.
+// printDirtyOfDead says that by what is on the media.
 func (d *device) printDirtyOfDead() error {
 	if d.PMEM == "" {
 		return nil // its state file was damaged
@@ -118,6 +123,6 @@ func (d *device) printDirtyOfDead() error {
 	defer r.Close()
 	// What is overwritten by zeros counts as data.
 	rep := ondisk.Check(r, r.Size(), false)
-	d.printDirty("up to ", rep.DirtyBytes, rep.ZeroBytes)
+	fmt.Print(d.leftDirty("up to ", rep.DirtyBytes, rep.ZeroBytes))
 	return nil
 }

@@ -129,3 +129,20 @@ func TestRemoveLeavesTheNext(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestLeftDirty: del says where the only copy of dirty data is, also when it knows no more than that.
+func TestLeftDirty(t *testing.T) {
+	for _, c := range []struct {
+		d    *device
+		n    int64
+		want string
+	}{
+		{someDevice(3), 0, ""},
+		{someDevice(3), 512, "up to 512 bytes of dirty data stay in cache /dev/dax0.0, /dev/nvme0n1 does not have them ("},
+		{&device{ID: 3}, 512, "up to 512 bytes of dirty data stay in its cache, its backing device does not have them ("},
+	} {
+		if got := c.d.leftDirty("up to ", c.n, 0); !strings.HasPrefix(got, c.want) || (got == "") != (c.want == "") {
+			t.Errorf("of %d bytes it says %q", c.n, got)
+		}
+	}
+}
