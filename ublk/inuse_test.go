@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -188,6 +189,7 @@ func TestUsers(t *testing.T) {
 				if info, err = Lookup(s.id); err != nil {
 					t.Fatal(err)
 				}
+				time.Sleep(10 * time.Millisecond) // before 6.15 it may take half a minute
 			}
 			err := Remove(s.id, false)
 			if !errors.Is(err, ErrInUse) {

@@ -66,17 +66,23 @@ func checkNode(path string, kind uint32, number string) error {
 	if !ok {
 		return fmt.Errorf("%w: the kernel shows no number for it in %s", ErrNode, number)
 	}
+	letter := "b"
+	if kind == unix.S_IFCHR {
+		letter = "c"
+	}
+	// A device that fails to be made for this is gone then, and has no number.
+	remedy := fmt.Sprintf("mount a devtmpfs on /dev, in a container the machine's, or for a device that is there: mknod %s %s %d %d", path, letter, unix.Major(want), unix.Minor(want))
 	var st unix.Stat_t
 	switch err := unix.Stat(path, &st); {
 	case errors.Is(err, unix.ENOENT):
-		return fmt.Errorf("%w: there is no %s (mount a devtmpfs on /dev, or in a container give it the machine's /dev)", ErrNode, path)
+		return fmt.Errorf("%w: there is no %s (%s)", ErrNode, path, remedy)
 	case err != nil:
 		return fmt.Errorf("%w: %s: %w", ErrNode, path, err)
 	case st.Mode&unix.S_IFMT != kind:
-		return fmt.Errorf("%w: %s is none (look at it, it may hold what was meant for a disk, and move it away)", ErrNode, path)
+		return fmt.Errorf("%w: %s is none (look at it, it may hold what was meant for a disk, and move it away; then %s)", ErrNode, path, remedy)
 	case uint64(st.Rdev) != want:
-		return fmt.Errorf("%w: %s is device %d:%d, and not %d:%d (remove it, and mount a devtmpfs on /dev)", ErrNode, path,
-			unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev)), unix.Major(want), unix.Minor(want))
+		return fmt.Errorf("%w: %s is device %d:%d, and not %d:%d (remove it; then %s)", ErrNode, path,
+			unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev)), unix.Major(want), unix.Minor(want), remedy)
 	}
 	return nil
 }

@@ -9,8 +9,8 @@
 // socket per device takes requests while the server lives, and a log.
 //
 // There is one file per command; server.go is what a server does, launch.go
-// how it becomes one, files.go what it opens, state.go and control.go where the
-// two roles meet.
+// how it becomes one, files.go what it opens, state.go, ask.go and control.go
+// where the two roles meet.
 package main
 
 import (
