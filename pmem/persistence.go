@@ -118,18 +118,21 @@ func persistenceOf(fd, depth int) (Persistence, string) {
 func overlayPersistence(m mount, depth int) (Persistence, string) {
 	upper := ""
 	for _, option := range strings.Split(m.options, ",") {
-		if option == "volatile" {
+		if option == "volatile" || option == "fsync=volatile" { // Linux 7.3 says the second
 			return Volatile, "it is on an overlay that was mounted volatile, which passes no sync on"
 		}
 		if value, ok := strings.CutPrefix(option, "upperdir="); ok {
 			upper = unescape(value)
 		}
 	}
-	if upper == "" || depth == 0 {
+	if depth == 0 {
 		return OnSync, ""
 	}
-	if p, why := persistenceOfPath(upper, depth-1); p == Volatile {
-		return p, why + ", below an overlay"
+	// A backslash may be part of the name, or of what was given to mount(2).
+	for _, path := range []string{upper, strings.ReplaceAll(upper, `\`, "")} {
+		if p, why := persistenceOfPath(path, depth-1); p == Volatile {
+			return p, why + ", below an overlay"
+		}
 	}
 	return OnSync, ""
 }
