@@ -101,6 +101,18 @@ func (c *Cache) transferAlone(parts []part) error {
 	return nil
 }
 
+// flushOn makes those who wait for a flush wait for what has been logged again, too,
+// before dirty_tail passes the place where they have seen the end of the log.
+func (c *Cache) flushOn() {
+	w := &c.writeback
+	_, until := c.journal.head()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for i := range w.mu.waiters {
+		w.mu.waiters[i].until = max(w.mu.waiters[i].until, until)
+	}
+}
+
 // relogSkipped lets dirty_tail pass what was passed by, by logging it again, if that
 // makes the log shorter by half, and reports whether it has passed any.
 func (c *Cache) relogSkipped() (passed bool, err error) {
@@ -149,10 +161,10 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 		} else if err != nil {
 			return passed, err
 		}
-		c.extendFlushes()
 		if err := c.persist(); err != nil {
 			return passed, fmt.Errorf("sync what was logged again: %w", err)
 		}
+		c.flushOn()
 		w.skipped.from, w.skipped.on = end, end.ksets < w.at.ksets
 		_, before := c.tails.dirtyTail()
 		if err := c.advance(); err != nil {
@@ -162,22 +174,6 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 		passed = passed || after > before
 	}
 	return passed, nil
-}
-
-// extendFlushes lets those who wait for a flush wait for what has been logged again
-// behind the place that they wait for.
-func (c *Cache) extendFlushes() {
-	w := &c.writeback
-	_, written := c.journal.head()
-	w.mu.Lock()
-	for i := range w.mu.waiters {
-		w.mu.waiters[i].until = written
-	}
-	waits := len(w.mu.waiters) > 0
-	w.mu.Unlock()
-	if waits {
-		w.demand(written)
-	}
 }
 
 // errOvertaken: a part was overwritten before it was logged again.

@@ -71,12 +71,17 @@ func TestManyRefused(t *testing.T) {
 	if s := r.Status(); s.State != Degraded {
 		t.Errorf("%v, %q", s.State, s.Error)
 	}
-	within(t, "filling the cache four times", func() {
-		for i := range int64(4 * 8 * 16) {
-			off := (16 + i%64) << 20
-			r.write(t, off, stamped(off/sectorSize, 2048, uint64(i)))
-		}
-	})
+	for n := range int64(8) {
+		within(t, "filling the cache", func() {
+			for i := range int64(8 * 16) {
+				off := (16 + i%64) << 20
+				r.write(t, off, stamped(off/sectorSize, 2048, uint64(n)))
+			}
+		})
+		r.mustRest(t)
+		r.mustNameDirty(t)
+		r.Resume()
+	}
 	r.mustRest(t)
 	if n := r.writeback.refused(); n > maxStuck+1 {
 		t.Errorf("%d pieces are remembered, at most %d should be", n, maxStuck)
@@ -115,4 +120,34 @@ func TestManyRefused(t *testing.T) {
 		t.Error(err)
 	}
 	disk.Close()
+}
+
+// mustNameDirty makes sure that the log has a key behind dirty_tail for all that the
+// index of a cache at rest says is dirty.
+func (r *rig) mustNameDirty(t *testing.T) {
+	t.Helper()
+	from, _ := r.tails.dirtyTail()
+	head, _ := r.journal.head()
+	named := map[int64]bool{}
+	damage := r.walk(from, head, func(k *ondisk.Kset, _ ondisk.Position) bool {
+		for i := range k.Keys {
+			if key := &k.Keys[i]; !r.dead(key) && key.Flags&ondisk.KeyClean == 0 {
+				for lba := int64(key.Off / sectorSize); lba < int64(key.Off+uint64(key.Len))/sectorSize; lba++ {
+					named[lba] = true
+				}
+			}
+		}
+		return true
+	})
+	missing := 0
+	r.Dirty(func(off, n int64) {
+		for lba := off / sectorSize; lba < (off+n)/sectorSize; lba++ {
+			if !named[lba] {
+				missing++
+			}
+		}
+	})
+	if damage != nil || missing > 0 {
+		t.Fatalf("%d dirty sectors are not named behind dirty_tail, %v", missing, damage)
+	}
 }
