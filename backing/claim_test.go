@@ -4,6 +4,7 @@ package backing
 
 import (
 	"errors"
+	"os/exec"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -19,6 +20,9 @@ func TestClaim(t *testing.T) {
 			unix.Close(fd)
 		}
 		return err
+	}
+	if out, err := exec.Command("modprobe", "loop").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
 	}
 	t.Cleanup(func() { unclaim(disk) })
 	for range 3 {

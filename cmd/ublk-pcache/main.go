@@ -56,7 +56,7 @@ func main() {
 		newAddCmd(), newRecoverCmd(), newDelCmd(), newFlushCmd(),
 		newStatusCmd(), newListCmd(), newSetCmd(), newUpgradeCmd(),
 		newFormatCmd(), newDumpCmd(), newCheckCmd(), newRepairCmd(), newWritebackCmd(),
-		newRunCmd(), newIsBackingCmd(), newServeCmd(), newUnitCmd(),
+		newRunCmd(), newIsBackingCmd(), newClaimCmd(), newServeCmd(), newUnitCmd(),
 	)
 	if err := root.Execute(); err != nil {
 		fmt.Fprintln(os.Stderr, "ublk-pcache:", oneLine(err))

@@ -12,6 +12,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"ublk-pcache/backing"
 	"ublk-pcache/pmem"
@@ -74,9 +75,10 @@ and possibly queues, depth, writeback-depth, data-crc, gc-percent. Paths begin
 with /, and nothing is put in quotes. Empty lines and those that begin with # do
 not count. Of more queues than there are CPUs, one for each CPU is made.
 
-A device whose server has died is continued. Disk and pmem are waited for. A
-blank PMEM is refused: when the cache has gone, its dirty data has, and somebody
-should know. To begin with: ublk-pcache format PMEM.
+A device whose server has died is continued; a server that lives, and of which
+systemd does not know any more, becomes the service's again. Disk and pmem are
+waited for. A blank PMEM is refused: when the cache has gone, its dirty data has,
+and somebody should know. To begin with: ublk-pcache format PMEM.
 
 An error that would come again has exit status ` + fmt.Sprint(exitFinal) + `.`,
 		Args: cobra.ExactArgs(1),
@@ -96,8 +98,13 @@ An error that would come again has exit status ` + fmt.Sprint(exitFinal) + `.`,
 					return o.startError(fmt.Errorf("%s: %w", path, err))
 				}
 			}
-			if o, err = continued(o); err != nil {
+			refreshLinks(o.Device.Backing)
+			o, server, err := continued(o)
+			switch {
+			case err != nil:
 				return err
+			case server != nil:
+				return adopt(server)
 			}
 			return launch(o)
 		},
@@ -132,61 +139,183 @@ func serving(device string) string {
 }
 
 // continued returns what to do for a service whose server may have died: to
-// recover the device that waits, if one does. What is left of any other is
-// taken away.
-func continued(o serveOptions) (serveOptions, error) {
+// recover the device that waits, if one does, or nothing but to adopt its
+// server. What is left of any other is taken away.
+func continued(o serveOptions) (_ serveOptions, server *device, err error) {
+	spec, err := o.region()
+	if err != nil {
+		return o, nil, err
+	}
 	devices, err := readStates()
 	if err != nil {
-		return o, err
+		return o, nil, err
 	}
 	for _, d := range devices {
-		if !sameFile(d.Backing, o.Device.Backing) {
+		// The disk may have another name by now, which only the description has.
+		samePMEM := sameFile(d.PMEM, spec.Path)
+		if !samePMEM && !sameFile(d.Backing, o.Device.Backing) {
 			continue
 		}
 		if d.alive() {
-			return o, d.servedError()
+			if !samePMEM {
+				err = finalError{fmt.Errorf("device %d is served with the cache on %s, and not that on %s (ublk-pcache del %d, or change the description)", d.ID, d.PMEM, spec.Path, d.ID)}
+			}
+			return o, d, err
 		}
 		switch info, err := ublk.Lookup(d.ID); {
 		case errors.Is(err, ublk.ErrNoDevice):
 		case err != nil:
-			return o, err
+			return o, nil, err
 		case info.State != ublk.Dead:
-			o = recovery(d, info)
-			o.Foreground = true
-			return o, nil
+			r := recovery(d, info)
+			r.Foreground, r.Device.Backing = true, o.Device.Backing
+			return r, nil, nil
 		default:
 			if err := ublk.Remove(d.ID, true); err != nil {
-				return o, err
+				return o, nil, err
 			}
 		}
 		d.remove()
 	}
-	return o, nil
+	return o, nil, nil
+}
+
+// adopt makes a live server the main process of this service, as root may
+// (systemd, src/core/service.c, service_notify_message: any process that is not
+// of another unit). It is where a server is after a stop that failed; one that
+// was started by hand is moved there.
+func adopt(server *device) error {
+	if os.Getenv("NOTIFY_SOCKET") == "" {
+		return server.servedError()
+	}
+	theirs, err := controlGroup(server.PID)
+	if err != nil {
+		return err
+	}
+	ours, err := controlGroup(os.Getpid())
+	if err != nil {
+		return err
+	}
+	switch {
+	case theirs == ours:
+	case strings.HasSuffix(theirs, ".service"):
+		return finalError{fmt.Errorf("device %d has a server already, process %d of %s (ublk-pcache del %d, then start this service)", server.ID, server.PID, filepath.Base(theirs), server.ID)}
+	default:
+		if err := os.WriteFile("/sys/fs/cgroup"+ours+"/cgroup.procs", fmt.Append(nil, server.PID), 0); err != nil {
+			return fmt.Errorf("adopt server %d: %w", server.PID, err)
+		}
+	}
+	fmt.Printf("%s goes on with its server, process %d\n", server.Device, server.PID)
+	if _, err := daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d\n%s", server.PID, serving(server.Device))); err != nil {
+		return fmt.Errorf("adopt server %d: %w", server.PID, err)
+	}
+	// One that has died meanwhile is not taken, and this process still is the
+	// service: its end must not look like the removal of the device.
+	if !server.alive() {
+		return fmt.Errorf("server %d has died meanwhile", server.PID)
+	}
+	return nil
+}
+
+// controlGroup is where a process is in the unified hierarchy, from its root on.
+func controlGroup(pid int) (string, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(text)) {
+		if group, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
+			return group, nil
+		}
+	}
+	return "", fmt.Errorf("process %d is in no control group of the unified hierarchy", pid)
+}
+
+// refreshLinks has udev look at a disk and its partitions, which it may know from
+// before they were a cache's.
+func refreshLinks(path string) {
+	var st unix.Stat_t
+	if unix.Stat(path, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return
+	}
+	dir := fmt.Sprintf("/sys/dev/block/%d:%d/", unix.Major(st.Rdev), unix.Minor(st.Rdev))
+	partitions, _ := filepath.Glob(dir + "*/partition")
+	for _, file := range append(partitions, dir+"partition") {
+		os.WriteFile(filepath.Join(filepath.Dir(file), "uevent"), []byte("change"), 0)
+	}
+}
+
+// newClaimCmd is for the unit, when a service has ended, for whatever reason: a
+// description that is refused has a disk as well.
+func newClaimCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:    "claim NAME",
+		Short:  "Keep others from the disk of a service that does not run",
+		Hidden: true,
+		Args:   cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			all, err := settings(filepath.Join(configDir, args[0]+".conf"))
+			for _, s := range all {
+				if s.name == "backing" {
+					err = errors.Join(err, backing.Claim(s.value))
+				}
+			}
+			return err
+		},
+	}
 }
 
 // newIsBackingCmd is for the udev rule, which may call it before the links are
-// made that the disk is configured by.
+// made that the disk is configured by. It prints the service, and those of the
+// links that the disk keeps.
 func newIsBackingCmd() *cobra.Command {
-	return &cobra.Command{
-		Use:    "is-backing NAME...",
+	var of string
+	cmd := &cobra.Command{
+		Use:    "is-backing NODE LINK...",
 		Short:  "Find the service whose backing device has one of these names",
 		Hidden: true,
 		Args:   cobra.MinimumNArgs(1),
 		Run: func(_ *cobra.Command, args []string) {
 			service := backedBy(configDir, args)
+			links := hardwareLinks(args[1:], service == "")
+			if service == "" {
+				service = of
+			}
 			if service == "" {
 				os.Exit(1) // without a word: there are many disks
 			}
-			fmt.Println(service)
+			fmt.Println(strings.Join(append([]string{service}, links...), " "))
 		},
 	}
+	cmd.Flags().StringVar(&of, "partition-of", "", "the service that the whole disk belongs to")
+	return cmd
 }
 
-// The folders, in /dev, of the links by what is on a disk.
+// The folders, in /dev, of the links by which udev finds what is on a disk, and
+// the partitions of one.
 const (
-	byUUID  = "disk/by-uuid/"
-	byLabel = "disk/by-label/"
+	byUUID      = "disk/by-uuid/"
+	byLabel     = "disk/by-label/"
+	byPartUUID  = "disk/by-partuuid/"
+	byPartLabel = "disk/by-partlabel/"
 )
+
+// hardwareLinks returns those of the links that tell where a disk is and what it
+// is, but not what is on it: the cache's device has that, too. Within means a
+// partition of a disk that has a cache: there is one of the same name on the
+// cache's device. A partition that has a cache of its own keeps its names.
+func hardwareLinks(links []string, within bool) (kept []string) {
+	shared := []string{byUUID, byLabel}
+	if within {
+		shared = append(shared, byPartUUID, byPartLabel)
+	}
+	for _, link := range links {
+		if !slices.ContainsFunc(shared, func(dir string) bool { return strings.HasPrefix(link, dir) }) {
+			kept = append(kept, link)
+		}
+	}
+	return kept
+}
 
 // backedBy returns the name of a service whose backing device has one of the
 // given names, relative ones being meant in /dev. A description that is refused

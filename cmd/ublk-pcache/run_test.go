@@ -55,6 +55,23 @@ func TestBackedBy(t *testing.T) {
 	}
 }
 
+// TestHardwareLinks: what is left of a disk's links tells nothing of what is on
+// it.
+func TestHardwareLinks(t *testing.T) {
+	links := strings.Fields("disk/by-id/x disk/by-uuid/1 disk/by-label/l disk/by-partuuid/2 disk/by-partlabel/p disk/by-path/y disk/by-diskseq/3")
+	for _, c := range []struct {
+		within bool
+		want   string
+	}{
+		{true, "disk/by-id/x disk/by-path/y disk/by-diskseq/3"},
+		{false, "disk/by-id/x disk/by-partuuid/2 disk/by-partlabel/p disk/by-path/y disk/by-diskseq/3"},
+	} {
+		if got := strings.Join(hardwareLinks(links, c.within), " "); got != c.want {
+			t.Errorf("within=%t: %q, want %q", c.within, got, c.want)
+		}
+	}
+}
+
 // TestFinalErrors: which failures of a start systemd tries again.
 func TestFinalErrors(t *testing.T) {
 	why := errors.New("why")
@@ -114,10 +131,14 @@ func TestUnit(t *testing.T) {
 		{"Unit", "Wants", "modprobe@ublk_drv.service"},
 		{"Service", "Type", "notify"},
 		{"Service", "Restart", "always"},
+		{"Unit", "RefuseManualStop", "yes"},
+		{"Unit", "IgnoreOnIsolate", "yes"},
 		{"Service", "RestartPreventExitStatus", "0"},
 		{"Service", "RestartPreventExitStatus", strconv.Itoa(exitFinal)},
 		{"Service", "RestartPreventExitStatus", "SIGTERM"},
+		{"Service", "ExecStopPost", newClaimCmd().Name()},
 		{"Service", "SendSIGKILL", "no"},
+		{"Service", "KillMode", "process"},
 		{"Service", "OOMScoreAdjust", "-1000"},
 		{"Service", "LimitMEMLOCK", "infinity"},
 		{"Service", "PrivateMounts", "yes"},
@@ -128,7 +149,7 @@ func TestUnit(t *testing.T) {
 		}
 	}
 	i := slices.IndexFunc(options, func(o *unit.UnitOption) bool { return o.Name == "ExecStart" })
-	if i < 0 || options[i].Value != "/usr/sbin/ublk-pcache "+newRunCmd().Name()+" %i" {
+	if i < 0 || options[i].Value != "@/usr/sbin/ublk-pcache @ublk-pcache "+newRunCmd().Name()+" %i" {
 		t.Errorf("ExecStart of the unit: %+v", options)
 	}
 }

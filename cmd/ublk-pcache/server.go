@@ -236,16 +236,21 @@ func (s *server) fatal(err error) {
 	s.exit(1)
 }
 
-// endStep is how often a server that was told to end looks whether the device is
-// still in use. On a kernel before 7.0 each look goes through all processes.
-const endStep = 250 * time.Millisecond
+const (
+	// endPatience is how long a server that is told to end tries: those who have
+	// just unmounted the device, or closed it, may not be quite done.
+	endPatience = time.Second
+	// endStep is how often. On a kernel before 7.0 each look goes through all
+	// processes.
+	endStep = 250 * time.Millisecond
+)
 
 // wait returns when the device is gone and everybody who asked for something
-// has an answer. A signal asks for the device to go; that happens as soon as
-// nobody uses it.
+// has an answer. A signal asks for the device to go. It is refused while
+// somebody uses that, and then forgotten: nobody expects the device to vanish at
+// some later moment.
 func (s *server) wait() {
-	var again <-chan time.Time
-	for told := false; ; told = true {
+	for {
 		select {
 		case <-s.ublk.Done():
 			s.lost()
@@ -255,12 +260,19 @@ func (s *server) wait() {
 			s.log.Sync()
 			return
 		case <-s.signals:
-		case <-again:
+			if err := s.end(); err != nil {
+				s.log.Warn("told to end, refused, the server goes on", zap.Error(s.dev.removalError(err)))
+			}
 		}
-		if _, err := s.remove(false); err != nil && !told {
-			s.log.Warn("told to end, which has to wait", zap.Error(s.dev.removalError(err)))
+	}
+}
+
+// end removes the device, if it is free within endPatience.
+func (s *server) end() error {
+	for begin := time.Now(); ; time.Sleep(endStep) {
+		if _, err := s.remove(false); err == nil || time.Since(begin) > endPatience {
+			return err
 		}
-		again = time.After(endStep)
 	}
 }
 

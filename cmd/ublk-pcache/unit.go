@@ -72,7 +72,7 @@ func spawnUnit(self string, o serveOptions) (answer string, err error) {
 		return "", err
 	}
 	ended := make(chan string, 1)
-	if _, err := systemd.StartTransientUnitContext(interrupted, o.Device.Unit, "fail", unitProperties(o, []string{self, "unit", string(config)}), ended); err != nil {
+	if _, err := systemd.StartTransientUnitContext(interrupted, o.Device.Unit, "fail", unitProperties(o, self, string(config)), ended); err != nil {
 		return "", fmt.Errorf("start %s: %w (see 'systemctl status %s')", o.Device.Unit, err, o.Device.Unit)
 	}
 	type said struct {
@@ -104,7 +104,7 @@ func spawnUnit(self string, o serveOptions) (answer string, err error) {
 		}
 		return "", fmt.Errorf("%s did not start: %s (see 'journalctl -u %s')", o.Device.Unit, result, o.Device.Unit)
 	case <-interrupted.Done():
-		return "", takeBackUnit(systemd, o)
+		return "", takeBackUnit(systemd, o, ended)
 	}
 }
 
@@ -122,32 +122,34 @@ func hear(caller *net.UnixListener) ([]byte, error) {
 	}
 }
 
-// takeBackUnit is takeBack for a server in a unit.
-func takeBackUnit(systemd *dbus.Conn, o serveOptions) error {
-	background := context.Background()
+// takeBackUnit is takeBack for a server in a unit. One that continues a device would
+// be started again.
+func takeBackUnit(systemd *dbus.Conn, o serveOptions, ended <-chan string) error {
 	if o.Recover {
-		if err := systemd.KillUnitWithTarget(background, o.Device.Unit, dbus.All, int32(o.breakOff())); err != nil {
-			return fmt.Errorf("interrupted, but %s cannot be ended: %w", o.Device.Unit, err)
-		}
+		return fmt.Errorf("interrupted: %s goes on to continue device %d (see 'systemctl status %s')", o.Device.Unit, o.Device.ID, o.Device.Unit)
 	}
-	stopped := make(chan string, 1)
-	if _, err := systemd.StopUnitContext(background, o.Device.Unit, "replace", stopped); err != nil {
-		return fmt.Errorf("interrupted, but %s cannot be stopped: %w", o.Device.Unit, err)
+	if err := systemd.KillUnitWithTarget(context.Background(), o.Device.Unit, dbus.Main, int32(o.breakOff())); err != nil {
+		return fmt.Errorf("interrupted, but %s cannot be ended: %w", o.Device.Unit, err)
 	}
-	if _, ok := inTime(func() error { <-stopped; return nil }); !ok {
+	if _, ok := inTime(func() error { <-ended; return nil }); !ok {
 		return o.lateEnd(o.Device.Unit)
 	}
 	return errInterrupted
 }
 
 // unitProperties are those of systemd/ublk-pcache@.service, which says why.
-func unitProperties(o serveOptions, command []string) []dbus.Property {
+func unitProperties(o serveOptions, self, config string) []dbus.Property {
 	property := func(name string, value any) dbus.Property {
 		return dbus.Property{Name: name, Value: godbus.MakeVariant(value)}
 	}
 	type statuses struct{ Exit, Signal []int32 }
+	type exec struct {
+		Path             string
+		Args             []string
+		UncleanIsFailure bool
+	}
 	return []dbus.Property{
-		dbus.PropExecStart(command, false),
+		property("ExecStart", []exec{{Path: self, Args: []string{"@ublk-pcache", "unit", config}}}),
 		dbus.PropDescription(fmt.Sprintf("Persistent-memory cache on %s for %s", o.PMEM.Path, o.Device.Backing)),
 		dbus.PropSlice("system.slice"),
 		dbus.PropType("notify"),
@@ -158,13 +160,15 @@ func unitProperties(o serveOptions, command []string) []dbus.Property {
 		property("CollectMode", "inactive-or-failed"),
 		property("TimeoutStartUSec", uint64(math.MaxUint64)), // whoever waits for it can break it off
 		property("Restart", "always"),
-		property("RestartPreventExitStatus", statuses{Exit: []int32{0, exitFinal}, Signal: []int32{}}),
+		property("RestartPreventExitStatus", statuses{Exit: []int32{0, exitFinal}, Signal: []int32{int32(unix.SIGTERM)}}),
 		property("RestartUSec", uint64((100 * time.Millisecond).Microseconds())),
 		property("StartLimitIntervalUSec", uint64(time.Minute.Microseconds())),
 		property("StartLimitBurst", uint32(20)),
-		property("KillMode", "mixed"),
+		property("RefuseManualStop", true),
+		property("IgnoreOnIsolate", true),
+		property("KillMode", "process"),
 		property("SendSIGKILL", false),
-		property("TimeoutStopUSec", uint64((90 * time.Second).Microseconds())),
+		property("TimeoutStopUSec", uint64((15 * time.Second).Microseconds())),
 		property("OOMScoreAdjust", int32(-1000)),
 		property("LimitMEMLOCK", uint64(math.MaxUint64)),
 		property("LimitNOFILE", uint64(mostFiles)),

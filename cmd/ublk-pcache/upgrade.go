@@ -215,6 +215,7 @@ func (s *server) startNext(head engine.Head) (*next, error) {
 	defer heard.Close()
 	cmd := exec.Command(self, "serve", string(config))
 	cmd.Dir, cmd.Env = "/", serverEnv()
+	cmd.Args[0] = os.Args[0] // see ExecStart in the unit
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.ExtraFiles = []*os.File{told, heard, s.region.File(), disk}
 	if s.socket != nil {

@@ -5,6 +5,7 @@ package guest
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -54,7 +55,6 @@ Wants=systemd-udevd.service coldplug.service local-fs.target ` + service + `
 After=local-fs.target
 `,
 	"/etc/ublk-pcache/test.conf":           "# The disk is named by what only udev makes.\npmem = " + dax + "\nbacking = " + byID + "\n",
-	"/etc/fstab":                           "LABEL=cached /srv ext4 defaults 0 2\n",
 	"/etc/systemd/system.conf.d/test.conf": "[Manager]\nDefaultStandardOutput=kmsg\nDefaultStandardError=kmsg\n",
 	"/etc/machine-id":                      "00000000000000000000000000000001\n",
 }
@@ -82,7 +82,7 @@ func TestSystemd(t *testing.T) {
 	must(t, "umount", dir)
 	d.del(t)
 
-	s := startSystemd(t)
+	s := startSystemd(t, map[string]string{"/etc/fstab": "LABEL=cached /srv ext4 defaults 0 2\n"})
 	s.waitFor(t, "test.target", "ActiveState=active")
 	if text := s.must(t, "cat", "/srv/file"); text != "new" {
 		t.Errorf("systemd mounted %q, want what is in the cache", text)
@@ -148,14 +148,18 @@ func TestSystemd(t *testing.T) {
 
 // A systemd is one that runs in namespaces of its own.
 type systemd struct {
-	cmd *exec.Cmd
-	pid string // of its process 1, outside
+	cmd  *exec.Cmd
+	pid  string // of its process 1, outside
+	test string // whose it is
 }
 
-func startSystemd(t *testing.T) *systemd {
+// startSystemd boots one that finds systemdFiles and more.
+func startSystemd(t *testing.T, more map[string]string) *systemd {
 	t.Helper()
 	must(t, "cp", "-a", "/share/installed/.", "/")
-	for name, text := range systemdFiles {
+	files := maps.Clone(systemdFiles)
+	maps.Copy(files, more)
+	for name, text := range files {
 		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -168,7 +172,7 @@ func startSystemd(t *testing.T) *systemd {
 	if err := os.WriteFile("/proc/sys/kernel/printk_devkmsg", []byte("on\n"), 0); err != nil {
 		t.Fatal(err)
 	}
-	s := &systemd{cmd: exec.Command("unshare", "--mount", "sh", "-c", bringUp)}
+	s := &systemd{test: t.Name(), cmd: exec.Command("unshare", "--mount", "sh", "-c", bringUp)}
 	s.cmd.Stdout, s.cmd.Stderr = os.Stdout, os.Stderr
 	if err := s.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -179,7 +183,7 @@ func startSystemd(t *testing.T) *systemd {
 		}
 		s.cmd.Process.Kill()
 		s.cmd.Wait()
-		for name := range systemdFiles {
+		for name := range files {
 			os.Remove(name)
 		}
 		for _, pattern := range []string{"/usr/sbin/ublk-pcache", "/usr/lib/systemd/system/ublk-pcache@.service", "/usr/lib/udev/rules.d/61-ublk-pcache.rules"} {
@@ -274,6 +278,6 @@ func (s *systemd) wait(t *testing.T) string {
 // log is what systemd, and what it runs, has said in this test.
 func (s *systemd) log(t *testing.T) string {
 	t.Helper()
-	_, text, _ := strings.Cut(must(t, "dmesg"), "guest test "+t.Name()+" starts")
+	_, text, _ := strings.Cut(must(t, "dmesg"), "guest test "+s.test+" starts")
 	return text
 }

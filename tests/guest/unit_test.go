@@ -15,7 +15,7 @@ func TestServerOfItsOwnUnit(t *testing.T) {
 	d := add(t, "-p", dax, "-b", disk)
 	must(t, "mkfs.ext4", "-q", "-L", "cached", d.path) // for what the other tests' service mounts
 	d.del(t)
-	s := startSystemd(t)
+	s := startSystemd(t, nil)
 	s.waitFor(t, "test.target", "ActiveState=active")
 	const pmem, back, unit, dev = "/var/tmp/unit.pmem", "/var/tmp/unit.disk", `ublk-pcache-var-tmp-unit.pmem.service`, "/dev/ublkb7"
 	t.Cleanup(func() { os.Remove(pmem); os.Remove(back) })
