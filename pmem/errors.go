@@ -12,7 +12,7 @@ var (
 	ErrNoDevice    = errors.New("no such device (daxctl list shows those that there are; a file is not made in /dev)")
 	ErrDangling    = errors.New("a symbolic link that leads to nothing (give what it should lead to)")
 	ErrNoDriver    = errors.New("the device is there, but not in mode devdax (daxctl reconfigure-device --mode=devdax)")
-	ErrBlockDevice = errors.New("a block device cannot be mapped as persistent memory (for a pmem namespace: ndctl create-namespace -f -e NAMESPACE -m devdax, then give /dev/daxN.N)")
+	ErrBlockDevice = errors.New("a block device cannot be mapped as persistent memory (for a pmem namespace: ndctl create-namespace -f -e NAMESPACE -m devdax --map=MAP, with the map that ndctl list shows for it, then give /dev/daxN.N)")
 	ErrNotMappable = errors.New("neither a device-dax device nor a file")
 	ErrTooSmall    = errors.New("smaller than 512 MiB, the least a cache takes")
 	ErrMisaligned  = errors.New("size is not a multiple of the page size")

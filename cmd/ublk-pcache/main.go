@@ -86,7 +86,7 @@ func leaveCaller() error {
 	}
 	firstOther := uint(unix.Stderr + 1)
 	if err := unix.CloseRange(firstOther, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return fmt.Errorf("keep descriptors to this process: %w (Linux 5.11 is needed)", err)
+		return fmt.Errorf("keep descriptors to this process: %w", err)
 	}
 	return nil
 }
