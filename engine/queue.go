@@ -404,10 +404,11 @@ func zeroSum(n uint32) uint32 { return ondisk.Checksum(zeros[:n]) }
 // storeZeros returns a key for zeros like store does for data: without storing
 // any, if the head's segment has a run of them already.
 //
-// A sector of the segment is left empty for it. Keys are what fills the log, and
+// A block of the segment is left empty for it. Keys are what fills the log, and
 // there is no end to those that a run has room for. With a place of its own each is
-// to the cache like a write of a sector: it waits where that would wait, and what
-// bounds the keys of data bounds those of zeros.
+// to the cache like a write of a block: it waits where that would wait, and what
+// bounds the keys of data bounds those of zeros. And data that the end of the segment
+// divides is divided between blocks, or the disk would not take it.
 func (q *Queue) storeZeros(n int, r *Request, off int64) (k ondisk.Key, ok bool) {
 	if left := q.headLeft(); left == 0 || q.zeros.n == 0 && left < zeroRunMin {
 		q.closeHead()
@@ -419,7 +420,7 @@ func (q *Queue) storeZeros(n int, r *Request, off int64) (k ondisk.Key, ok bool)
 		return k, false
 	}
 	seg := q.head.seg
-	q.head.off += ondisk.SectorSize
+	q.head.off += q.block()
 	q.head.owed++
 	k = ondisk.Key{
 		Off: uint64(off), Len: min(uint32(n), q.zeros.n), Flags: ondisk.KeyZero,
@@ -431,9 +432,12 @@ func (q *Queue) storeZeros(n int, r *Request, off int64) (k ondisk.Key, ok bool)
 	return k, true
 }
 
-// makeZeros begins a run of zeros, which leaves a sector of the segment for a key.
+// block is the least that is read and written, in bytes.
+func (q *Queue) block() uint32 { return uint32(q.c.disk.BlockSize()) }
+
+// makeZeros begins a run of zeros, which leaves a block of the segment for a key.
 func (q *Queue) makeZeros(n uint32, r *Request) bool {
-	n = min(n, q.headLeft()-ondisk.SectorSize)
+	n = min(n, q.headLeft()-q.block())
 	_, off, got, ok := q.put(int(n), r, func(n int, at int64) error { return q.c.mem.Zero(at, int64(n)) })
 	if !ok {
 		return false

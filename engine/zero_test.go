@@ -3,6 +3,8 @@ package engine
 import (
 	"bytes"
 	"context"
+	"errors"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -157,4 +159,40 @@ func TestResumeZeros(t *testing.T) {
 		t.Errorf("version %d", v)
 	}
 	r.kill()
+}
+
+// TestZerosLeaveBlocksWhole: zeros take room in a segment, and whatever its end divides
+// after that is still whole blocks of the disk.
+func TestZerosLeaveBlocksWhole(t *testing.T) {
+	const block = 4096
+	mem := pmem.NewFake(ondisk.MinSize)
+	formatSmall(t, mem, 8, true, 70)
+	disk := backing.NewFake(64<<20, block, 1)
+	defer disk.Close()
+	var refuses atomic.Bool
+	refuses.Store(true)
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if refuses.Load() && op.Kind == backing.OpWrite {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
+	r := newRig(t, mem, disk, 1)
+	r.zero(t, 48<<20, block)
+	for i := range int64(24) { // more than a segment
+		r.write(t, i<<20, stamped(i<<11, 2048, 1))
+	}
+	// What is tried again is not joined with what lies beside it.
+	for range 3 {
+		if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
+			t.Error(err)
+		}
+	}
+	refuses.Store(false)
+	if err := r.Flush(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := r.kill(); err != nil {
+		t.Error(err)
+	}
 }
