@@ -96,7 +96,7 @@ func (c *Cache) bad(p BadPlace, err error) {
 	}
 	b.mu.Unlock()
 	if fault && p.Segment >= 0 && c.retire(uint32(p.Segment)) || fresh {
-		go c.log.Error("bad memory", errors.New(p.String()))
+		go c.log.Error("bad memory: "+p.String(), nil)
 	}
 }
 

@@ -364,7 +364,7 @@ func TestNumbersAndNames(t *testing.T) {
 			})
 		}
 	}
-	addTo := func(id string) string { return "add -n " + id + " -p TMP/other -b " + disk4K }
+	addTo := func(id string) string { return "add -n " + id + " -p TMP/other,volatile -b " + disk4K }
 	huge := strconv.Itoa(math.MaxUint32 + 1)
 	refuse(t, []string{disk, disk4K}, tmp, []refusal{
 		{name: "add of 2^32", args: addTo(huge), says: []string{"--id " + huge, "0 to 1048575"}},
@@ -378,7 +378,7 @@ func TestNumbersAndNames(t *testing.T) {
 	})
 	t.Run("next number", func(t *testing.T) {
 		file("/dev/ublkb1")(t)
-		other := add(t, "-p", tmp+"/other", "-b", disk4K)
+		other := add(t, "-p", tmp+"/other,volatile", "-b", disk4K)
 		if other.id != "2" {
 			t.Errorf("with number 0 in use and a file at /dev/ublkb1, add prints %s", other.path)
 		}

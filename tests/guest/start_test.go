@@ -80,7 +80,7 @@ func TestStateFolderFull(t *testing.T) {
 
 	// A new device finds no room, says so, and leaves nothing.
 	pmem := filepath.Join(t.TempDir(), "pmem")
-	run(t, "ublk-pcache", "add", "-p", pmem+",size=512M", "-b", tinyDisk).mustRefuse(t, []string{"no space left|too many", stateDir})
+	run(t, "ublk-pcache", "add", "-p", pmem+",size=512M,volatile", "-b", tinyDisk).mustRefuse(t, []string{"no space left|too many", stateDir})
 	if _, err := os.Stat(pmem); err == nil {
 		t.Error("the refused add has made its pmem")
 	}
@@ -131,7 +131,7 @@ func startOther(t *testing.T, id int) (stop func()) {
 	must(t, "truncate", "-s", "64M", dir+"/disk")
 	ns := exec.Command("unshare", "-m", "--propagation", "private", "sh", "-ec", fmt.Sprintf(
 		`mount -t tmpfs -o mode=755 none /run
-		ublk-pcache add -p %[1]s/pmem,size=512M -b %[1]s/disk -q 1 -n %[2]d
+		ublk-pcache add -p %[1]s/pmem,size=512M,volatile -b %[1]s/disk -q 1 -n %[2]d
 		read end
 		ublk-pcache del --force %[2]d`, dir, id))
 	in, err := ns.StdinPipe()

@@ -20,7 +20,7 @@ func TestServerOfItsOwnUnit(t *testing.T) {
 	const pmem, back, unit, dev = "/var/tmp/unit.pmem", "/var/tmp/unit.disk", `ublk-pcache-var-tmp-unit.pmem.service`, "/dev/ublkb7"
 	t.Cleanup(func() { os.Remove(pmem); os.Remove(back) })
 	s.must(t, "truncate", "-s", "64M", back)
-	args := []string{"ublk-pcache", "add", "-p", pmem + ",size=512M", "-b", back, "-n", "7"}
+	args := []string{"ublk-pcache", "add", "-p", pmem + ",size=512M,volatile", "-b", back, "-n", "7"}
 
 	refused := s.run(append(args, "--changed=discard")...)
 	if refused.err == nil || strings.Count(refused.stderr.String(), "\n") != 1 || !strings.Contains(refused.stderr.String(), "--changed=discard: a new cache") {
