@@ -249,6 +249,7 @@ type diskFate struct {
 		sync.Mutex
 		fail [4]int  // how many more operations of a kind fail
 		hold [4]bool // whether those of a kind are held
+		bad  int64   // no write of a sector that is a multiple of it succeeds; 0 for none
 	}
 	held chan struct{} // gets one when an operation is held
 }
@@ -260,6 +261,9 @@ func (f *diskFate) script(op backing.Op) (x backing.Fault) {
 	defer f.mu.Unlock()
 	if f.mu.fail[op.Kind] > 0 {
 		f.mu.fail[op.Kind]--
+		x.Err = syscall.EIO
+	}
+	if bad := f.mu.bad * sectorSize; bad > 0 && (op.Kind == backing.OpWrite || op.Kind == backing.OpZero) && (op.Off+bad-1)/bad*bad < op.Off+op.Len {
 		x.Err = syscall.EIO
 	}
 	if f.mu.hold[op.Kind] {
@@ -290,6 +294,14 @@ func (f *diskFate) heal() {
 	defer f.mu.Unlock()
 	clear(f.mu.fail[:])
 	clear(f.mu.hold[:])
+	f.mu.bad = 0
+}
+
+// refuse makes the disk refuse sectors until it heals.
+func (f *diskFate) refuse(every int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.mu.bad = every
 }
 
 // loggedKey is a key of a log whose generation is current.

@@ -108,7 +108,7 @@ func (c *Cache) gather(runs []run) (moved bool, err error) {
 		c.badStore("data to be stored", seg, off, ondisk.SectorSize, err)
 		return false, nil
 	}
-	c.mem.Fence() // for the data
+	c.mem.Fence() // for the data, while nobody waits for the log
 	for _, h := range worth {
 		for _, r := range h.runs {
 			done, err := c.enterCopy(r)

@@ -70,6 +70,7 @@ func TestModel(t *testing.T) {
 			"collect":    m.collect,
 			"percent":    m.percent,
 			"fail disk":  m.failDisk,
+			"bad disk":   m.badDisk,
 			"fail store": m.failStore,
 			"damage":     m.damage,
 			"spoil":      m.damageDirty,
@@ -477,6 +478,12 @@ func (m *model) failDisk(t *rapid.T) {
 	kind := rapid.SampledFrom([]backing.Kind{backing.OpRead, backing.OpRead, backing.OpRead, backing.OpWrite, backing.OpFlush, backing.OpZero}).Draw(t, "kind")
 	m.faulty = true
 	m.fate.fail(kind, 1)
+}
+
+// badDisk makes the disk refuse a sector of each MiB or so, until it heals.
+func (m *model) badDisk(t *rapid.T) {
+	m.faulty = true
+	m.fate.refuse(rapid.Int64Range(1500, 2500).Draw(t, "every"))
 }
 
 // heal ends the faults of the disk, and waits until write-back knows.
