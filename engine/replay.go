@@ -254,7 +254,8 @@ func (r *replayer) sortSegments() {
 			s.addFree(seg)
 		case !s.all[i].bad.Load():
 			// No key without a place of its own, see storeZeros.
-			off := max(int64(r.fill[i]), int64(refs)<<sectorShift)
+			block := int64(r.c.disk.BlockSize())
+			off := max((int64(r.fill[i])+block-1)/block, int64(refs)) * block
 			if off < ondisk.SegmentData {
 				s.resumable = append(s.resumable, resumable{seg, uint32(off)})
 			}
