@@ -57,6 +57,9 @@ func kind(identity string) string {
 // replaced through a cache.
 func OnDevice(identity string) bool { return kind(identity) == tablePrefix }
 
+// IsFile tells whether an identity is a file's. A loop device on that file has it, too.
+func IsFile(identity string) bool { return kind(identity) == filePrefix }
+
 // IsSerial reports whether an identity is a Serial.
 func IsSerial(identity string) bool { return kind(identity) == "" }
 

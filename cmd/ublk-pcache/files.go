@@ -137,12 +137,18 @@ func openDisk(path string, recover bool) (*backing.Device, error) {
 // machine counts its disks differently.
 func (s *server) openOwnDisk(o *serveOptions) (err error) {
 	layout, _ := ondisk.ReadLayout(s.region, s.region.Size()) // plan says what is wrong with it
-	s.disk, err = openDisk(o.Backing.Path, true)
-	if layout == nil || layout.Identity == nil || err == nil && sameDevice(layout, s.disk.Identity()) {
-		return err
+	recorded := ""
+	if layout != nil && layout.Identity != nil {
+		recorded, _, _ = strings.Cut(layout.Identity.Serial, proof)
 	}
-	recorded, _, _ := strings.Cut(layout.Identity.Serial, proof)
-	path, missing := backing.Find(recorded)
+	s.disk, err = openDisk(o.Backing.Path, true)
+	if err == nil && (recorded == "" || sameDevice(layout, s.disk.Identity())) {
+		return nil
+	}
+	path, missing := "", backing.ErrNameless
+	if !backing.IsFile(recorded) { // of which there is no list to search
+		path, missing = backing.Find(recorded)
+	}
 	if missing != nil {
 		if err != nil {
 			err = fmt.Errorf("%w; and %w (if it has another name now: ublk-pcache recover %d -b BACKING)", err, missing, s.dev.ID)

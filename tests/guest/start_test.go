@@ -128,7 +128,7 @@ func TestRefusesBeforeWriting(t *testing.T) {
 func startOther(t *testing.T, id int) (stop func()) {
 	t.Helper()
 	dir := t.TempDir()
-	must(t, "truncate", "-s", "64M", dir+"/disk")
+	must(t, "sh", "-c", "umask 077; truncate -s 64M "+dir+"/disk")
 	ns := exec.Command("unshare", "-m", "--propagation", "private", "sh", "-ec", fmt.Sprintf(
 		`mount -t tmpfs -o mode=755 none /run
 		ublk-pcache add -p %[1]s/pmem,size=512M,volatile -b %[1]s/disk -q 1 -n %[2]d
@@ -168,7 +168,7 @@ func TestServerStartsClean(t *testing.T) {
 	must(t, "mount", disk4K, "/tmp/stick")
 	t.Cleanup(func() { unix.Unmount("/tmp/stick", unix.MNT_DETACH) })
 	backing := filepath.Join(t.TempDir(), "disk")
-	must(t, "truncate", "-s", "64M", backing)
+	must(t, "sh", "-c", "umask 077; truncate -s 64M "+backing)
 	careless := func(args string) {
 		t.Helper()
 		defer func() {
@@ -232,12 +232,12 @@ func TestLinksAcrossMounts(t *testing.T) {
 	top := t.TempDir()
 	under := top + "/mounted"
 	must(t, "mkdir", under, top+"/links")
-	must(t, "truncate", "-s", "32M", under+"/disk")
-	must(t, "truncate", "-s", "512M", under+"/pmem")
+	must(t, "sh", "-c", "umask 077; truncate -s 32M "+under+"/disk")
+	must(t, "sh", "-c", "umask 077; truncate -s 512M "+under+"/pmem")
 	must(t, "mkfs.ext4", "-q", "-F", disk, "2G")
 	must(t, "mount", disk, under)
 	t.Cleanup(func() { unix.Unmount(under, unix.MNT_DETACH) })
-	must(t, "truncate", "-s", "64M", under+"/disk")
+	must(t, "sh", "-c", "umask 077; truncate -s 64M "+under+"/disk")
 	must(t, "ln", "-s", under+"/disk", top+"/links/disk")
 	must(t, "ln", "-s", under+"/pmem", top+"/links/pmem")
 	must(t, "ln", "-s", under, top+"/links/folder")
@@ -350,7 +350,7 @@ func TestRecoverFindsItsDisk(t *testing.T) {
 	// A file has nothing that it could be found by.
 	wipe(t)
 	files := t.TempDir()
-	must(t, "truncate", "-s", "64M", files+"/disk")
+	must(t, "sh", "-c", "umask 077; truncate -s 64M "+files+"/disk")
 	d = add(t, "-p", dax, "-b", files+"/disk", "-q", "1")
 	kill()
 	must(t, "mv", files+"/disk", files+"/renamed")

@@ -19,7 +19,7 @@ func TestServerOfItsOwnUnit(t *testing.T) {
 	s.waitFor(t, "test.target", "ActiveState=active")
 	const pmem, back, unit, dev = "/var/tmp/unit.pmem", "/var/tmp/unit.disk", `ublk-pcache-var-tmp-unit.pmem.service`, "/dev/ublkb7"
 	t.Cleanup(func() { os.Remove(pmem); os.Remove(back) })
-	s.must(t, "truncate", "-s", "64M", back)
+	s.must(t, "sh", "-c", "umask 077; truncate -s 64M "+back)
 	args := []string{"ublk-pcache", "add", "-p", pmem + ",size=512M,volatile", "-b", back, "-n", "7"}
 
 	refused := s.run(append(args, "--changed=discard")...)
