@@ -29,7 +29,8 @@ open is not removed. A backing device that does not answer is not waited for.`,
 				return err
 			}
 			d, err := readState(id)
-			if errors.Is(err, errDamaged) || errors.Is(err, errForeign) && force {
+			foreign := errors.Is(err, errForeign)
+			if errors.Is(err, errDamaged) || foreign && force {
 				d, err = bare(id)
 			}
 			if err != nil {
@@ -53,6 +54,9 @@ open is not removed. A backing device that does not answer is not waited for.`,
 			// remove is the device.
 			if err := d.removeByDriver(force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
 				return d.removalError(err)
+			}
+			if !foreign {
+				d.awaitEnd()
 			}
 			return errors.Join(d.remove(), d.printDirtyOfDead())
 		},
@@ -78,6 +82,14 @@ func (d *device) removeByDriver(force bool) error {
 				return fmt.Errorf("device %d does not go, since process %d holds it (end that with 'kill -KILL %d', and repeat)", d.ID, d.PID, d.PID)
 			}
 		}
+	}
+}
+
+// awaitEnd waits until a server whose device is gone has let go of cache and
+// disk, unless that takes long.
+func (d *device) awaitEnd() {
+	for begin := time.Now(); d.alive() && time.Since(begin) < statusPatience; {
+		time.Sleep(deathStep)
 	}
 }
 
