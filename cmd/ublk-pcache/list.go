@@ -77,6 +77,9 @@ func look(d *device) (listed, error) {
 		if err != nil {
 			return listed{}, err
 		}
+		if !b.alive() { // which the driver notices later
+			b.PID = 0
+		}
 		return listed{ID: b.ID, Device: b.Device, State: "damaged", PID: b.PID}, nil
 	}
 	l := listed{ID: d.ID, Device: d.Device, PMEM: d.PMEM, Backing: d.Backing, PID: d.PID}
