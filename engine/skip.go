@@ -3,6 +3,7 @@ package engine
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"ublk-pcache/ondisk"
@@ -29,8 +30,8 @@ import (
 // a delay. The next one begins behind it.
 
 const (
-	// probes is how many parts are tried alone in a round of which the disk has
-	// taken nothing, about as many as there were transfers.
+	// probes is how many parts are tried alone at first in a round of which the disk
+	// has taken nothing, about as many as there were transfers.
 	probes = 128
 	// relogBatch is how many keys are logged again under one lock, about.
 	relogBatch = 4096
@@ -75,7 +76,8 @@ func (w *writeback) rewind(flushing bool, until uint64) uint64 {
 }
 
 // transferAlone tries each part once more by itself that has failed, after a round
-// in which not all can be put aside.
+// in which not all can be put aside. Where all have failed it begins with some of
+// them, whichever, and goes on if the disk takes one.
 func (c *Cache) transferAlone(parts []part) error {
 	var failed []int
 	for i := range parts {
@@ -83,22 +85,43 @@ func (c *Cache) transferAlone(parts []part) error {
 			failed = append(failed, i)
 		}
 	}
-	if len(failed) == len(parts) && len(failed) > probes {
-		failed = failed[:probes]
+	probing := len(failed) == len(parts) && len(failed) > probes
+	if probing {
+		rand.Shuffle(len(failed), func(i, j int) { failed[i], failed[j] = failed[j], failed[i] })
 	}
-	alone := make([]part, 0, len(failed))
-	for _, i := range failed {
+	for len(failed) > 0 {
+		n := len(failed)
+		if probing {
+			n = probes
+		}
+		taken, err := c.transferEach(parts, failed[:n])
+		if err != nil || probing && taken == 0 {
+			return err
+		}
+		failed, probing = failed[n:], false
+	}
+	return nil
+}
+
+// transferEach tries the parts with the given numbers one by one, and returns how
+// many the disk has taken.
+func (c *Cache) transferEach(parts []part, numbers []int) (taken int, err error) {
+	alone := make([]part, 0, len(numbers))
+	for _, i := range numbers {
 		p := parts[i]
 		p.wait = firstRetry // such go alone
 		alone = append(alone, p)
 	}
 	if err := c.transferParts(alone, nil); err != nil {
-		return err
+		return 0, err
 	}
-	for j, i := range failed {
+	for j, i := range numbers {
 		parts[i].err, parts[i].lost = alone[j].err, alone[j].lost
+		if alone[j].err == nil {
+			taken++
+		}
 	}
-	return nil
+	return taken, nil
 }
 
 // flushOn makes those who wait for a flush wait for what has been logged again, too,
@@ -114,7 +137,7 @@ func (c *Cache) flushOn() {
 }
 
 // relogSkipped lets dirty_tail pass what was passed by, by logging it again, if that
-// makes the log shorter by half, and reports whether it has passed any.
+// makes the log shorter, and reports whether it has passed any.
 func (c *Cache) relogSkipped() (passed bool, err error) {
 	w := &c.writeback
 	if !w.skipped.on || w.sweep.on {
@@ -139,7 +162,7 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 		left = left[:0]
 		return true
 	})
-	if damage != nil || 2*n > w.at.keys-w.skipped.from.keys {
+	if damage != nil || n >= w.at.keys-w.skipped.from.keys {
 		return false, nil
 	}
 	for end := w.skipped.from; end.ksets < w.at.ksets && !c.stopping(); {

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"errors"
+	"fmt"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -16,7 +17,13 @@ import (
 // rest, also what lies between it, and the cache can be filled many times over.
 // Nothing of it is lost, and it is written when the disk takes it.
 func TestManyRefused(t *testing.T) {
-	const pieces = maxStuck + 1500
+	for _, most := range []int{2, maxStuck} {
+		t.Run(fmt.Sprint(most), func(t *testing.T) { manyRefused(t, most) })
+	}
+}
+
+func manyRefused(t *testing.T, most int) {
+	pieces := int64(most + 1500)
 	mem := pmem.NewFake(ondisk.MinSize)
 	formatSmall(t, mem, 8, true, 70)
 	disk := backing.NewFake(128<<20, 512, 1)
@@ -36,7 +43,8 @@ func TestManyRefused(t *testing.T) {
 	})
 	r := newRig(t, mem, disk, 1)
 	r.mustRest(t)
-	for i := range int64(pieces) { // three sectors, each by itself, and a gap
+	r.writeback.most = most
+	for i := range pieces { // three sectors, each by itself, and a gap
 		for lba := 4 * i; lba < 4*i+3; lba++ {
 			r.write(t, lba*sectorSize, stamped(lba, 1, 1))
 		}
@@ -47,7 +55,7 @@ func TestManyRefused(t *testing.T) {
 		p := make([]byte, 4*pieces*sectorSize)
 		disk.ReadAt(p, 0)
 		missing := 0
-		for lba := range int64(4 * pieces) {
+		for lba := range 4 * pieces {
 			if lba%4 == 3 || refuses(lba) && !all {
 				continue
 			}
@@ -83,14 +91,17 @@ func TestManyRefused(t *testing.T) {
 		r.Resume()
 	}
 	r.mustRest(t)
-	if n := r.writeback.refused(); n > maxStuck+1 {
-		t.Errorf("%d pieces are remembered, at most %d should be", n, maxStuck)
+	if n := r.writeback.refused(); n > most+1 {
+		t.Errorf("%d pieces are remembered, at most %d should be", n, most)
 	}
 	if err := r.kill(); err != nil {
 		t.Fatal(err)
 	}
 	r = newRig(t, mem, disk, 1)
-	for lba := range int64(4 * pieces) {
+	r.mustRest(t)
+	r.writeback.most = most
+	r.Resume()
+	for lba := range 4 * pieces {
 		if lba%4 != 3 {
 			if v := r.version(t, lba); v != 1 {
 				t.Fatalf("after a restart sector %d has version %d", lba, v)

@@ -98,6 +98,7 @@ type writeback struct {
 	key      []extent
 	whole    []byte
 	depth    int
+	most     int // maxStuck
 	free     chan *transfer
 
 	backlog backlog
@@ -170,7 +171,7 @@ func (w *writeback) init(c *Cache, depth int) {
 	if depth == 0 {
 		depth = DefaultWritebackDepth
 	}
-	w.depth = depth
+	w.depth, w.most = depth, maxStuck
 	w.idle, w.step, w.age.after = idleAfter, roundTime, expireAfter
 	w.zeroes = ondisk.StripeSize
 	w.kicked = make(chan struct{}, 1)
@@ -485,7 +486,7 @@ func (c *Cache) round(until uint64) error {
 		w.putBack(w.parts, err)
 		return err
 	}
-	refused, room := 0, maxStuck-w.refused()
+	refused, room := 0, w.most-w.refused()
 	var first error
 	for i := range w.parts {
 		if p := &w.parts[i]; p.refused() {
@@ -535,7 +536,7 @@ func (c *Cache) writeParts() error {
 			refused++
 		}
 	}
-	if refused > maxStuck {
+	if refused > w.most {
 		if err := c.transferAlone(w.parts); err != nil {
 			return err
 		}
