@@ -121,7 +121,7 @@ func become(self, config string, isolate func() error) error {
 
 // spawn starts a server in the background and returns its answer.
 func spawn(self, config string, isolate func() error, o serveOptions) (answer string, err error) {
-	interrupted, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM, unix.SIGHUP)
+	interrupted, stop := untilBrokenOff()
 	defer stop()
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -161,6 +161,15 @@ func spawn(self, config string, isolate func() error, o serveOptions) (answer st
 	return string(said), cmd.Process.Release()
 }
 
+// untilBrokenOff returns a context that ends when somebody breaks the command off.
+func untilBrokenOff() (context.Context, context.CancelFunc) {
+	signals := []os.Signal{os.Interrupt, unix.SIGTERM}
+	if !signal.Ignored(unix.SIGHUP) { // as with nohup
+		signals = append(signals, unix.SIGHUP)
+	}
+	return signal.NotifyContext(context.Background(), signals...)
+}
+
 // takeBack ends a server that nobody waits for any more. It takes back what it has
 // made of a new device by itself, once its disk answers; a device that was there
 // before waits again.
@@ -172,7 +181,7 @@ func takeBack(cmd *exec.Cmd, o serveOptions) error {
 	return errInterrupted
 }
 
-var errInterrupted = errors.New("interrupted, and nothing is left of it")
+var errInterrupted = errors.New("interrupted")
 
 // breakOff is the signal that ends a server which is not ready yet.
 func (o *serveOptions) breakOff() syscall.Signal {

@@ -8,7 +8,6 @@ import (
 	"math"
 	"net"
 	"os"
-	"os/signal"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/dbus"
@@ -54,7 +53,7 @@ func unitOf(pmem string) string {
 
 // spawnUnit starts a server in a unit and returns its answer.
 func spawnUnit(self string, o serveOptions) (answer string, err error) {
-	interrupted, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM, unix.SIGHUP)
+	interrupted, stop := untilBrokenOff()
 	defer stop()
 	systemd, err := dbus.NewSystemdConnectionContext(interrupted)
 	if err != nil {
