@@ -133,12 +133,23 @@ func (m *failingFile) evict(some func(page int64) bool) {
 	}
 }
 
-// cut cuts the power under a server: dirty pages that keep says are written, and
-// nothing else.
-func (m *failingFile) cut(r *rig, keep func(page int64) bool) {
+// die has a server die at once, without a last sync.
+func (m *failingFile) die(r *rig) {
 	r.leave()
 	m.mu.Lock()
 	m.mu.off = true
+	m.mu.Unlock()
+	r.Close()
+	m.mu.Lock()
+	m.mu.off = false
+	m.mu.Unlock()
+}
+
+// cut cuts the power under a server: dirty pages that keep says are written, and
+// nothing else.
+func (m *failingFile) cut(r *rig, keep func(page int64) bool) {
+	m.die(r)
+	m.mu.Lock()
 	for p := range m.mu.dirty {
 		if keep(p) && !m.mu.lost[p] {
 			delete(m.mu.file, p)
@@ -147,10 +158,6 @@ func (m *failingFile) cut(r *rig, keep func(page int64) bool) {
 	clear(m.mu.dirty)
 	m.mu.Unlock()
 	m.evict(func(int64) bool { return true })
-	r.Close()
-	m.mu.Lock()
-	m.mu.off = false
-	m.mu.Unlock()
 }
 
 // deadDisk makes a disk that takes nothing, so that all stays dirty.
@@ -372,10 +379,10 @@ func TestSettlesBehindTheMark(t *testing.T) {
 		}
 	}
 	last := r.journal.last()
-	m.cut(r, func(int64) bool { return true }) // no last sync
+	m.die(r)
 	m.bytes = 0
 	r = newRig(t, m, deadDisk(t), 1)
-	least, most := int64(3<<16+1<<20), int64(ondisk.SegmentsOff+4<<16+2<<20+1003*64+8*pageSize)
+	least, most := int64(3<<16+zeroRunMin), int64(ondisk.SegmentsOff+4<<16+2<<20+1003*64+8*pageSize)
 	if m.bytes < least || m.bytes > most {
 		t.Errorf("settled %d bytes, not between %d and %d", m.bytes, least, most)
 	}
@@ -470,11 +477,11 @@ func TestFailingFile(t *testing.T) {
 			disk = next
 			continue
 		}
-		r.leave()
-		if dice.IntN(2) == 0 { // no last sync
-			r.Abort()
+		if dice.IntN(2) == 0 {
+			m.die(r)
+		} else {
+			r.kill()
 		}
-		r.Close()
 		if short {
 			evicted := dice.IntN(101)
 			m.evict(func(int64) bool { return dice.IntN(100) < evicted })

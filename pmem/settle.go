@@ -1,9 +1,11 @@
 package pmem
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 	"sync/atomic"
 	"unsafe"
 
@@ -24,9 +26,15 @@ import (
 // to such a page afterwards is written, synced, and zeros when it is read again.
 // So pages are written past the page cache, which drops them, and all others are
 // dropped as well.
+//
+// The page cache keeps several pages in one folio, and drops them together, those
+// that are not written yet, too. So what is to be kept of a folio is copied before
+// any of it is written.
 
-// settleChunk is how much is written at a time, in bytes.
-const settleChunk = 1 << 20
+// folioPages is how many pages a folio has at most, where pages have 4 KiB. It
+// begins at a multiple of its size (include/linux/pagemap.h, MAX_PAGECACHE_ORDER,
+// 7.3).
+const folioPages = 512
 
 // Settle makes a region of kind File one like that no sync of which has ever
 // failed: the ranges, offsets and lengths in bytes, are durable as they are, and
@@ -39,8 +47,8 @@ func (r *Region) Settle(ranges iter.Seq2[int64, int64]) error {
 	// An error that nobody has been told of is told to whoever opens the file
 	// next. It is about what is settled here.
 	_ = r.Sync()
-	s := settling{r: r}
-	if err := s.rewrite(ranges); err != nil {
+	s := settling{r: r, window: folioPages * int64(unix.Getpagesize())}
+	if err := s.rewrite(r.pages(ranges)); err != nil {
 		return fmt.Errorf("settle %s: %w", r.Path(), err)
 	}
 	if err := r.Sync(); err != nil {
@@ -56,78 +64,114 @@ func (r *Region) Settle(ranges iter.Seq2[int64, int64]) error {
 	return nil
 }
 
-type settling struct {
-	r      *Region
-	direct bool   // the file can be written past the page cache
-	buf    []byte // on a page
+// extent is some pages, from byte off to end.
+type extent struct{ off, end int64 }
+
+// pages returns the pages of some ranges, in order.
+func (r *Region) pages(ranges iter.Seq2[int64, int64]) (list []extent) {
+	for off, n := range ranges {
+		list = append(list, extent{off &^ (pageSize - 1), min((off+n+pageSize-1)&^(pageSize-1), r.Size())})
+	}
+	slices.SortFunc(list, func(a, b extent) int { return cmp.Compare(a.off, b.off) })
+	return list
 }
 
-func (s *settling) rewrite(ranges iter.Seq2[int64, int64]) (err error) {
+type settling struct {
+	r      *Region
+	direct bool     // the file can be written past the page cache
+	window int64    // bytes that no folio leaves
+	buf    []byte   // of a window, on a page
+	copied []extent // that are in buf
+}
+
+func (s *settling) rewrite(list []extent) (err error) {
 	fd := s.r.file.Fd()
 	flags, err := unix.FcntlInt(fd, unix.F_GETFL, 0)
 	if err != nil {
 		return fmt.Errorf("ask for its flags: %w", err)
 	}
-	if s.buf, err = unix.Mmap(-1, 0, settleChunk, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON); err != nil {
-		return fmt.Errorf("mmap of %d bytes: %w", settleChunk, err)
+	if s.buf, err = unix.Mmap(-1, 0, int(s.window), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON); err != nil {
+		return fmt.Errorf("mmap of %d bytes: %w", s.window, err)
 	}
 	defer unix.Munmap(s.buf)
 	if _, err := unix.FcntlInt(fd, unix.F_SETFL, flags|unix.O_DIRECT); err == nil {
 		s.direct = true
 		defer unix.FcntlInt(fd, unix.F_SETFL, flags)
 	}
-	for off, n := range ranges {
-		end := min((off+n+pageSize-1)&^(pageSize-1), s.r.Size())
-		for off &^= pageSize - 1; off < end; off += settleChunk {
-			if err := s.chunk(off, min(settleChunk, end-off)); err != nil {
-				return err
+	for len(list) > 0 {
+		end := (list[0].off/s.window + 1) * s.window
+		s.copied = s.copied[:0]
+		for len(list) > 0 && list[0].off < end {
+			s.copy(extent{list[0].off, min(list[0].end, end)})
+			if list[0].end > end {
+				list[0].off = end
+				break
 			}
+			list = list[1:]
+		}
+		if err := s.store(); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// chunk stores whole pages once more.
-func (s *settling) chunk(off, n int64) error {
-	p := s.buf[:n]
-	if _, err := s.r.ReadAt(p, off); err != nil {
-		if n == pageSize {
-			return nil
+// in returns the place of an extent in the buffer.
+func (s *settling) in(e extent) []byte {
+	at := e.off % s.window
+	return s.buf[at : at+e.end-e.off]
+}
+
+// copy takes what can be read.
+func (s *settling) copy(e extent) {
+	if _, err := s.r.ReadAt(s.in(e), e.off); err == nil {
+		s.copied = append(s.copied, e)
+		return
+	}
+	for page := e.off; page < e.end; page += pageSize {
+		e := extent{page, page + pageSize}
+		if _, err := s.r.ReadAt(s.in(e), page); err == nil {
+			s.copied = append(s.copied, e)
 		}
-		for page := off; page < off+n; page += pageSize {
-			if err := s.chunk(page, pageSize); err != nil {
+	}
+}
+
+// store stores once more what was copied.
+func (s *settling) store() error {
+	for _, e := range s.copied {
+		if s.direct {
+			err := s.write(s.in(e), e.off)
+			if err == nil {
+				continue
+			}
+			// The pages have gone from the page cache before that was known.
+			for _, e := range s.copied {
+				if _, stored := s.r.WriteAt(s.in(e), e.off); stored != nil {
+					return errors.Join(err, stored)
+				}
+			}
+			if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EOPNOTSUPP) {
 				return err
 			}
+			s.direct = false // its blocks are larger, or it has refused in its own way
 		}
-		return nil
-	}
-	if s.direct {
-		err := s.write(p, off)
-		if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EOPNOTSUPP) {
-			return err
-		}
-		s.direct = false // its blocks are larger, or it has refused in its own way
-	}
-	for page := off; page < off+n; page += pageSize {
-		if err := s.r.touch(page); err != nil {
-			return err
+		for page := e.off; page < e.end; page += pageSize {
+			if err := s.r.touch(page); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
 func (s *settling) write(p []byte, off int64) error {
-	for rest, at := p, off; len(rest) > 0; {
-		n, err := unix.Pwrite(int(s.r.file.Fd()), rest, at)
-		switch {
-		case err == unix.EINTR:
-		case err != nil:
-			// The pages have gone from the page cache before that was known.
-			_, stored := s.r.WriteAt(p, off)
-			return errors.Join(fmt.Errorf("write %d bytes at %d: %w", len(rest), at, err), stored)
-		default:
-			rest, at = rest[n:], at+int64(n)
+	for len(p) > 0 {
+		n, err := unix.Pwrite(int(s.r.file.Fd()), p, off)
+		if err != nil && err != unix.EINTR {
+			return fmt.Errorf("write %d bytes at %d: %w", len(p), off, err)
 		}
+		n = max(n, 0)
+		p, off = p[n:], off+int64(n)
 	}
 	return nil
 }

@@ -42,10 +42,12 @@ func TestSyncFailsAndServerDies(t *testing.T) {
 			t.Fatalf("%s: %v", when, err)
 		}
 	}
+	suspend := func() { must(t, "dmsetup", "suspend", "--nolockfs", under.name) }
 	write(0, before)
 	if err := f.Sync(); err != nil {
 		t.Fatal(err)
 	}
+	suspend() // which must not write
 	under.becomes(t, under.flakey(0, under.size, "error_writes"))
 	write(before/2, after)
 	if err := f.Sync(); !errors.Is(err, unix.EIO) {
@@ -59,6 +61,7 @@ func TestSyncFailsAndServerDies(t *testing.T) {
 			t.Errorf("recover on a disk that still fails: %+v", r)
 		}
 	}
+	suspend()
 	under.heal(t)
 	pcache(t, "recover", d.id)
 	if h := d.health(t); h.Health == "failed" {
