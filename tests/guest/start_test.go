@@ -108,7 +108,7 @@ func TestRefusesBeforeWriting(t *testing.T) {
 	other := startOther(t, 0)
 	cases := []refusal{}
 	for _, how := range []string{"--changed=discard", "--changed=overwrite", "--format --force"} {
-		cases = append(cases, refusal{"a number that another program has, " + how, nil, "add -n 0 -p " + dax + " -b " + path + " " + how, []string{"device 0|number 0"}})
+		cases = append(cases, refusal{"a number that another program has, " + how, nil, "add -n 0 -p " + dax + " -b " + path + " " + how, []string{"device 0|number 0|/0.json"}})
 	}
 	tmp := t.TempDir()
 	if file := tmp + "/blocks"; os.WriteFile(file, nil, 0o600) == nil && os.Truncate(file, 64<<20) == nil {
@@ -132,7 +132,7 @@ func startOther(t *testing.T, id int) (stop func()) {
 	ns := exec.Command("unshare", "-m", "--propagation", "private", "sh", "-ec", fmt.Sprintf(
 		`mount -t tmpfs -o mode=755 none /run
 		ublk-pcache add -p %[1]s/pmem,size=512M,volatile -b %[1]s/disk -q 1 -n %[2]d
-		read end
+		read end || true
 		ublk-pcache del --force %[2]d`, dir, id))
 	in, err := ns.StdinPipe()
 	if err != nil {
