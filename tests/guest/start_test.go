@@ -317,6 +317,7 @@ func TestRecoverFindsItsDisk(t *testing.T) {
 	make := func(name, uuid string, at int64) {
 		t.Helper()
 		must(t, "dmsetup", "create", name, "-u", uuid, "--table", fmt.Sprintf("0 %d linear %s %d", 64<<20/512, disk, at/512))
+		must(t, "dmsetup", "mknodes")
 	}
 	make("first", "ublk-pcache-test-1", 0)
 	t.Cleanup(func() { run(t, "dmsetup", "remove", "first"); run(t, "dmsetup", "remove", "second") })
@@ -331,6 +332,7 @@ func TestRecoverFindsItsDisk(t *testing.T) {
 	}
 	kill()
 	must(t, "dmsetup", "rename", "first", "second")
+	must(t, "dmsetup", "mknodes")
 	make("first", "ublk-pcache-test-2", 1<<30)
 	pcache(t, "recover", d.id)
 	if err := replace(dir+"/file", []byte("written")); err != nil {
