@@ -17,7 +17,7 @@ func TestServerOfItsOwnUnit(t *testing.T) {
 	d.del(t)
 	s := startSystemd(t, nil)
 	s.waitFor(t, "test.target", "ActiveState=active")
-	const pmem, back, unit, dev = "/var/tmp/unit.pmem", "/var/tmp/unit.disk", `ublk-pcache-var-tmp-unit.pmem.service`, "/dev/ublkb7"
+	const pmem, back, unit, dev = "/tmp/unit.pmem", "/tmp/unit.disk", `ublk-pcache-tmp-unit.pmem.service`, "/dev/ublkb7"
 	t.Cleanup(func() { os.Remove(pmem); os.Remove(back) })
 	s.must(t, "sh", "-c", "umask 077; truncate -s 64M "+back)
 	args := []string{"ublk-pcache", "add", "-p", pmem + ",size=512M,volatile", "-b", back, "-n", "7"}
