@@ -1,6 +1,7 @@
 package ublk
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -64,7 +65,8 @@ func awaitNode(id uint32) error {
 func checkNode(path string, kind uint32, number string) error {
 	want, ok := readNumber(number)
 	if !ok {
-		return fmt.Errorf("%w: the kernel shows no number for it in %s", ErrNode, number)
+		_, err := os.ReadFile(number)
+		return fmt.Errorf("%w: the kernel shows no number for it: %w", ErrNode, cmp.Or(err, errors.New(number)))
 	}
 	letter := "b"
 	if kind == unix.S_IFCHR {

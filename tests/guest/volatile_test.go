@@ -57,7 +57,7 @@ func TestVolatilePmem(t *testing.T) {
 	must(t, "mkfs.ext4", "-q", "-m0", loop)
 	onLoop := mount(t, loop)
 	refuse(t, theDevices, onLoop, []refusal{
-		{name: "loop", args: "add -p TMP/cache,size=512M -b " + disk, says: []string{"TMP/cache", "tmpfs, below a loop device", "TMP/cache,size=536870912,volatile"}},
+		{name: "loop", args: "add -p TMP/cache,size=512M -b " + disk, says: []string{"TMP/cache", "tmpfs.?, below a loop device", "TMP/cache,size=536870912,volatile"}},
 	})
 	must(t, "umount", onLoop)
 
