@@ -76,8 +76,9 @@ func launch(o serveOptions) (err error) {
 		return become(self, string(config), isolate)
 	}
 	var answer string
-	if unitsUsable() {
-		answer, err = spawnUnit(self, o)
+	if systemd, ok := reachSystemd(); ok {
+		defer systemd.Close()
+		answer, err = spawnUnit(systemd, self, o)
 	} else {
 		answer, err = spawn(self, string(config), isolate, o)
 	}

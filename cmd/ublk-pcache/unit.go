@@ -31,19 +31,21 @@ import (
 // The add waits on a socket in the abstract namespace, since no descriptor can be
 // handed to a unit. The first to call there as root is answered for.
 
-// unitsUsable reports whether systemd runs here and sees the same files as we do.
-func unitsUsable() bool {
+// reachSystemd returns a connection to systemd, if it runs here and sees the same
+// files as we do.
+func reachSystemd() (systemd *dbus.Conn, ok bool) {
 	if !util.IsRunningSystemd() {
-		return false
+		return nil, false
 	}
 	for _, ns := range []string{"mnt", "pid"} {
 		ours, err1 := os.Readlink("/proc/self/ns/" + ns)
 		its, err2 := os.Readlink("/proc/1/ns/" + ns)
 		if err1 != nil || err2 != nil || ours != its {
-			return false
+			return nil, false
 		}
 	}
-	return true
+	systemd, err := dbus.NewSystemdConnectionContext(context.Background())
+	return systemd, err == nil
 }
 
 // unitOf names the unit of a server by its pmem, of which each has its own.
@@ -52,14 +54,9 @@ func unitOf(pmem string) string {
 }
 
 // spawnUnit starts a server in a unit and returns its answer.
-func spawnUnit(self string, o serveOptions) (answer string, err error) {
+func spawnUnit(systemd *dbus.Conn, self string, o serveOptions) (answer string, err error) {
 	interrupted, stop := untilBrokenOff()
 	defer stop()
-	systemd, err := dbus.NewSystemdConnectionContext(interrupted)
-	if err != nil {
-		return "", fmt.Errorf("reach systemd: %w", err)
-	}
-	defer systemd.Close()
 	o.Device.Unit, o.Answer = unitOf(o.PMEM.Path), "@ublk-pcache-"+uuid.NewString()
 	caller, err := net.ListenUnix("unix", &net.UnixAddr{Name: o.Answer, Net: "unix"})
 	if err != nil {
