@@ -71,9 +71,21 @@ func (s *server) openCache(o *serveOptions, make *ondisk.FormatOptions) (err err
 	if err := s.bindNow(); err != nil {
 		return errors.Join(err, s.cache.Close())
 	}
+	if err := s.knowCache(); err != nil {
+		return errors.Join(err, s.cache.Close())
+	}
+	return nil
+}
+
+// knowCache makes sure that the device has the cache that it began with, and notes
+// which that is.
+func (s *server) knowCache() error {
 	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
 	if err != nil {
-		return errors.Join(err, s.cache.Close())
+		return fmt.Errorf("cache %s: %w", s.dev.PMEM, err)
+	}
+	if err := s.dev.mustHave(layout.Identity); err != nil {
+		return err
 	}
 	s.dev.Cache = uuid.UUID(layout.Identity.UUID).String()
 	return nil

@@ -289,6 +289,9 @@ func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 	if err := s.keepsPromise(); err != nil {
 		return nil, err
 	}
+	if err := s.knowCache(); err != nil {
+		return nil, err
+	}
 	follower, err := engine.Follow(s.region, disk{s.disk}, s.engineOptions(), *o.Upgrade)
 	if err != nil {
 		return nil, fmt.Errorf("cache %s: %w", s.dev.PMEM, err)
