@@ -482,7 +482,7 @@ func TestTwoForOneNumber(t *testing.T) {
 		if err := errors.Join(os.MkdirAll(stateDir, 0o700), os.WriteFile(stateDir+"/3.json", []byte(stale), 0o600)); err != nil {
 			t.Fatal(err)
 		}
-		sparseFile(t, tmp, fmt.Sprint(i), 512<<20)
+		sparseFile(t, tmp, fmt.Sprint(i), 512<<20) // in memory, of which there is not enough for four
 		var results [2]error
 		var both sync.WaitGroup
 		for n, args := range [][]string{{"-p", dax, "-b", disk, "--format", "--force"}, {"-p", fmt.Sprint(tmp, "/", i, ",volatile"), "-b", disk4K}} {
@@ -503,5 +503,8 @@ func TestTwoForOneNumber(t *testing.T) {
 			t.Errorf("there is %+v, where the two ended with %v", e, results)
 		}
 		d.del(t)
+		if err := os.Remove(fmt.Sprint(tmp, "/", i)); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
