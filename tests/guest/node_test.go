@@ -37,7 +37,7 @@ func TestSecondNode(t *testing.T) {
 		d.del(t)
 		pcache(t, "check", c[1])
 	}
-	f, err := os.Open(node)
+	f, err := os.OpenFile(node, os.O_RDWR, 0) // as one who may write
 	if err != nil {
 		t.Fatal(err)
 	}
