@@ -346,6 +346,7 @@ func TestRecoverFindsItsDisk(t *testing.T) {
 		t.Errorf("the backing device is %s", e.Backing)
 	}
 	must(t, "umount", dir)
+	pcache(t, "flush", d.id)
 	d.del(t)
 	mustHold(t, "/dev/mapper/second", map[string]string{"file": "written"})
 
