@@ -218,7 +218,10 @@ func (u *Unstarted) Start(newHandler NewHandler) (*Device, error) {
 		return nil, errors.Join(err, u.control.delete(id))
 	}
 	if err := awaitNode(id); err != nil {
-		return nil, errors.Join(err, u.d.Stop(true), u.d.Delete())
+		// With what is open: it may have failed for want of descriptors.
+		err = errors.Join(err, u.control.stop(id))
+		u.d.release()
+		return nil, errors.Join(err, u.control.delete(id))
 	}
 	return u.d, nil
 }
