@@ -168,7 +168,7 @@ func (s Spec) refuseVolatile() error {
 	info, err := os.Stat(s.Path)
 	path := s.Path
 	switch {
-	case s.Volatile, err == nil && !info.Mode().IsRegular(), err != nil && isInDev(path):
+	case s.Volatile, err == nil && !info.Mode().IsRegular(), err != nil && (s.Size == 0 || isInDev(path)):
 		return nil // there is nothing to refuse, or not for this
 	case err != nil:
 		path = filepath.Dir(path)
