@@ -35,7 +35,7 @@ func resident(t *testing.T, f *os.File, size int) (n int) {
 // from the page cache.
 func TestSettle(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "cache")
-	r, err := Open(path+",size=512M", ReadWrite)
+	r, err := Open(path+",size=512M,volatile", ReadWrite)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -137,7 +137,7 @@ func TestDisksChangedPlaces(t *testing.T) {
 
 	// With nothing to tell them apart there is a warning, and then the table that is made through the cache tells.
 	r := run(t, "ublk-pcache", "add", "-p", dax, "-b", a)
-	if r.code != 0 || !strings.Contains(r.stderr, "warning: nothing tells backing device "+a) || strings.Count(r.stderr, "\n") != 1 {
+	if r.code != 0 || !strings.Contains(r.stderr, "warning: nothing tells backing device "+a) || strings.Count(r.stderr, "\n") != 2 {
 		t.Fatalf("add of a disk without any identity: %d, %s%s", r.code, r.stdout, r.stderr)
 	}
 	d := device{strings.TrimSpace(r.stdout), strings.TrimPrefix(strings.TrimSpace(r.stdout), "/dev/ublkb")}

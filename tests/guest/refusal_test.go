@@ -295,8 +295,8 @@ func TestRefusesWhatARunningCacheHolds(t *testing.T) {
 	// The server writes to its own pmem when it likes.
 	refuse(t, []string{disk, disk4K, tinyDisk}, tmp, []refusal{
 		{name: "same pmem", args: "add -p " + dax + " -b " + disk4K, says: []string{dax, "device " + d.id, "del " + d.id}},
-		{name: "same backing", args: "add -p TMP/other -b " + disk, says: []string{disk, "device " + d.id, "del " + d.id}},
-		{name: "same id", args: "add -n " + d.id + " -p TMP/other -b " + disk4K, says: []string{d.id, "in use|exists|taken|busy"}},
+		{name: "same backing", args: "add -p TMP/other,volatile -b " + disk, says: []string{disk, "device " + d.id, "del " + d.id}},
+		{name: "same id", args: "add -n " + d.id + " -p TMP/other,volatile -b " + disk4K, says: []string{d.id, "in use|exists|taken|busy"}},
 		{name: "format of a pmem in use", args: "format " + dax, says: []string{dax, "in use|busy"}},
 		{name: "recover of a running server", args: "recover " + d.id, says: []string{"device " + d.id, "nothing to recover", "del " + d.id}},
 		{name: "gc percent too high", args: "set " + d.id + " gc_percent=91", says: []string{"gc_percent", "90"}},

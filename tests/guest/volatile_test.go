@@ -65,7 +65,7 @@ func TestVolatilePmem(t *testing.T) {
 	sparseFile(t, dir, "disk", 64<<20)
 	wipe(t)
 	r = run(t, "ublk-pcache", "add", "-n", d.id, "-p", dax, "-b", dir+"/disk")
-	if r.code != 0 || strings.Count(r.stderr, "\n") != 1 || !strings.Contains(r.stderr, "warning: backing device "+dir+"/disk") || !strings.Contains(r.stderr, "tmpfs") {
+	if r.code != 0 || strings.Count(r.stderr, "\n") != 2 || !strings.Contains(r.stderr, "warning: backing device "+dir+"/disk") || !strings.Contains(r.stderr, "tmpfs") {
 		t.Errorf("%+v", r)
 	}
 	if p := d.persistence(t); p != "persistent" {
