@@ -16,7 +16,7 @@ import (
 // TestPersistenceOfRealDisks: as TestPersistenceOfDisks, with what the kernel
 // makes of real ones, and of file systems on them.
 func TestPersistenceOfRealDisks(t *testing.T) {
-	run(t, "modprobe", "brd", "rd_nr=1", "rd_size=32768")
+	run(t, "modprobe", "brd", "rd_nr=2", "rd_size=32768")
 	t.Cleanup(func() { run(t, "rmmod", "brd") })
 	run(t, "modprobe", "-a", "loop", "overlay")
 	tmpfs := mountTmpfs(t, "64m")
@@ -38,7 +38,7 @@ func TestPersistenceOfRealDisks(t *testing.T) {
 	onLoop := mountOn(t, loop)
 	run(t, "mkfs.ext4", "-q", "/dev/ram0")
 	onRAM := mountOn(t, "/dev/ram0")
-	run(t, "dmsetup", "create", "onram", "--table", "0 1024 linear /dev/ram0 32768")
+	run(t, "dmsetup", "create", "onram", "--table", "0 1024 linear /dev/ram1 32768")
 	t.Cleanup(func() { run(t, "dmsetup", "remove", "onram") })
 	run(t, "dmsetup", "mknodes")
 
@@ -64,7 +64,7 @@ func TestPersistenceOfRealDisks(t *testing.T) {
 	}{
 		{"disk", nvme, OnSync, ""}, {"file system", onDisk, OnSync, ""},
 		{"tmpfs", tmpfs, Volatile, "tmpfs"}, {"devtmpfs", "/dev", Volatile, "tmpfs"},
-		{"brd", "/dev/ram0", Volatile, "ram0"}, {"file system on brd", onRAM, Volatile, "ram0"}, {"dm on brd", "/dev/mapper/onram", Volatile, "ram0"},
+		{"brd", "/dev/ram0", Volatile, "ram0"}, {"file system on brd", onRAM, Volatile, "ram0"}, {"dm on brd", "/dev/mapper/onram", Volatile, "ram1"},
 		{"loop on tmpfs", loop, Volatile, "tmpfs"}, {"file system on loop on tmpfs", onLoop, Volatile, "tmpfs"},
 		{"overlay in tmpfs", overlay(tmpfs+"/o", ""), Volatile, "tmpfs"}, {"overlay on disk", overlay(onDisk+"/o", ""), OnSync, ""},
 		{"overlay without syncs", overlay(onDisk+"/p", ",volatile"), Volatile, "overlay"},
