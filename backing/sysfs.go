@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-pcache/internal/mountinfo"
 )
 
 // disk is a block device's folder in sysfs, or nothing where there is no sysfs.
@@ -180,24 +182,15 @@ func mountOf(devices []string) string {
 	return ""
 }
 
-// mountedIn looks through the mounts of a process (proc_pid_mountinfo(5)): the
-// third field is the device, the fifth the place. btrfs, which may have several
-// devices, has a number of its own there, and one of them as the second field
-// behind "-". With other file systems anybody may mount that says what they like.
+// mountedIn looks through the mounts of a process. btrfs, which may have several
+// devices, has a number of its own, and one of them as its source. That of other
+// file systems is no proof: anybody may mount some, and name what they like.
 func mountedIn(pid string, devices []string) string {
-	info, err := os.ReadFile(filepath.Join("/proc", pid, "mountinfo"))
-	if err != nil {
-		return ""
-	}
-	for line := range strings.Lines(string(info)) {
-		fields := strings.Fields(line)
-		sep := slices.Index(fields, "-")
-		if sep < 6 || len(fields) < sep+3 {
-			continue
-		}
-		if slices.Contains(devices, fields[2]) ||
-			fields[sep+1] == "btrfs" && slices.Contains(devices, blockAt(unescape(fields[sep+2]))) {
-			return unescape(fields[4])
+	mounts, _ := mountinfo.Read(filepath.Join("/proc", pid, "mountinfo")) // none of a process that has ended
+	for _, m := range mounts {
+		if slices.Contains(devices, fmt.Sprintf("%d:%d", m.Major, m.Minor)) ||
+			m.Type == "btrfs" && slices.Contains(devices, blockAt(m.Source)) {
+			return m.Point
 		}
 	}
 	return ""
@@ -207,7 +200,7 @@ func swapOn(devices []string) string {
 	swaps, _ := os.ReadFile("/proc/swaps")
 	for line := range strings.Lines(string(swaps)) {
 		name, _, _ := strings.Cut(line, " ")
-		if name = unescape(name); slices.Contains(devices, blockAt(name)) {
+		if name = mountinfo.Unescape(name); slices.Contains(devices, blockAt(name)) {
 			return name
 		}
 	}
@@ -221,21 +214,4 @@ func blockAt(path string) string {
 		return ""
 	}
 	return numberOf(st.Rdev)
-}
-
-// unescape undoes what the kernel does to bytes in names that would end a field
-// (fs/seq_file.c, mangle_path): a backslash and three octal digits.
-func unescape(s string) string {
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
 }

@@ -95,14 +95,3 @@ func TestZoned(t *testing.T) {
 		}
 	}
 }
-
-func TestUnescape(t *testing.T) {
-	for in, want := range map[string]string{
-		"": "", "/mnt": "/mnt", `/my\040disk`: "/my disk", `/a\134b`: `/a\b`, `/\011\012`: "/\t\n", `/\377`: "/\xff",
-		`/end\04`: `/end\04`, `/\999`: `/\999`, `/\`: `/\`, `/"`: `/"`,
-	} {
-		if got := unescape(in); got != want {
-			t.Errorf("%q: %q, should be %q", in, got, want)
-		}
-	}
-}

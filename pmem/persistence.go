@@ -5,10 +5,11 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-pcache/internal/mountinfo"
 )
 
 // Persistence is what a power cut leaves of a region. That a region is
@@ -102,11 +103,11 @@ func persistenceOf(fd, depth int) (Persistence, string) {
 	}
 	// A file system that is on several disks, on another file system, or elsewhere.
 	m := mountOf(fd)
-	if m.kind == "overlay" {
+	if m.Type == "overlay" {
 		return overlayPersistence(m, depth)
 	}
-	if filepath.IsAbs(m.source) {
-		if err := unix.Stat(m.source, &stat); err == nil && stat.Mode&unix.S_IFMT == unix.S_IFBLK {
+	if filepath.IsAbs(m.Source) {
+		if err := unix.Stat(m.Source, &stat); err == nil && stat.Mode&unix.S_IFMT == unix.S_IFBLK {
 			return diskPersistence(deviceDir("block", stat.Rdev), depth)
 		}
 	}
@@ -115,14 +116,14 @@ func persistenceOf(fd, depth int) (Persistence, string) {
 
 // overlayPersistence follows an overlay to where it keeps what is written, if
 // that can be seen from here.
-func overlayPersistence(m mount, depth int) (Persistence, string) {
+func overlayPersistence(m mountinfo.Mount, depth int) (Persistence, string) {
 	upper := ""
-	for _, option := range strings.Split(m.options, ",") {
+	for _, option := range strings.Split(m.Options, ",") {
 		if option == "volatile" || option == "fsync=volatile" { // Linux 7.3 says the second
 			return Volatile, "it is on an overlay that was mounted volatile, which passes no sync on"
 		}
 		if value, ok := strings.CutPrefix(option, "upperdir="); ok {
-			upper = unescape(value)
+			upper = mountinfo.Unescape(value)
 		}
 	}
 	if depth == 0 {
@@ -237,41 +238,17 @@ func readLine(path string) string {
 	return strings.TrimSpace(string(text))
 }
 
-// mount is a line of mountinfo, as far as it matters here.
-type mount struct{ kind, source, options string }
-
 // mountOf finds the mount that a file is on, of which all is empty if it cannot.
-func mountOf(fd int) (m mount) {
+func mountOf(fd int) (m mountinfo.Mount) {
 	var stat unix.Statx_t
 	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &stat); err != nil || stat.Mask&unix.STATX_MNT_ID == 0 {
 		return m
 	}
-	info, _ := os.ReadFile("/proc/thread-self/mountinfo")
-	for line := range strings.Lines(string(info)) {
-		if id, _, _ := strings.Cut(line, " "); id != strconv.FormatUint(stat.Mnt_id, 10) {
-			continue
-		}
-		// Behind the fields whose number varies (fs/proc_namespace.c, show_mountinfo).
-		_, rest, _ := strings.Cut(line, " - ")
-		if f := strings.Fields(rest); len(f) == 3 {
-			return mount{f[0], unescape(f[1]), f[2]}
+	mounts, _ := mountinfo.Read("/proc/thread-self/mountinfo")
+	for _, mount := range mounts {
+		if uint64(mount.ID) == stat.Mnt_id {
+			return mount
 		}
 	}
 	return m
-}
-
-// unescape undoes what mountinfo does to special bytes: \040 for a space.
-func unescape(text string) string {
-	var b strings.Builder
-	for i := 0; i < len(text); i++ {
-		if text[i] == '\\' && i+4 <= len(text) {
-			if n, err := strconv.ParseUint(text[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(text[i])
-	}
-	return b.String()
 }

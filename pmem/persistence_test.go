@@ -193,13 +193,3 @@ func mountTmpfs(t *testing.T, size string) (dir string) {
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	return dir
 }
-
-func TestUnescape(t *testing.T) {
-	for text, want := range map[string]string{
-		`/a\040b`: "/a b", `/a\134040`: `/a\040`, `\011\012`: "\t\n", `/a\0`: `/a\0`, `/a\999`: `/a\999`, `/a\777`: `/a\777`, "": "", `\303\244`: "ä", `"`: `"`,
-	} {
-		if got := unescape(text); got != want {
-			t.Errorf("%q: %q, want %q", text, got, want)
-		}
-	}
-}

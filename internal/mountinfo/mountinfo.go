@@ -20,6 +20,7 @@ type Mount struct {
 	Point        string // where it is, an absolute path
 	Type         string // of the file system
 	Source       string // what it is of: a disk's path, or any word
+	Options      string // of the file system, as the kernel writes them, each to be unescaped
 }
 
 // Read reads a list of mounts, such as /proc/self/mountinfo.
@@ -62,6 +63,7 @@ func parse(line string) (m Mount, ok bool) {
 	m.Major, errs[2] = number(major)
 	m.Minor, errs[3] = number(minor)
 	m.Point, m.Type, m.Source = Unescape(f[4]), Unescape(f[dash+1]), Unescape(f[dash+2])
+	m.Options = strings.Join(f[dash+3:], " ")
 	return m, errs == [4]error{} && strings.HasPrefix(m.Point, "/")
 }
 
@@ -71,7 +73,7 @@ func number(s string) (uint32, error) {
 }
 
 // Unescape undoes what the kernel does to a path in this list, and in that of
-// swaps. A backslash that it did not write stays.
+// swaps (fs/seq_file.c, mangle_path). A backslash that it did not write stays.
 func Unescape(field string) string {
 	var b strings.Builder
 	for i := 0; i < len(field); i++ {

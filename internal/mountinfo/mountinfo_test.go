@@ -20,14 +20,14 @@ func TestParse(t *testing.T) {
 		"plain", `a"b`, "caf\xe9", "a b", "tab\there", "line\nbreak", `back\slash`, `\040`, `\`, "\xff\xfe", "no\u00a0break", "next\u0085line",
 		"em\u2003space", "return\r", "feed\fv\v", "-", " - ", "'`$", "#",
 	} {
-		want := []Mount{{ID: 41, Parent: 23, Major: 8, Minor: 17, Point: "/mnt/" + name, Type: "ext4", Source: name}}
+		want := []Mount{{ID: 41, Parent: 23, Major: 8, Minor: 17, Point: "/mnt/" + name, Type: "ext4", Source: name, Options: "rw,errors=continue"}}
 		if got := Parse(line("/mnt/"+name, name) + "\n"); !reflect.DeepEqual(got, want) {
 			t.Errorf("%q is read as %+v", name, got)
 		}
 	}
 	// No optional fields, a source that is empty, options with spaces in them.
 	got := Parse("1 0 0:2 / / rw - rootfs  rw,x=a - b c\n")
-	if want := []Mount{{ID: 1, Minor: 2, Point: "/", Type: "rootfs"}}; !reflect.DeepEqual(got, want) {
+	if want := []Mount{{ID: 1, Minor: 2, Point: "/", Type: "rootfs", Options: "rw,x=a - b c"}}; !reflect.DeepEqual(got, want) {
 		t.Errorf("without optional fields: %+v", got)
 	}
 }
@@ -49,6 +49,9 @@ func TestParseNonsense(t *testing.T) {
 func TestUnescape(t *testing.T) {
 	for escaped, want := range map[string]string{
 		"": "", `\134040`: `\040`, `a\`: `a\`, `a\04`: `a\04`, `a\09x`: `a\09x`, `\777`: `\777`, `\043x`: "#x", `\+12`: `\+12`,
+		"/mnt": "/mnt", `/my\040disk`: "/my disk", `/a\134b`: `/a\b`, `/\011\012`: "/\t\n", `/\377`: "/\xff",
+		`/end\04`: `/end\04`, `/\999`: `/\999`, `/\`: `/\`, `/"`: `/"`,
+		`/a\040b`: "/a b", `/a\134040`: `/a\040`, `\011\012`: "\t\n", `/a\0`: `/a\0`, `/a\999`: `/a\999`, `/a\777`: `/a\777`, `\303\244`: "ä", `"`: `"`,
 	} {
 		if got := Unescape(escaped); got != want {
 			t.Errorf("%q is %q, want %q", escaped, got, want)
