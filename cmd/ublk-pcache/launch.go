@@ -245,9 +245,11 @@ func isolate(keep ...string) error {
 	return nil
 }
 
-func newServeCmd() *cobra.Command {
+// configCmd is a command that only this program runs, with the options of a
+// server as its argument.
+func configCmd(name string, run func(serveOptions) error) *cobra.Command {
 	return &cobra.Command{
-		Use:    "serve CONFIG",
+		Use:    name + " CONFIG",
 		Hidden: true,
 		Args:   cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -255,44 +257,52 @@ func newServeCmd() *cobra.Command {
 			if err := json.Unmarshal([]byte(args[0]), &o); err != nil {
 				return err
 			}
-			if o.Foreground && o.Upgrade == nil && o.AnswerFD == 0 {
-				s, err := start(o)
-				if err != nil {
-					return o.startError(err)
-				}
-				fmt.Println(s.dev.Device)
-				daemon.SdNotify(false, serving(s.dev.Device))
-				s.wait()
-				return nil
-			}
-			fd, refused := uintptr(readyFD), 1
-			if o.AnswerFD != 0 {
-				fd, refused = uintptr(o.AnswerFD), exitFinal
-			}
-			ready := inherited(fd, "ready")
-			var s *server
-			var err error
-			if o.Upgrade != nil {
-				s, err = succeed(o, ready)
-			} else {
-				s, err = start(o)
-			}
-			if err != nil {
-				fmt.Fprint(ready, oneLine(err))
-				os.Exit(refused)
-			}
-			if o.AnswerFD != 0 {
-				daemon.SdNotify(false, serving(s.dev.Device))
-			}
-			for _, w := range s.warnings {
-				fmt.Fprintln(ready, warningPrefix+w)
-			}
-			fmt.Fprintln(ready, readyPrefix+s.dev.Device)
-			ready.Close()
-			s.wait()
-			return nil
+			return run(o)
 		},
 	}
+}
+
+func newServeCmd() *cobra.Command {
+	return configCmd("serve", serve)
+}
+
+func serve(o serveOptions) error {
+	if o.Foreground && o.Upgrade == nil && o.AnswerFD == 0 {
+		s, err := start(o)
+		if err != nil {
+			return o.startError(err)
+		}
+		fmt.Println(s.dev.Device)
+		daemon.SdNotify(false, serving(s.dev.Device))
+		s.wait()
+		return nil
+	}
+	fd, refused := uintptr(readyFD), 1
+	if o.AnswerFD != 0 {
+		fd, refused = uintptr(o.AnswerFD), exitFinal
+	}
+	ready := inherited(fd, "ready")
+	var s *server
+	var err error
+	if o.Upgrade != nil {
+		s, err = succeed(o, ready)
+	} else {
+		s, err = start(o)
+	}
+	if err != nil {
+		fmt.Fprint(ready, oneLine(err))
+		os.Exit(refused)
+	}
+	if o.AnswerFD != 0 {
+		daemon.SdNotify(false, serving(s.dev.Device))
+	}
+	for _, w := range s.warnings {
+		fmt.Fprintln(ready, warningPrefix+w)
+	}
+	fmt.Fprintln(ready, readyPrefix+s.dev.Device)
+	ready.Close()
+	s.wait()
+	return nil
 }
 
 // inherited is a file that was open when this process began.

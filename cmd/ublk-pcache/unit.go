@@ -174,22 +174,13 @@ func unitProperties(o serveOptions, self, config string) []dbus.Property {
 
 // newUnitCmd is what a unit of spawnUnit runs, each time that it is started.
 func newUnitCmd() *cobra.Command {
-	return &cobra.Command{
-		Use:    "unit CONFIG",
-		Hidden: true,
-		Args:   cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
-			var o serveOptions
-			if err := json.Unmarshal([]byte(args[0]), &o); err != nil {
-				return err
-			}
-			o.Foreground = true
-			if conn, err := net.Dial("unix", o.Answer); err == nil {
-				return begin(o, conn.(*net.UnixConn))
-			}
-			return goOn(o.Device.Unit)
-		},
-	}
+	return configCmd("unit", func(o serveOptions) error {
+		o.Foreground = true
+		if conn, err := net.Dial("unix", o.Answer); err == nil {
+			return begin(o, conn.(*net.UnixConn))
+		}
+		return goOn(o.Device.Unit)
+	})
 }
 
 // begin becomes the server that the caller at the other end of conn waits for.
