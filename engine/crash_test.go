@@ -350,9 +350,7 @@ func (l *life) reopen(mem *recorder, disk *backing.Fake, h *history, live bool) 
 	if err != nil {
 		return nil, err
 	}
-	// Or a machine that stands still for a second has what is dirty written, and
-	// what is clean forgotten, between the two looks.
-	c.rest(context.Background())
+	c.rest(context.Background()) // also before the disk is read, see peek
 	now := make([]byte, windowSize)
 	disk.ReadAt(now, 0)
 	err = peek(c, now)
@@ -452,6 +450,7 @@ func (l *life) check(s *snapshot, region *pmem.Fake, sum uint64, window []byte, 
 		return err
 	}
 	defer c.Close()
+	c.rest(context.Background()) // stillDisk refuses everything, so what is dirty is stuck
 	copy(window, s.disk)
 	if err := peek(c, window); err != nil {
 		return err
@@ -827,7 +826,9 @@ func (h *history) settle(p []byte) {
 
 // peek puts over the disk's content, in window, what the cache has, without
 // being a read that changes the cache. It also checks that no extent is in a
-// segment that counts as free.
+// segment that counts as free. The cache must be at rest: between one look and the
+// next, what is dirty could be written, what is clean forgotten, and what is stuck
+// gathered in a segment that was free.
 func peek(c *Cache, window []byte) error {
 	c.segments.mu.Lock()
 	free := slices.Clone(c.segments.mu.freeList)
