@@ -103,7 +103,7 @@ func (s *sweep) swept() {
 func (c *Cache) skip(to ondisk.Position) (dropped []references, damage *ondisk.Damage) {
 	c.index.forgetClean()
 	head, hidden := c.journal.account()
-	damage = c.walk(to, head, func(k *ondisk.Kset, _ ondisk.Position) bool {
+	damage = c.walk(&c.gc.walker, to, head, func(k *ondisk.Kset, _ ondisk.Position) bool {
 		for i := range k.Keys {
 			if key := &k.Keys[i]; !c.dead(key) {
 				hidden[key.Seg]--

@@ -55,7 +55,11 @@ type collector struct {
 		dying []uint32
 	}
 	info sync.Mutex // guards layout.Info, which holds the percentage on media
-	key  []extent   // scratch
+
+	// The goroutine's own, kept so that it does not allocate while writers write.
+	key     []extent
+	dropped []references
+	walker  ondisk.Walker
 }
 
 func (g *collector) init(percent int) {
@@ -179,10 +183,12 @@ func (c *Cache) gcStep() (changed bool, err error) {
 // holds a reference.
 func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dropped []references) {
 	end, ksets, most := from, 0, gcKsets
+	dropped = c.gc.dropped[:0]
+	defer func() { c.gc.dropped = dropped }()
 	if !c.mem.Durable() {
 		most = gcKsetsSync
 	}
-	damage := c.walk(from, to, func(k *ondisk.Kset, after ondisk.Position) bool {
+	damage := c.walk(&c.gc.walker, from, to, func(k *ondisk.Kset, after ondisk.Position) bool {
 		c.lookAheadKeys(k.Keys, 0)
 		for i := range k.Keys {
 			if c.forgetKey(&k.Keys[i]) {

@@ -162,9 +162,10 @@ func (c *Cache) Retire() (Retired, error) {
 
 // Follower is a cache that is still another's.
 type Follower struct {
-	c  *Cache
-	r  *replayer
-	at ondisk.Position
+	c      *Cache
+	r      *replayer
+	at     ondisk.Position
+	walker ondisk.Walker
 }
 
 // Follow reads the cache in mem, which another process serves and has at rest,
@@ -191,7 +192,7 @@ func Follow(mem Memory, disk Disk, o Options, head Head) (*Follower, error) {
 
 // advance replays the log up to a place that it came through.
 func (f *Follower) advance(to ondisk.Position) (err error) {
-	damage := f.c.walk(f.at, to, func(k *ondisk.Kset, after ondisk.Position) bool {
+	damage := f.c.walk(&f.walker, f.at, to, func(k *ondisk.Kset, after ondisk.Position) bool {
 		err = f.r.kset(f.at, k)
 		f.at = after
 		return err == nil

@@ -156,7 +156,7 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 		w.parts = w.parts[:0]
 	}
 	n := uint64(0)
-	damage := c.walk(w.skipped.from.pos, w.at.pos, func(k *ondisk.Kset, _ ondisk.Position) bool {
+	damage := c.walk(&w.walker, w.skipped.from.pos, w.at.pos, func(k *ondisk.Kset, _ ondisk.Position) bool {
 		collect(k)
 		n += uint64(len(left))
 		left = left[:0]
@@ -166,7 +166,7 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 		return false, nil
 	}
 	for end := w.skipped.from; end.ksets < w.at.ksets && !c.stopping(); {
-		damage := c.walk(end.pos, w.at.pos, func(k *ondisk.Kset, after ondisk.Position) bool {
+		damage := c.walk(&w.walker, end.pos, w.at.pos, func(k *ondisk.Kset, after ondisk.Position) bool {
 			collect(k)
 			end = mark{after, end.ksets + 1, end.keys + uint64(len(k.Keys))}
 			return end.ksets < w.at.ksets && len(left) < relogBatch && !c.stopping()

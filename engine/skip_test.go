@@ -140,7 +140,7 @@ func (r *rig) mustNameDirty(t *testing.T) {
 	from, _ := r.tails.dirtyTail()
 	head, _ := r.journal.head()
 	named := map[int64]bool{}
-	damage := r.walk(from, head, func(k *ondisk.Kset, _ ondisk.Position) bool {
+	damage := r.walk(new(ondisk.Walker), from, head, func(k *ondisk.Kset, _ ondisk.Position) bool {
 		for i := range k.Keys {
 			if key := &k.Keys[i]; !r.dead(key) && key.Flags&ondisk.KeyClean == 0 {
 				for lba := int64(key.Off / sectorSize); lba < int64(key.Off+uint64(key.Len))/sectorSize; lba++ {

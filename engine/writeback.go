@@ -97,6 +97,7 @@ type writeback struct {
 	zeroes   int           // bytes of a transfer of zeros
 	key      []extent
 	whole    []byte
+	walker   ondisk.Walker
 	depth    int
 	most     int // maxStuck
 	free     chan *transfer
@@ -591,7 +592,7 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
 	end = w.at
 	known := w.known()
 	bytes, first := 0, len(w.parts)
-	damage := c.walk(w.at.pos, to, func(k *ondisk.Kset, after ondisk.Position) bool {
+	damage := c.walk(&w.walker, w.at.pos, to, func(k *ondisk.Kset, after ondisk.Position) bool {
 		c.lookAheadKeys(k.Keys, ondisk.KeyClean)
 		for i := range k.Keys {
 			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {

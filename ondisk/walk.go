@@ -76,15 +76,20 @@ func (l *Layout) WalkLog(r io.ReaderAt, from Position, visit func(at Position, k
 	return end, nil
 }
 
+// Walker walks the log of a cache that is open, again and again, without allocating.
+// The zero value is ready. One goroutine may use it at a time.
+type Walker struct{ w walker }
+
 // WalkTo visits the ksets of [from, to) of a log that is being written, both of
 // which are places that it came through, until visit returns an error. What it
 // cannot get past is damage; it does not look at what lies behind, where somebody
-// may be writing.
-func (l *Layout) WalkTo(r io.ReaderAt, from, to Position, visit func(k *Kset, after Position) error) (*Damage, error) {
+// may be writing. visit must not keep k or its keys.
+func (x *Walker) WalkTo(l *Layout, r io.ReaderAt, from, to Position, visit func(k *Kset, after Position) error) (*Damage, error) {
 	if from == to {
 		return nil, nil
 	}
-	w := &walker{l: l, r: r}
+	w := &x.w
+	w.l, w.r = l, r
 	w.start(from)
 	cause, err := w.run(func(at Position, k *Kset) error {
 		after := k.after(at)
@@ -118,7 +123,7 @@ func (l *Layout) walkOn(r io.ReaderAt, from Position, visit func(at Position, k 
 	}
 }
 
-// walker follows the log. It owns the buffers, so that a walk allocates once.
+// walker follows the log. It owns what a walk needs.
 type walker struct {
 	l    *Layout
 	r    io.ReaderAt
@@ -131,7 +136,11 @@ type walker struct {
 }
 
 func (w *walker) start(at Position) {
-	w.seen = make([]uint64, len(w.l.Chain)/64+1)
+	if n := len(w.l.Chain)/64 + 1; len(w.seen) == n {
+		clear(w.seen)
+	} else {
+		w.seen = make([]uint64, n)
+	}
 	w.seq = 0
 	w.enter(at)
 }
