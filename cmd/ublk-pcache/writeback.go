@@ -69,17 +69,21 @@ func (o *writebackOptions) run(cmd *cobra.Command) error {
 }
 
 // openToSave opens the region for writing if it can be, and returns why not.
-func openToSave(spec string) (r *pmem.Region, readOnly, err error) {
-	// For reading first, since that makes no file.
-	if r, err = pmem.Open(spec, pmem.ReadOnly); err != nil {
+func openToSave(text string) (r *pmem.Region, readOnly, err error) {
+	spec, err := pmem.ParseSpec(text)
+	if err != nil {
 		return nil, nil, err
 	}
-	path := r.Path()
+	spec.Volatile = true // it is saved wherever it is
+	// For reading first, since that makes no file.
+	if r, err = spec.Open(pmem.ReadOnly); err != nil {
+		return nil, nil, err
+	}
 	r.Close()
-	r, err = pmem.Open(path, pmem.ReadWrite)
+	r, err = spec.Open(pmem.ReadWrite)
 	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
 		readOnly = err
-		r, err = pmem.Open(path, pmem.ReadOnly)
+		r, err = spec.Open(pmem.ReadOnly)
 	}
 	return r, readOnly, err
 }
@@ -168,7 +172,7 @@ type unwritten struct {
 }
 
 // flushTries is how often a flush is asked for: write-back halves what cannot be
-// written each time, and 1 MiB is a sector after the eleventh.
+// written each time, and 512 KiB is a sector after the tenth.
 const flushTries = 12
 
 // flushAll writes what it can.

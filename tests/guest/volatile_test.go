@@ -48,6 +48,7 @@ func TestVolatilePmem(t *testing.T) {
 		t.Errorf("status says nothing of it:\n%s", text)
 	}
 	d.del(t)
+	pcache(t, "writeback", dir+"/cache", "-b", disk)
 
 	// As far as only the command can see, not the server.
 	sparseFile(t, dir, "image", 600<<20)
