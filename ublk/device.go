@@ -306,13 +306,14 @@ func (s *Successor) prepare(id uint32, fatal func(error)) (err error) {
 	return s.d.makeQueues(fatal)
 }
 
-// CanLetGo tells whether the driver notices at once that a server has let go.
-// Before 6.15 it takes a tag that is not in use, or the end of the process.
+// CanLetGo tells whether the driver notices at once that a server has let go, and
+// whether the next one would find the device. Before 6.15 it takes a tag that is not
+// in use, or the end of the process.
 func (d *Device) CanLetGo() error {
 	if d.info.flags&featureQuiesce == 0 {
 		return fmt.Errorf("%w: to replace a running server takes Linux 6.16", ErrTooOld)
 	}
-	return nil
+	return checkChar(d.info.devID)
 }
 
 // TakeOver waits for the old server to let go, or to be dead, and continues.

@@ -385,11 +385,29 @@ func TestNumbersAndNames(t *testing.T) {
 		pcache(t, "del", other.id)
 	})
 
+	char := "/dev/ublkc" + d.id
+	major, minor, _ := strings.Cut(strings.TrimSpace(must(t, "cat", "/sys/class/ublk-char/ublkc"+d.id+"/dev")), ":")
+	mustNeedChar := func(t *testing.T, command string) {
+		if err := os.Remove(char); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { must(t, "mknod", char, "c", major, minor) })
+		file(char)(t)
+		run(t, "ublk-pcache", command, d.id).mustRefuse(t, []string{char, "move it away", "mknod " + char + " c " + major + " " + minor})
+	}
+	t.Run("upgrade", func(t *testing.T) {
+		mustNeedChar(t, "upgrade")
+		if e := d.entry(t); e.State != "live" {
+			t.Errorf("list shows %+v", e)
+		}
+	})
+
 	// A device that waits is continued all the same: its users have it open. New ones are warned.
 	killServer(t, d, unix.SIGKILL)
 	if err := os.Remove(d.path); err != nil {
 		t.Fatal(err)
 	}
+	t.Run("recover", func(t *testing.T) { mustNeedChar(t, "recover") })
 	file(d.path)(t)
 	if r := run(t, "ublk-pcache", "recover", d.id); r.code != 0 || r.stdout != d.path+"\n" || !strings.Contains(r.stderr, "warning") || !strings.Contains(r.stderr, "move it away") {
 		t.Errorf("with a file in place of the disk: %+v", r)
