@@ -27,7 +27,7 @@ import (
 //
 // If 3 is lost, replay sees keys again that are before dirty_tail, hence
 // clean, and still backed by their data. All of them, which is why 1 waits for
-// the next step: a key that is dead in replay supersedes nothing, and an older
+// the next step: to the kernel's replay a dead key supersedes nothing, and an older
 // key of another segment would come back in its place. If 1 is lost, no key in
 // the log names the segment, and replay raises its generation before its first
 // use. A key is only counted, here as in replay, if its generation is the

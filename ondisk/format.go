@@ -63,7 +63,7 @@ func Blank(r io.ReaderAt, size int64) (bool, error) {
 // record are valid.
 //
 // The order makes an interruption harmless. First the superblock goes: from
-// then on the device is not a cache to anyone. Its magic number comes back
+// then on the device opens as a cache to nobody. Its magic number comes back
 // last, when all else is durable.
 //
 // What an earlier cache left in the segments stays there, to spare the time

@@ -8,7 +8,7 @@ import "io"
 // the old one. (The kernel breaks the rule with the first update after each
 // start: it reloads the newest slot's index and writes there.)
 //
-// The records are 16 or 24 bytes, and the memory below tears stores at 8. The
+// The records are 16 to 168 bytes, and the memory below tears stores at 8. The
 // checksum lies in the first 8 bytes and covers all that follow it, so any
 // mixture of an old and a new copy fails it.
 //
@@ -71,8 +71,7 @@ func (c Copies) damaged() bool {
 func (s CopyState) damaged() bool { return s == CopyBad || s == CopyUnreadable }
 
 // readCopies reads both copies of a record of len(dst) bytes, the second one
-// distance bytes behind the first, and leaves the newest valid one in dst. A
-// copy with the checksum right but refused by accept counts as bad.
+// distance bytes behind the first, and leaves the newest valid one in dst.
 func readCopies(r io.ReaderAt, off, distance int64, dst []byte) Copies {
 	var c Copies
 	var buf [2][identitySize]byte

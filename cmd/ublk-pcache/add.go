@@ -19,7 +19,7 @@ const (
 	// maxDepth is the driver's (drivers/block/ublk_drv.c, UBLK_MAX_QUEUE_DEPTH).
 	maxDepth = 4096
 	// maxWriteback is as much as anything but an array of disks can use, and
-	// takes that many MiB of memory.
+	// takes half as many MiB of memory.
 	maxWriteback = 256
 	// defaultQueues is what it takes to keep the memory busy; more than CPUs
 	// help nobody.

@@ -6,7 +6,8 @@
 // cache, one backing device and one /dev/ublkbN, and lives until del. They
 // meet in three places, all under /run/ublk-pcache, which belongs to root:
 // a state file per device says what it is made of and survives its server, a
-// socket per device takes requests while the server lives, and a log.
+// socket per device takes requests while the server lives, and a log, where
+// the server is in the background and in no unit.
 //
 // There is one file per command; server.go is what a server does, launch.go
 // how it becomes one, files.go what it opens, state.go, ask.go and control.go

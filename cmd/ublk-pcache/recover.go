@@ -24,8 +24,9 @@ The device has been there all the time; its users have been waiting. A new
 server replays the cache and answers them. Nothing that was acknowledged is
 lost, flushed or not.
 
-The backing device is found by its serial number if it has another name by now;
-if it has none, give it with --backing. If it was written meanwhile, see add
+A backing device that has another name by now is found by its serial number, its
+PARTUUID or the GUID of its partition table; without these, or a file, give it
+with --backing. If it was written meanwhile, see add
 --changed. Here the dirty data can only be written over what is there now: it has
 been promised.`,
 		Args: cobra.ExactArgs(1),
@@ -64,7 +65,7 @@ been promised.`,
 		},
 	}
 	cmd.Flags().StringVar((*string)(&changed), "changed", "", "what becomes of dirty data if the backing device was written meanwhile: overwrite")
-	cmd.Flags().StringVarP(&backing, "backing", "b", "", "the backing device, if it has another name now and no serial number")
+	cmd.Flags().StringVarP(&backing, "backing", "b", "", "the backing device, if it has another name now and cannot be found")
 	cmd.Flags().BoolVar(&foreground, "foreground", false, "stay, and log to the terminal")
 	return cmd
 }

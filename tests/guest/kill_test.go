@@ -94,7 +94,7 @@ func servers(t *testing.T) (pids []int) {
 }
 
 // recoveryMayBeKilled: on 6.12 a recovery that ends between the fetches of the first and the last queue is what the next
-// one dies of in the kernel (see runQueues of package ublk).
+// one dies of in the kernel (see makeQueues of package ublk).
 func recoveryMayBeKilled(t *testing.T) bool {
 	t.Helper()
 	return !strings.HasPrefix(must(t, "uname", "-r"), "6.12.")
