@@ -142,14 +142,23 @@ func (s *server) openOwnDisk(o *serveOptions) (err error) {
 		recorded, _, _ = strings.Cut(layout.Identity.Serial, proof)
 	}
 	s.disk, err = openDisk(o.Backing.Path, true)
-	if err == nil && (recorded == "" || sameDevice(layout, s.disk.Identity())) {
+	possible := err == nil && (recorded == "" || sameDevice(layout, s.disk.Identity()))
+	// What cannot be told apart from it is taken if there is no other that is known to
+	// be it. A table that is on the disk may have been exchanged, and left on a copy.
+	if possible && (backing.OnDevice(recorded) || recorded == s.disk.Identity()) {
 		return nil
 	}
 	path, missing := "", backing.ErrNameless
-	if !backing.IsFile(recorded) { // of which there is no list to search
+	if recorded != "" && !backing.IsFile(recorded) { // of which there is no list to search
 		path, missing = backing.Find(recorded)
 	}
-	if missing != nil {
+	switch unknown := errors.Is(missing, backing.ErrNameless) || errors.Is(missing, backing.ErrNotFound); {
+	case missing == nil:
+	case possible && unknown:
+		return nil
+	case possible:
+		return fmt.Errorf("nothing tells that %s is the backing device of device %d, and %w (say which it is: ublk-pcache recover %d -b BACKING)", s.dev.Backing, s.dev.ID, missing, s.dev.ID)
+	default:
 		if err != nil {
 			err = fmt.Errorf("%w; and %w (if it has another name now: ublk-pcache recover %d -b BACKING)", err, missing, s.dev.ID)
 		}

@@ -316,11 +316,19 @@ func TestRecoverFindsItsDisk(t *testing.T) {
 	wipe(t, disk)
 	make := func(name, uuid string, at int64) {
 		t.Helper()
-		must(t, "dmsetup", "create", name, "-u", uuid, "--table", fmt.Sprintf("0 %d linear %s %d", 64<<20/512, disk, at/512))
+		args := []string{"dmsetup", "create", name, "--table", fmt.Sprintf("0 %d linear %s %d", 64<<20/512, disk, at/512)}
+		if uuid != "" {
+			args = append(args, "-u", uuid)
+		}
+		must(t, args...)
 		must(t, "dmsetup", "mknodes")
 	}
 	make("first", "ublk-pcache-test-1", 0)
-	t.Cleanup(func() { run(t, "dmsetup", "remove", "first"); run(t, "dmsetup", "remove", "second") })
+	t.Cleanup(func() {
+		for _, name := range []string{"first", "second", "third"} {
+			run(t, "dmsetup", "remove", name)
+		}
+	})
 	d := add(t, "-p", dax, "-b", "/dev/mapper/first", "-q", "1")
 	must(t, "mkfs.ext4", "-q", "-F", d.path)
 	dir := mount(t, d.path)
@@ -345,10 +353,21 @@ func TestRecoverFindsItsDisk(t *testing.T) {
 	if e := d.entry(t); e.Backing != "/dev/mapper/second" {
 		t.Errorf("the backing device is %s", e.Backing)
 	}
+
+	// What has the old name is known by nothing, and nothing is dirty that would keep it from being taken.
+	pcache(t, "flush", d.id)
+	kill()
+	must(t, "dmsetup", "rename", "second", "third")
+	must(t, "dmsetup", "mknodes")
+	make("second", "", 1<<30)
+	pcache(t, "recover", d.id)
+	if err := replace(dir+"/other", []byte("written, too")); err != nil {
+		t.Fatal(err)
+	}
 	must(t, "umount", dir)
 	pcache(t, "flush", d.id)
 	d.del(t)
-	mustHold(t, "/dev/mapper/second", map[string]string{"file": "written"})
+	mustHold(t, "/dev/mapper/third", map[string]string{"file": "written", "other": "written, too"})
 
 	// A file has nothing that it could be found by.
 	wipe(t)
