@@ -169,7 +169,7 @@ func silence(id int, err error) error {
 	case d.alive():
 		return fmt.Errorf("the server of device %d (pid %d) does not answer: %w", id, d.PID, err)
 	}
-	if _, err := ublk.Lookup(id); errors.Is(err, ublk.ErrNoDevice) {
+	if _, err := d.lookup(); errors.Is(err, ublk.ErrNoDevice) {
 		return fmt.Errorf("the server of device %d is dead, and the device is gone (take away what is left of it with 'ublk-pcache del %d', and add it again)", id, id)
 	}
 	return fmt.Errorf("the server of device %d is dead: bring it back with 'ublk-pcache recover %d', or remove the device with 'ublk-pcache del %d'", id, id, id)

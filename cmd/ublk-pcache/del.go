@@ -31,7 +31,7 @@ open is not removed. A backing device that does not answer is not waited for.`,
 			d, err := readState(id)
 			foreign := errors.Is(err, errForeign)
 			if errors.Is(err, errDamaged) || foreign && force {
-				d, err = bare(id)
+				d, err = bare(id, force)
 			}
 			if err != nil {
 				return err
@@ -70,6 +70,9 @@ open is not removed. A backing device that does not answer is not waited for.`,
 func (d *device) removeByDriver(force bool) error {
 	if halted(d.PID) {
 		return stuck(d.ID, d.PID)
+	}
+	if _, err := d.lookup(); err != nil {
+		return err
 	}
 	removed := make(chan error, 1)
 	go func() { removed <- ublk.Remove(d.ID, force) }()

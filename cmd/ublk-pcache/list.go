@@ -63,7 +63,7 @@ func newListCmd() *cobra.Command {
 func lost(known []*device) (others []*device) {
 	all, _ := ublk.List()
 	for _, info := range all {
-		if info.Mark == mark && !slices.ContainsFunc(known, func(d *device) bool { return d.ID == info.ID }) {
+		if isOurs(info) && !slices.ContainsFunc(known, func(d *device) bool { return d.ID == info.ID }) {
 			others = append(others, &device{ID: info.ID, damage: unusable(info.ID, errMissing)})
 		}
 	}
@@ -73,7 +73,7 @@ func lost(known []*device) (others []*device) {
 // look finds out how a device is, from its server and from the driver.
 func look(d *device) (listed, error) {
 	if d.damage != nil {
-		b, err := bare(d.ID)
+		b, err := bare(d.ID, false)
 		if err != nil {
 			return listed{}, err
 		}
@@ -87,7 +87,7 @@ func look(d *device) (listed, error) {
 	if !alive {
 		l.PID = 0
 	}
-	info, err := ublk.Lookup(d.ID)
+	info, err := d.lookup()
 	switch {
 	case errors.Is(err, ublk.ErrNoDevice) && alive:
 		l.State = "starting"

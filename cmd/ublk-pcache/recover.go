@@ -42,7 +42,7 @@ been promised.`,
 			if err != nil {
 				return err
 			}
-			info, err := ublk.Lookup(id)
+			info, err := d.lookup()
 			if err != nil {
 				return err
 			}

@@ -162,7 +162,7 @@ func continued(o serveOptions) (_ serveOptions, server *device, err error) {
 			}
 			return o, d, err
 		}
-		switch info, err := ublk.Lookup(d.ID); {
+		switch info, err := d.lookup(); {
 		case errors.Is(err, ublk.ErrNoDevice):
 		case err != nil:
 			return o, nil, err

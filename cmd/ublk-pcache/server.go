@@ -103,6 +103,7 @@ func start(o serveOptions) (_ *server, err error) {
 	}
 	s.dev.PMEM = spec.Path
 	if !o.Recover {
+		s.dev.Mark = newMark()
 		if err := reserve(&s.dev); err != nil {
 			return nil, err
 		}
@@ -191,6 +192,9 @@ type pendingDevice struct {
 // a dead server.
 func (s *server) prepareDevice(recover bool) (*pendingDevice, error) {
 	if recover {
+		if _, err := s.dev.lookup(); err != nil {
+			return nil, err
+		}
 		device, err := ublk.Prepare(s.dev.ID, s.fatal)
 		if err != nil {
 			return nil, err
@@ -208,7 +212,7 @@ func (s *server) prepareDevice(recover bool) (*pendingDevice, error) {
 		Size: s.disk.Size(), BlockSize: s.disk.BlockSize(), ChunkSize: ondisk.StripeSize,
 		MaxDiscard: discard, MaxZeroes: engine.MaxZero,
 		VolatileCache: !s.region.Durable(),
-		Mark:          mark,
+		Mark:          s.dev.Mark,
 	}, s.fatal)
 	if err != nil {
 		return nil, err
@@ -286,7 +290,7 @@ func (s *server) lost() {
 	if done {
 		return
 	}
-	if info, err := ublk.Lookup(s.dev.ID); err == nil && info.State != ublk.Dead {
+	if info, err := s.dev.lookup(); err == nil && info.State != ublk.Dead {
 		s.fatal(errors.New("another process has quiesced the device"))
 	}
 	s.log.Error("another process has stopped the device, the server ends")

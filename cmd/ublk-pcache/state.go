@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -38,6 +39,7 @@ type device struct {
 	Backing   string `json:"backing"`
 	Cache     string `json:"cache"`          // UUID of the cache on PMEM; empty before it is known
 	Unit      string `json:"unit,omitempty"` // of systemd's, in which the server is
+	Mark      uint64 `json:"mark"`           // see newMark; 0 of a server that drew none
 	PID       int    `json:"pid"`
 	Started   uint64 `json:"started"` // when PID was, in clock ticks since boot
 	Queues    int    `json:"queues"`
@@ -54,9 +56,28 @@ var (
 	errMissing = errors.New("it is missing")
 )
 
-// mark is what the driver keeps for us with each device. A device that carries it
-// is ours, whatever has become of its state file.
-const mark = 0x706361636865 // "pcache"
+// A mark is what the driver keeps for us with each device. By its low 48 bits the
+// device is ours, whatever has become of its state file. The others are drawn for
+// each device, so that a state file which has outlived its device is not taken for
+// that of whoever has the number after it.
+const (
+	markOurs = 0x706361636865 // "pcache"
+	markBits = 48
+)
+
+func newMark() uint64 { return markOurs | (1+rand.Uint64N(1<<(64-markBits)-1))<<markBits }
+
+func isOurs(info ublk.Info) bool { return info.Mark&(1<<markBits-1) == markOurs }
+
+// lookup asks the driver about d. If the number is another device's by now, the
+// error wraps ublk.ErrNoDevice.
+func (d *device) lookup() (ublk.Info, error) {
+	info, err := ublk.Lookup(d.ID)
+	if err == nil && d.Mark != 0 && info.Mark != d.Mark {
+		return ublk.Info{}, fmt.Errorf("device %d: %w, its number has been given to another (take away what is left of it: ublk-pcache del %d)", d.ID, ublk.ErrNoDevice, d.ID)
+	}
+	return info, err
+}
 
 // checkStateDir refuses a folder that others can write to. What is in there
 // names files and devices that we then open, format and remove as root.
@@ -162,7 +183,7 @@ func sameFile(a, b string) bool {
 func (d *device) create() (ok bool, err error) {
 	switch o, err := readState(d.ID); {
 	case err == nil && !o.alive():
-		if _, err := ublk.Lookup(d.ID); errors.Is(err, ublk.ErrNoDevice) {
+		if _, err := o.lookup(); errors.Is(err, ublk.ErrNoDevice) {
 			o.removeLocked()
 		}
 	case errors.Is(err, errMissing), errors.Is(err, errForeign):
@@ -337,7 +358,7 @@ func readState(id int) (*device, error) {
 		switch {
 		case err != nil: // no device, or no driver to have one
 			return nil, fmt.Errorf("no device %d (see 'ublk-pcache list')", id)
-		case info.Mark != mark:
+		case !isOurs(info):
 			return nil, foreignError(info)
 		}
 		return nil, unusable(id, errMissing)
@@ -398,13 +419,14 @@ func (d *device) plausible(id int) bool {
 		d.Queues > 0 && d.Depth > 0 && d.Depth <= maxDepth && d.Writeback > 0 && d.Writeback <= maxWriteback
 }
 
-// bare is what can be told of a device without its state file.
-func bare(id int) (*device, error) {
-	d := &device{ID: id}
+// bare is what can be told of a device without its state file: of ours, or
+// anybody's.
+func bare(id int, anybodys bool) (*device, error) {
+	d := &device{ID: id, Mark: markOurs} // which no device has
 	info, err := ublk.Lookup(id)
-	if err == nil {
-		d.Device, d.PID = info.Path, info.PID
-	} else if !errors.Is(err, ublk.ErrNoDevice) {
+	if err == nil && (anybodys || isOurs(info)) {
+		d.Device, d.PID, d.Mark = info.Path, info.PID, info.Mark
+	} else if err != nil && !errors.Is(err, ublk.ErrNoDevice) {
 		return nil, err
 	}
 	return d, nil

@@ -207,7 +207,7 @@ func goOn(unit string) error {
 		if d.Unit != unit || d.damage != nil || d.alive() {
 			continue
 		}
-		info, err := ublk.Lookup(d.ID)
+		info, err := d.lookup()
 		if err != nil {
 			return err
 		}

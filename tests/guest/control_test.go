@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"os"
 	"os/exec"
@@ -309,6 +310,7 @@ func TestWhoseDevice(t *testing.T) {
 	if l := list(t); len(l) > 0 {
 		t.Errorf("list shows %+v", l)
 	}
+	t.Run("state file that has outlived its device", func(t *testing.T) { mustLeaveOthers(t, 5, 4) })
 	letGo := make(chan error, 1)
 	go func() {
 		<-other.Done()
@@ -343,6 +345,40 @@ func TestWhoseDevice(t *testing.T) {
 		run(t, "ublk-pcache", "del", d.id).mustRefuse(t, []string{"in use", fmt.Sprintf("process %d", os.Getpid())})
 		f.Close()
 		d.del(t)
+	}
+}
+
+// mustLeaveOthers: the state file of a device that has gone, or a damaged one, says nothing about another program's
+// device that has the number others. The number ours is for the device whose state file that becomes.
+func mustLeaveOthers(t *testing.T, others, ours int) {
+	number, free := strconv.Itoa(others), strconv.Itoa(ours)
+	d := add(t, "-n", free, "-p", dax, "-b", disk)
+	killServer(t, d, unix.SIGKILL)
+	state, err := os.ReadFile(filepath.Join(stateDir, free+".json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.del(t)
+	left := strings.ReplaceAll(strings.Replace(string(state), `"id":`+free, `"id":`+number, 1), "/dev/ublkb"+free, "/dev/ublkb"+number)
+	file := filepath.Join(stateDir, number+".json")
+	for _, text := range []string{left, "damaged"} {
+		must(t, "mkdir", "-p", stateDir)
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if l := list(t); len(l) != 1 || l[0].State != "gone" && l[0].State != "damaged" {
+			t.Errorf("list shows %+v", l)
+		}
+		for _, command := range []string{"recover", "flush", "upgrade", "status"} {
+			run(t, "ublk-pcache", command, number).mustRefuse(t, []string{"del " + number})
+		}
+		pcache(t, "del", number)
+		if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("after del: %v", err)
+		}
+		if info, err := ublk.Lookup(others); err != nil || info.State != ublk.Live {
+			t.Errorf("the other program's device: %+v, %v", info, err)
+		}
 	}
 }
 
