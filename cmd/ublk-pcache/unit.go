@@ -176,11 +176,25 @@ func unitProperties(o serveOptions, self, config string) []dbus.Property {
 func newUnitCmd() *cobra.Command {
 	return configCmd("unit", func(o serveOptions) error {
 		o.Foreground = true
-		if conn, err := net.Dial("unix", o.Answer); err == nil {
-			return begin(o, conn.(*net.UnixConn))
+		if conn := caller(o.Answer); conn != nil {
+			return begin(o, conn)
 		}
 		return goOn(o.Device.Unit)
 	})
+}
+
+// caller returns a connection to the add that waits for its server, if one does:
+// when it has ended, anybody may take the name.
+func caller(name string) *net.UnixConn {
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: name, Net: "unix"})
+	if err != nil {
+		return nil
+	}
+	if refuseStranger(conn) != nil {
+		conn.Close()
+		return nil
+	}
+	return conn
 }
 
 // begin becomes the server that the caller at the other end of conn waits for.

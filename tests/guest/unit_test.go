@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"net"
 	"os"
 	"strings"
 	"testing"
@@ -61,6 +62,18 @@ func TestServerOfItsOwnUnit(t *testing.T) {
 		})
 	}
 	write("added")
+	// The name that add has waited at is anybody's once it has ended.
+	_, config, _ := strings.Cut(s.must(t, "cat", "/proc/"+pid()+"/cmdline"), `"answer":"`)
+	name, _, _ := strings.Cut(config, `"`)
+	if err := asNobody(t, func() error {
+		stranger, err := net.Listen("unix", name)
+		if err == nil {
+			t.Cleanup(func() { stranger.Close() })
+		}
+		return err
+	}); err != nil {
+		t.Fatalf("listen at %q: %v", name, err)
+	}
 	killed()
 	write("restarted")
 	s.must(t, "ublk-pcache", "upgrade", "7")
