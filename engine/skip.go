@@ -40,7 +40,7 @@ const (
 // skipped is what was passed by.
 type skipped struct {
 	on   bool
-	from mark // all of it is named there or behind
+	from mark // all of it is named there or behind; never behind writeback.at
 	err  error
 	next time.Time // when to begin there once more
 	pass uint64    // the turn of the loop in which that was done last
@@ -58,12 +58,14 @@ func (w *writeback) skip(p *part) {
 	s.on, s.err = true, p.err
 }
 
-// rewind begins once more with what was passed by, if a flush waits or it is time,
-// and what was to be written up to now has been tried. It returns up to where the
-// log is to be written then.
-func (w *writeback) rewind(flushing bool, until uint64) uint64 {
+// rewind begins once more with what was passed by: when all has been tried that
+// there was when the last flush came which waits for that, or when it is time and
+// what was to be written up to now has been tried. It returns up to where the log is
+// to be written then.
+func (w *writeback) rewind(flushes, until uint64) uint64 {
 	s := &w.skipped
-	if !s.on || w.at.ksets < until || !flushing && time.Now().Before(s.next) {
+	asked := flushes > 0 && w.at.ksets >= flushes
+	if !s.on || !asked && (w.at.ksets < until || time.Now().Before(s.next)) {
 		return until
 	}
 	until = w.at.ksets

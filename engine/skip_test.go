@@ -162,3 +162,127 @@ func (r *rig) mustNameDirty(t *testing.T) {
 		t.Fatalf("%d dirty sectors are not named behind dirty_tail, %v", missing, damage)
 	}
 }
+
+// TestRefusedBehindTheEnd: a round that is cut short may have been refused what lies
+// behind its new end. That is collected again. To be passed by it would hold
+// dirty_tail at a place that write-back has not come to, and write-back would go on
+// from there.
+func TestRefusedBehindTheEnd(t *testing.T) {
+	const count = 400
+	mem := pmem.NewFake(ondisk.MinSize)
+	formatSmall(t, mem, 8, true, 70)
+	disk := backing.NewFake(8<<20, sectorSize, 1)
+	defer disk.Close()
+	var healed atomic.Bool
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if op.Kind == backing.OpWrite && !healed.Load() {
+			f.Delay = time.Millisecond
+			if op.Off == 0 {
+				f.Err = syscall.EIO
+			}
+		}
+		return f
+	})
+	c, err := Open(mem, fakeDisk{disk}, Options{Queues: 1, WritebackDepth: 4, Log: &testLog{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := startRig(c)
+	r.mustRest(t)
+	for i := range int64(count) { // the youngest is the first on the disk, and refused
+		lba := (count - 1 - i) * 4
+		r.write(t, lba*sectorSize, stamped(lba, 1, 1))
+	}
+	w := &r.writeback
+	w.most, w.step = 0, 10*time.Millisecond
+	r.workers.stop = make(chan struct{}) // for the rounds made here
+	_, written := r.journal.head()
+	w.nextTurn()
+	if err := r.round(written); err != nil {
+		t.Fatal(err)
+	}
+	at := w.at.ksets
+	if at == written || at == 0 {
+		t.Fatalf("a round of %d ksets was cut short to %d", written, at)
+	}
+	w.skipped.next = time.Time{}
+	if until := w.rewind(0, at); w.at.ksets > at || until > at {
+		t.Errorf("begun once more at kset %d, up to %d, write-back had come to %d", w.at.ksets, until, at)
+	}
+	for w.at.ksets < written {
+		if err := r.round(written); err != nil && !errors.Is(err, syscall.EIO) {
+			t.Fatal(err)
+		}
+		r.mustNameDirty(t)
+	}
+	close(r.workers.stop)
+	healed.Store(true)
+	r.Resume()
+	within(t, "a flush", func() {
+		if err := r.Flush(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+	r.kill()
+	p := make([]byte, sectorSize)
+	for lba := int64(0); lba < 4*count; lba += 4 {
+		disk.ReadAt(p, lba*sectorSize)
+		if v, err := stamp(p, lba); v != 1 || err != nil {
+			t.Fatalf("sector %d of the disk: version %d, %v", lba, v, err)
+		}
+	}
+}
+
+// TestFlushWhileWritten: a flush that cannot succeed fails, also while a client goes on
+// writing what the disk takes.
+func TestFlushWhileWritten(t *testing.T) {
+	mem := pmem.NewFake(ondisk.MinSize)
+	formatSmall(t, mem, 8, true, 70)
+	disk := backing.NewFake(64<<20, sectorSize, 1)
+	defer disk.Close()
+	const refused = 32 << 20 // from there on
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		f.Delay = time.Millisecond // more is written in each round
+		if op.Kind == backing.OpWrite && op.Off+op.Len > refused {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
+	r := newRig(t, mem, disk, 2)
+	r.mustRest(t)
+	r.writeback.most = 2
+	for i := range int64(16) {
+		r.write(t, refused+i<<20, stamped((refused+i<<20)/sectorSize, 1, 1))
+	}
+	r.Resume()
+	stop, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		for v := uint64(1); ; v++ {
+			select {
+			case <-stop:
+				ended <- nil
+				return
+			case <-time.After(100 * time.Microsecond): // the cache does not fill
+			}
+			lba := int64(v%1000) * 8
+			if err := r.do(1, &Request{Op: Write, Off: lba * sectorSize, Buf: stamped(lba, 1, v)}); err != nil {
+				ended <- err
+				return
+			}
+		}
+	}()
+	for range 3 {
+		within(t, "a flush", func() {
+			if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
+				t.Errorf("a flush of what the disk refuses: %v", err)
+			}
+		})
+	}
+	close(stop)
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if err := r.kill(); err != nil {
+		t.Error(err)
+	}
+}

@@ -333,13 +333,20 @@ func (w *writeback) failed(err error) {
 }
 
 // nextTurn counts a turn of the loop, and reports whether somebody waits for a
-// flush, and whether what is stuck is to be tried in it.
-func (w *writeback) nextTurn() (flushing, again bool) {
+// flush, and whether what is stuck is to be tried in it. For those who came since
+// what was passed by was begun with once more, flushes is the last kset that they
+// wait for, or 0.
+func (w *writeback) nextTurn() (flushing, again bool, flushes uint64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.mu.turn++
 	again, w.mu.again = w.mu.again, false
-	return len(w.mu.waiters) > 0, again
+	for i := range w.mu.waiters {
+		if f := &w.mu.waiters[i]; f.turn > w.skipped.pass {
+			flushes = max(flushes, f.until)
+		}
+	}
+	return len(w.mu.waiters) > 0, again, flushes
 }
 
 // writebackLoop sleeps until there is a reason to write: a demand, writers
@@ -358,7 +365,7 @@ func (c *Cache) writebackLoop() {
 		if written != seen {
 			seen, since = written, now
 		}
-		flushing, again := w.nextTurn()
+		flushing, again, flushes := w.nextTurn()
 		if w.pressed.Swap(false) && w.holds() && c.failure() == nil {
 			passed, err := c.relogStuck()
 			if err == nil && !passed {
@@ -382,7 +389,7 @@ func (c *Cache) writebackLoop() {
 		if flushing || pressed && until <= w.at.ksets || !now.Before(idleAt) {
 			until = written
 		}
-		until = w.rewind(flushing, until)
+		until = w.rewind(flushes, until)
 		dirty := w.at.ksets < written
 		collect := dirty && w.at.ksets < until
 		retryAt, retry := w.nextRetry()
@@ -505,8 +512,9 @@ func (c *Cache) round(until uint64) error {
 			was := len(w.stuck)
 			c.setAside(p, room > 0)
 			room -= len(w.stuck) - was
-		default:
+		case w.sweep.on || p.key.ksets < w.end.ksets:
 			w.skip(p)
+		default: // it lies behind the end of a round that was cut short, and comes again
 		}
 	}
 	w.at = w.end
