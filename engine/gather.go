@@ -2,6 +2,7 @@ package engine
 
 import (
 	"cmp"
+	"fmt"
 	"maps"
 	"slices"
 
@@ -108,7 +109,11 @@ func (c *Cache) gather(runs []run) (moved bool, err error) {
 		c.badStore("data to be stored", seg, off, ondisk.SectorSize, err)
 		return false, nil
 	}
-	c.mem.Fence() // for the data, while nobody waits for the log
+	// While nobody waits for the log. What is copied may have been flushed: it must not
+	// be lost behind a key that is not.
+	if err := c.persist(); err != nil {
+		return false, fmt.Errorf("sync what was copied: %w", err)
+	}
 	for _, h := range worth {
 		for _, r := range h.runs {
 			done, err := c.enterCopy(r)

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"ublk-pcache/backing"
+	"ublk-pcache/ondisk"
 )
 
 // failingPower is a medium whose power fails after so many stores and fences, 0 for never.
@@ -57,87 +58,127 @@ func TestGatherCrash(t *testing.T) {
 	}
 }
 
-// gatherCrash reports whether the power was cut before all was done.
-func gatherCrash(t *testing.T, crc bool, cut int) bool {
-	const bad = 2 * stripeSectors // every so many sectors one is refused
-	mem := &failingPower{medium: newMedium(true), dice: rand.New(rand.NewPCG(1, uint64(cut)))}
+// gathering is a cache at rest in which sectors are stuck in several segments, one of
+// which has been overwritten after write-back has looked at it for the last time.
+type gathering struct {
+	*rig
+	disk    *backing.Fake
+	fate    *diskFate
+	want    map[int64]uint64 // versions by sector
+	stuckIn map[uint32]bool
+	runs    []run
+}
+
+// gatheringBad: every so many sectors one is refused.
+const gatheringBad = 2 * stripeSectors
+
+func newGathering(t *testing.T, mem Memory, crc bool) *gathering {
+	t.Helper()
+	const bad = gatheringBad
 	formatSmall(t, mem, 9, crc, 90) // room enough for nobody to gather before
-	disk, fate := backing.NewFake(64<<20, sectorSize, 1), newFate()
-	defer disk.Close()
-	disk.Script(fate.script)
-	fate.refuse(bad)
-	r := newRig(t, mem, disk, 1)
-	want := map[int64]uint64{}
-	stuckIn := map[uint32]bool{}
+	g := &gathering{
+		disk: backing.NewFake(64<<20, sectorSize, 1), fate: newFate(),
+		want: map[int64]uint64{}, stuckIn: map[uint32]bool{},
+	}
+	g.disk.Script(g.fate.script)
+	g.fate.refuse(bad)
+	g.rig = newRig(t, mem, g.disk, 1)
 	for i := range int64(3) {
 		lba := i * bad
-		r.write(t, lba*sectorSize, stamped(lba, 12, 1))
-		r.zero(t, (lba+4*bad)*sectorSize, 3*sectorSize)
-		want[lba], want[lba+11], want[lba+4*bad] = 1, 1, 0
-		for seg := r.queues[0].head.seg; i < 2 && r.queues[0].head.seg == seg; {
-			r.write(t, (lba+100)*sectorSize, stamped(lba+100, 8000, 2))
-			stuckIn[seg] = true
+		g.write(t, lba*sectorSize, stamped(lba, 12, 1))
+		g.zero(t, (lba+4*bad)*sectorSize, 3*sectorSize)
+		g.want[lba], g.want[lba+11], g.want[lba+4*bad] = 1, 1, 0
+		for seg := g.queues[0].head.seg; i < 2 && g.queues[0].head.seg == seg; {
+			g.write(t, (lba+100)*sectorSize, stamped(lba+100, 8000, 2))
+			g.stuckIn[seg] = true
 		}
 	}
-	if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
+	if err := g.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
 		t.Errorf("a flush of what the disk refuses: %v", err)
 	}
-	r.mustRest(t)
-	for r.segments.free() > r.segments.reserve {
-		r.segments.take(0)
+	g.mustRest(t)
+	for g.segments.free() > g.segments.reserve {
+		g.segments.take(0)
 	}
-	// One is overwritten after it was looked at for the last time, and stays.
-	w := &r.writeback
-	runs := w.runs()
-	r.write(t, bad*sectorSize, stamped(bad, 1, 3))
-	want[bad] = 3
-	w.at = r.journal.mark()
+	g.runs = g.writeback.runs()
+	g.write(t, bad*sectorSize, stamped(bad, 1, 3))
+	g.want[bad] = 3
+	g.writeback.at = g.journal.mark()
+	return g
+}
+
+// check reads what is wanted, from a cache that has it.
+func (g *gathering) check(t *testing.T, r *rig, when string) {
+	t.Helper()
+	for lba, version := range g.want {
+		if v := r.version(t, lba); v != version {
+			t.Errorf("%s: sector %d has version %d, want %d", when, lba, v, version)
+		}
+	}
+}
+
+// gatherCrash reports whether the power was cut before all was done.
+func gatherCrash(t *testing.T, crc bool, cut int) bool {
+	mem := &failingPower{medium: newMedium(true), dice: rand.New(rand.NewPCG(1, uint64(cut)))}
+	g := newGathering(t, mem, crc)
+	defer g.disk.Close()
 	mem.left = cut
-	moved, err := r.gather(runs)
+	moved, err := g.gather(g.runs)
 	done := mem.left > 0
 	if done {
 		mem.left = 0
 		if err != nil || !moved {
 			t.Errorf("gather: %t, %v", moved, err)
 		}
-		for i := range w.stuck {
-			if p := &w.stuck[i].part; p.off/sectorSize/bad != 1 && stuckIn[p.e.seg] && len(r.dirtyParts(p.s, p.s.place(p.e.seg, p.e.pos))) > 0 {
+		for i := range g.writeback.stuck {
+			if p := &g.writeback.stuck[i].part; p.off/sectorSize/gatheringBad != 1 && g.stuckIn[p.e.seg] && len(g.dirtyParts(p.s, p.s.place(p.e.seg, p.e.pos))) > 0 {
 				t.Errorf("%d sectors at %d are still in segment %d", p.e.n, p.off, p.e.seg)
 			}
 		}
-		r.checkOverwritten(t)
+		g.checkOverwritten(t)
+		g.check(t, g.rig, "before")
 	}
-	check := func(when string) {
-		t.Helper()
-		for lba, version := range want {
-			if v := r.version(t, lba); v != version {
-				t.Errorf("cut %d, %s: sector %d has version %d, want %d", cut, when, lba, v, version)
-			}
-		}
-	}
-	if done {
-		check("before")
-	}
-	if err := r.kill(); err != nil {
+	if err := g.kill(); err != nil {
 		t.Fatal(err)
 	}
 	after := mem.restarted()
-	r = newRig(t, after, disk, 1)
-	check("after")
+	r := newRig(t, after, g.disk, 1)
+	g.check(t, r, fmt.Sprintf("after cut %d", cut))
 	if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
 		t.Errorf("a flush of what the disk refuses: %v", err)
 	}
-	fate.heal()
+	g.fate.heal()
 	if err := r.Flush(t.Context()); err != nil {
 		t.Error(err)
 	}
 	r.kill()
 	p := make([]byte, sectorSize)
-	for lba, version := range want {
-		disk.ReadAt(p, lba*sectorSize)
+	for lba, version := range g.want {
+		g.disk.ReadAt(p, lba*sectorSize)
 		if v, err := stamp(p, lba); v != version || err != nil {
 			t.Errorf("cut %d: sector %d of the disk has version %d, %v, want %d", cut, lba, v, err, version)
 		}
 	}
 	return !done
+}
+
+// TestGatherSyncs: what is copied has been synced before its new place is named. In a
+// plain file without checksums nothing tells a key whose data a power cut has taken.
+func TestGatherSyncs(t *testing.T) {
+	mem := newPageCache()
+	g := newGathering(t, mem, false)
+	defer g.disk.Close()
+	if err := g.do(0, &Request{Op: Flush}); err != nil {
+		t.Fatal(err)
+	}
+	if moved, err := g.gather(g.runs); err != nil || !moved {
+		t.Fatalf("gather: %t, %v", moved, err)
+	}
+	head, _ := g.journal.head()
+	log := g.layout.Offset(head.Seg, 0)
+	after := mem.cut(func(page int64) bool { return page*pageSize >= log && page*pageSize < log+ondisk.SegmentData })
+	g.kill()
+	r := newRig(t, after, g.disk, 1)
+	g.check(t, r, "after the power cut")
+	r.kill()
 }
