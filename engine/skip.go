@@ -148,13 +148,23 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 	w.parts = w.parts[:0] // of the last round: what it has not written is to be found
 	known := w.known()
 	var left []part
+	zeros := map[int64]int{} // how much was found where, which many keys may name
 	collect := func(k *ondisk.Kset) {
 		for i := range k.Keys {
 			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {
 				c.collectKey(key, mark{}, known)
 			}
 		}
-		left = append(left, w.parts...)
+		for i := range w.parts {
+			p := &w.parts[i]
+			if p.zero() {
+				if zeros[p.off] == p.len() {
+					continue
+				}
+				zeros[p.off] = p.len()
+			}
+			left = joined(left, p)
+		}
 		w.parts = w.parts[:0]
 	}
 	n := uint64(0)
@@ -167,6 +177,7 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 	if damage != nil || n >= w.at.keys-w.skipped.from.keys {
 		return false, nil
 	}
+	clear(zeros)
 	for end := w.skipped.from; end.ksets < w.at.ksets && !c.stopping(); {
 		damage := c.walk(&w.walker, end.pos, w.at.pos, func(k *ondisk.Kset, after ondisk.Position) bool {
 			collect(k)
@@ -199,6 +210,19 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 		passed = passed || after > before
 	}
 	return passed, nil
+}
+
+// joined appends a part. What was divided for the transfers was one key, and is one
+// again.
+func joined(left []part, p *part) []part {
+	if n := len(left); n > 0 && !p.zero() {
+		if l := &left[n-1]; l.s.sh == p.s.sh && l.s.root == p.s.root && l.e.abuts(p.e) {
+			l.e.n += p.e.n
+			l.s.n += p.e.n
+			return left
+		}
+	}
+	return append(left, *p)
 }
 
 // errOvertaken: a part was overwritten before it was logged again.

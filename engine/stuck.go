@@ -122,11 +122,17 @@ func (c *Cache) takeDue(parts []part) []part {
 		if now.Before(s.next) {
 			return false
 		}
-		for _, e := range c.dirtyParts(s.s, s.s.place(s.e.seg, s.e.pos)) {
-			parts = append(parts, s.sub(e.off, e.n))
-		}
+		parts = c.stillDirty(parts, &s.part)
 		return true
 	})
+	return parts
+}
+
+// stillDirty appends what the index still has of a part.
+func (c *Cache) stillDirty(parts []part, p *part) []part {
+	for _, e := range c.dirtyParts(p.s, p.s.place(p.e.seg, p.e.pos)) {
+		parts = append(parts, p.sub(e.off, e.n))
+	}
 	return parts
 }
 
@@ -180,10 +186,14 @@ func without(parts []extent, known extent) (rest []extent) {
 // only, dirty_tail passes that, and collecting what it has passed makes room for more.
 func (c *Cache) relogStuck() (passed bool, err error) {
 	w := &c.writeback
-	w.retryNow()
-	for _, p := range c.takeDue(nil) {
-		w.stuck = append(w.stuck, stuck{p, time.Now().Add(p.wait)})
+	var still []stuck
+	for i := range w.stuck {
+		s := &w.stuck[i]
+		for _, p := range c.stillDirty(nil, &s.part) {
+			still = append(still, stuck{p, s.next})
+		}
 	}
+	w.stuck = still
 	slices.SortFunc(w.stuck, func(a, b stuck) int { return cmp.Or(cmp.Compare(a.key.ksets, b.key.ksets), cmp.Compare(a.off, b.off)) })
 	all := w.runs()
 	runs := all
@@ -231,6 +241,9 @@ func (c *Cache) relogPays(n int) bool {
 	for i := range w.stuck {
 		oldest = min(oldest, w.stuck[i].key.keys)
 	}
+	if s := &w.skipped; s.on && s.from.keys <= oldest {
+		oldest = w.at.keys // dirty_tail stays in front of that
+	}
 	return w.at.keys-oldest > uint64(n) || n > 0 && c.hurt.Load() != nil && !w.sweep.on
 }
 
@@ -240,6 +253,9 @@ func (c *Cache) relogPays(n int) bool {
 func (c *Cache) leftBehind(runs []run) []run {
 	w := &c.writeback
 	head := c.journal.mark()
+	if s := &w.skipped; s.on && len(runs) > 0 && s.from.ksets <= runs[0].key.ksets {
+		return nil // nor can dirty_tail pass them
+	}
 	n, keys := 0, 0
 	for ; n < len(runs) && runs[n].key.pos.Seg != head.pos.Seg && runs[n].key.ksets < w.at.ksets; n++ {
 		if runs[n].keys == nil {

@@ -311,3 +311,36 @@ func TestRetryOverwritten(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestRetryWhileFull: what is stuck is tried again also while writers wait for space
+// all the time, each of whom has it looked at.
+func TestRetryWhileFull(t *testing.T) {
+	const lba = 40
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 7, false, 30)
+	disk := backing.NewFake(64<<20, sectorSize, 1)
+	defer disk.Close()
+	var refused atomic.Int64
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if op.Kind == backing.OpWrite && op.Off <= lba*sectorSize && lba*sectorSize < op.Off+op.Len && refused.Add(1) <= 5 {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
+	r := newRig(t, mem, disk, 1)
+	r.write(t, lba*sectorSize, stamped(lba, 1, 1))
+	p := make([]byte, sectorSize)
+	within(t, "writing what the disk takes by now", func() {
+		for v := uint64(1); ; v++ {
+			at := int64(1+v%12) << 22
+			r.write(t, at, stamped(at/sectorSize, 4096, v))
+			disk.ReadAt(p, lba*sectorSize)
+			if got, err := stamp(p, lba); got == 1 && err == nil {
+				return
+			}
+		}
+	})
+	if err := r.kill(); err != nil {
+		t.Error(err)
+	}
+}

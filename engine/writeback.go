@@ -494,24 +494,34 @@ func (c *Cache) round(until uint64) error {
 		w.putBack(w.parts, err)
 		return err
 	}
-	refused, room := 0, w.most-w.refused()
+	refused, fresh, room := 0, 0, w.most-w.refused()
 	var first error
 	for i := range w.parts {
-		if p := &w.parts[i]; p.refused() {
-			refused++
-			first = cmp.Or(first, p.err)
+		switch p := &w.parts[i]; {
+		case !p.refused():
+			continue
+		case p.wait > 0:
+			room-- // it was put aside before, and its place is kept
+		default:
+			fresh++
 		}
+		refused++
+		first = cmp.Or(first, w.parts[i].err)
 	}
-	none := refused == len(w.parts) && refused > room
+	none := refused == len(w.parts) && fresh > room
 	// Before dirty_tail moves: after that a part's place may soon be another's.
 	for i := range w.parts {
 		switch p := &w.parts[i]; {
 		case p.err == nil:
 			w.key = c.index.clean(p.s, p.s.place(p.e.seg, p.e.pos), w.key)
-		case p.lost || p.wait > 0 || room > 0 && !none:
+		case p.lost:
+			c.setAside(p, true)
+		case p.wait > 0 || room > 0 && !none:
 			was := len(w.stuck)
 			c.setAside(p, room > 0)
-			room -= len(w.stuck) - was
+			if room -= len(w.stuck) - was; p.wait > 0 {
+				room++
+			}
 		case w.sweep.on || p.key.ksets < w.end.ksets:
 			w.skip(p)
 		default: // it lies behind the end of a round that was cut short, and comes again
