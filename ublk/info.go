@@ -200,8 +200,15 @@ func (c *control) stopUnused(id uint32, force bool) error {
 			return deviceError("stop", id, err)
 		}
 	}
+	own, err := openControl() // this one may be closed before the stop has ended
+	if err != nil {
+		return err
+	}
 	stopped := make(chan error, 1)
-	go func() { stopped <- c.stopIfUnused(id) }()
+	go func() {
+		defer own.close()
+		stopped <- own.stopIfUnused(id)
+	}()
 	for {
 		select {
 		case err := <-stopped:
@@ -257,11 +264,9 @@ const (
 // use of it.
 func (c *control) stopIfUnused(id uint32) error {
 	for begin := time.Now(); ; time.Sleep(udevStep) {
+		_, idle := os.Stat(udevQueue) // before the try: what udev had open then it may have closed since
 		err := c.tryStopIfUnused(id)
-		if !errors.Is(err, ErrInUse) || time.Since(begin) > udevPatience {
-			return err
-		}
-		if _, idle := os.Stat(udevQueue); idle != nil {
+		if !errors.Is(err, ErrInUse) || idle != nil || time.Since(begin) > udevPatience {
 			return err
 		}
 	}
