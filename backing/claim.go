@@ -76,15 +76,20 @@ func giveToLoop(fd int) error {
 	}
 }
 
-// unclaim takes back the claim to a block device, if there is one. The kernel
-// lets go of it when the last who has the loop device open closes it.
-func unclaim(path string) {
+// unclaim takes back the claim to a block device, and reports whether there was one.
+// The kernel lets go of it when the last who has the loop device open closes it. It
+// does not ask a loop device that has a size: its file may be on a file system that
+// does not answer.
+func unclaim(path string) (was bool) {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {
-		return
+		return false
 	}
 	loops, _ := filepath.Glob("/sys/block/loop*/loop")
 	for _, dir := range loops {
+		if attribute(filepath.Dir(dir), "size") != "0" {
+			continue
+		}
 		fd, err := unix.Open("/dev/"+filepath.Base(filepath.Dir(dir)), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			continue
@@ -92,7 +97,9 @@ func unclaim(path string) {
 		info, err := unix.IoctlLoopGetStatus64(fd)
 		if err == nil && info.Rdevice == st.Rdev && unix.ByteSliceToString(info.File_name[:]) == claimName {
 			unix.IoctlSetInt(fd, unix.LOOP_CLR_FD, 0)
+			was = true
 		}
 		unix.Close(fd)
 	}
+	return was
 }

@@ -51,6 +51,23 @@ func TestClaim(t *testing.T) {
 			t.Errorf("after the close: %v", err)
 		}
 	}
+	for _, claimed := range []bool{false, true} {
+		if claimed {
+			if err := Claim(disk); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d, err := Open(disk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := d.PutBack(); err != nil {
+			t.Error(err)
+		}
+		if err := exclusively(); errors.Is(err, unix.EBUSY) != claimed {
+			t.Errorf("put back, claimed before %t: %v", claimed, err)
+		}
+	}
 	for _, path := range []string{t.TempDir(), "/dev/nowhere"} {
 		if err := Claim(path); err != nil {
 			t.Errorf("claim of what is no device: %v", err)

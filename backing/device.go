@@ -46,6 +46,7 @@ type Device struct {
 	cheap     bool // see ZeroesCheaply
 	inherited bool // fd is open from the beginning, with its flags
 	block     bool // a block device, not a file
+	claimed   bool // for the cache, until it was opened, see Claim
 
 	lock *filelock.Lock // of a file
 
@@ -62,6 +63,7 @@ func Open(path string) (*Device, error) {
 	d := &Device{path: path, fd: -1}
 	if err := d.open(); err != nil {
 		d.release()
+		d.claimAgain()
 		return nil, fmt.Errorf("open backing device %s: %w", path, err)
 	}
 	return d, nil
@@ -172,8 +174,8 @@ func (d *Device) openBlock() error {
 	// mapper and everybody else who claims (block/bdev.c, bd_prepare_to_claim).
 	err := onceFree(unix.EBUSY, func() error {
 		err := d.openDescriptor(unix.O_DIRECT | unix.O_EXCL)
-		if errors.Is(err, unix.EBUSY) {
-			unclaim(d.path)
+		if errors.Is(err, unix.EBUSY) && unclaim(d.path) {
+			d.claimed = true
 		}
 		return err
 	})
@@ -321,6 +323,19 @@ func (d *Device) Close() error {
 		return fmt.Errorf("close backing device %s: %w", d.path, err)
 	}
 	return nil
+}
+
+// PutBack is Close for a device with which nothing was done: if it was claimed, it is
+// so again.
+func (d *Device) PutBack() error {
+	return errors.Join(d.Close(), d.claimAgain())
+}
+
+func (d *Device) claimAgain() error {
+	if !d.claimed {
+		return nil
+	}
+	return Claim(d.path)
 }
 
 // release gives back as much as was taken.

@@ -165,7 +165,7 @@ func (s *server) openOwnDisk(o *serveOptions) (err error) {
 		return err // what is there is refused as any other that does not fit
 	}
 	if s.disk != nil {
-		s.disk.Close()
+		s.disk.PutBack()
 	}
 	s.log.Warn("the backing device has another name now", zap.String("was", s.dev.Backing), zap.String("is", path))
 	s.dev.Backing, o.Backing = path, seen{Path: path}
@@ -177,7 +177,7 @@ func (s *server) openOwnDisk(o *serveOptions) (err error) {
 func (s *server) closeFiles() error {
 	var err error
 	if s.disk != nil {
-		err = s.disk.Close()
+		err = s.disk.PutBack()
 	}
 	if s.region == nil {
 		return err

@@ -64,8 +64,11 @@ func (o *writebackOptions) run(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	defer dev.Close()
-	return o.save(cmd.OutOrStdout(), r, readOnly, dev, disk{dev})
+	if err := o.save(cmd.OutOrStdout(), r, readOnly, dev, disk{dev}); err != nil {
+		dev.PutBack() // what the cache has alone is still there
+		return err
+	}
+	return dev.Close()
 }
 
 // openToSave opens the region for writing if it can be, and returns why not.

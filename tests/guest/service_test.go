@@ -85,6 +85,10 @@ func TestService(t *testing.T) {
 			}
 		}
 		s.mustLead(t, byID, disk)
+		// What opens the disk and is refused leaves it as it was.
+		if o := s.run("ublk-pcache", "add", "-p", dax, "-b", disk, "--data-crc"); o.err == nil || !strings.Contains(o.stderr.String(), "crc") {
+			t.Errorf("add with other checksums: %v\n%s", o.err, &o.stderr)
+		}
 		for _, what := range []string{"LABEL=cached", disk} {
 			if o := s.run("mount", what, "/srv"); o.err == nil {
 				t.Errorf("mount %s while the service does not run mounts %s", what, s.must(t, "findmnt", "-no", "SOURCE", "/srv"))
