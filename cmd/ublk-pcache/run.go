@@ -166,6 +166,8 @@ func continued(o serveOptions) (_ serveOptions, server *device, err error) {
 		case errors.Is(err, ublk.ErrNoDevice):
 		case err != nil:
 			return o, nil, err
+		case info.State != ublk.Dead && !samePMEM:
+			return o, nil, finalError{fmt.Errorf("device %d waits for a server with the cache on %s, and not that on %s (ublk-pcache recover %d, or del %d, or change the description)", d.ID, d.PMEM, spec.Path, d.ID, d.ID)}
 		case info.State != ublk.Dead:
 			r := recovery(d, info)
 			r.Foreground, r.Device.Backing = true, o.Device.Backing
