@@ -81,11 +81,21 @@ func (d *device) removeByDriver(force bool) error {
 		case err := <-removed:
 			return err
 		case <-time.After(lifeSign + statusPatience):
+			info, err := d.lookup()
+			if gone := errors.Is(err, ublk.ErrNoDevice) || err == nil && info.State == ublk.Dead; gone && !d.alive() {
+				fmt.Fprintln(os.Stderr, "ublk-pcache:", d.numberHeld())
+				return nil
+			}
 			if d.alive() {
 				return fmt.Errorf("device %d does not go, since process %d holds it (end that with 'kill -KILL %d', and repeat)", d.ID, d.PID, d.PID)
 			}
 		}
 	}
+}
+
+// numberHeld is said of a device that is stopped and cannot be deleted yet.
+func (d *device) numberHeld() string {
+	return d.Device + " is gone, its number is free when the last who has it open closes it"
 }
 
 // awaitEnd waits until a server whose device is gone has let go of cache and

@@ -336,7 +336,7 @@ func (s *server) remove(force bool) (left []string, err error) {
 	}
 	deleted, ok := inTime(s.ublk.Delete)
 	if !ok {
-		left = append(left, fmt.Sprintf("%s is gone, its number is free when the last who has it open closes it", s.dev.Device))
+		left = append(left, s.dev.numberHeld())
 	}
 	err = errors.Join(err, deleted, s.region.Close())
 	closed, ok := inTime(s.disk.Close)

@@ -358,7 +358,7 @@ func mustLeaveOthers(t *testing.T, others, ours int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.del(t)
+	pcache(t, "del", d.id)
 	left := strings.ReplaceAll(strings.Replace(string(state), `"id":`+free, `"id":`+number, 1), "/dev/ublkb"+free, "/dev/ublkb"+number)
 	file := filepath.Join(stateDir, number+".json")
 	for _, text := range []string{left, "damaged"} {
@@ -369,7 +369,7 @@ func mustLeaveOthers(t *testing.T, others, ours int) {
 		if l := list(t); len(l) != 1 || l[0].State != "gone" && l[0].State != "damaged" {
 			t.Errorf("list shows %+v", l)
 		}
-		for _, command := range []string{"recover", "flush", "upgrade", "status"} {
+		for _, command := range []string{"recover", "flush", "upgrade"} {
 			run(t, "ublk-pcache", command, number).mustRefuse(t, []string{"del " + number})
 		}
 		pcache(t, "del", number)
@@ -424,10 +424,14 @@ func TestNumbersAndNames(t *testing.T) {
 	char := "/dev/ublkc" + d.id
 	major, minor, _ := strings.Cut(strings.TrimSpace(must(t, "cat", "/sys/class/ublk-char/ublkc"+d.id+"/dev")), ":")
 	mustNeedChar := func(t *testing.T, command string) {
-		if err := os.Remove(char); err != nil {
+		if err := os.Rename(char, char+".away"); err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { must(t, "mknod", char, "c", major, minor) })
+		t.Cleanup(func() {
+			if err := os.Rename(char+".away", char); err != nil {
+				t.Error(err)
+			}
+		})
 		file(char)(t)
 		run(t, "ublk-pcache", command, d.id).mustRefuse(t, []string{char, "move it away", "mknod " + char + " c " + major + " " + minor})
 	}
@@ -440,10 +444,10 @@ func TestNumbersAndNames(t *testing.T) {
 
 	// A device that waits is continued all the same: its users have it open. New ones are warned.
 	killServer(t, d, unix.SIGKILL)
+	t.Run("recover", func(t *testing.T) { mustNeedChar(t, "recover") })
 	if err := os.Remove(d.path); err != nil {
 		t.Fatal(err)
 	}
-	t.Run("recover", func(t *testing.T) { mustNeedChar(t, "recover") })
 	file(d.path)(t)
 	if r := run(t, "ublk-pcache", "recover", d.id); r.code != 0 || r.stdout != d.path+"\n" || !strings.Contains(r.stderr, "warning") || !strings.Contains(r.stderr, "move it away") {
 		t.Errorf("with a file in place of the disk: %+v", r)
@@ -483,6 +487,56 @@ func TestDelNamesUsers(t *testing.T) {
 	})
 	sleeper.Process.Kill()
 	must(t, "umount", dir)
+	d.del(t)
+}
+
+// A device whose server is dead goes from under those who have it open, and del does not wait for them.
+func TestForcedDelOfDead(t *testing.T) {
+	wipe(t, disk)
+	d := add(t, "-p", dax, "-b", disk)
+	f := direct(t, d.path)
+	defer f.Close()
+	killServer(t, d, unix.SIGKILL)
+	run(t, "ublk-pcache", "del", d.id).mustRefuse(t, []string{"in use", "--force"})
+	if r := run(t, "ublk-pcache", "del", "--force", d.id); r.code != 0 || r.stderr != "ublk-pcache: "+d.path+" is gone, its number is free when the last who has it open closes it\n" {
+		t.Fatalf("%+v", r)
+	}
+	if l := list(t); len(l) > 0 {
+		t.Errorf("list shows %+v", l)
+	}
+	f.Close()
+	id, err := strconv.Atoi(d.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, func() string {
+		if _, err := ublk.Lookup(id); !errors.Is(err, ublk.ErrNoDevice) {
+			return fmt.Sprintf("the number is not free: %v", err)
+		}
+		return ""
+	})
+	pcache(t, "del", add(t, "-n", d.id, "-p", dax, "-b", disk).id)
+}
+
+// A service does not go on with the device of another cache because that has its disk.
+func TestRunOnAnothersDisk(t *testing.T) {
+	wipe(t, disk)
+	d := add(t, "-p", dax, "-b", disk)
+	killServer(t, d, unix.SIGKILL)
+	dir := t.TempDir()
+	pcache(t, "format", dir+"/other,size=512M,volatile")
+	const config = "/etc/ublk-pcache/other.conf"
+	must(t, "mkdir", "-p", filepath.Dir(config))
+	t.Cleanup(func() { os.Remove(config) })
+	if err := os.WriteFile(config, []byte("pmem = "+dir+"/other,volatile\nbacking = "+disk+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := run(t, "ublk-pcache", "run", "other")
+	r.mustRefuse(t, []string{"device " + d.id, dax, dir + "/other", "recover " + d.id})
+	if r.code != 78 {
+		t.Errorf("run ends with %d", r.code)
+	}
+	pcache(t, "recover", d.id)
 	d.del(t)
 }
 
