@@ -18,54 +18,90 @@ import (
 // stuck in several segments is copied into one: like a write of what is there already
 // to the same place, ordered in the log like any other, and left alone where somebody
 // else has written there meanwhile. Then nothing names the old segments but keys
-// that garbage collection will pass.
+// that garbage collection will pass. What was passed by (skip.go) is copied, too.
 //
 // What is in bad memory stays where it is, and so does what is in a segment that a queue
 // still fills: neither would be free for it.
 
-// holding is what is stuck in a segment.
+// holding is what is refused in a segment.
 type holding struct {
 	seg   uint32
 	runs  []*run
-	bytes uint32
+	n     int // of them
+	bytes int64
 	zeros uint32 // the longest run of them
 }
 
+// gatherRuns is how many are copied at once, about: as many sectors as a segment has.
+const gatherRuns = segmentSectors
+
 // holdings returns what can be copied and is worth it: what is in two segments or
-// more and fits into one.
+// more and fits into one. What was passed by is looked for twice, since there may be
+// any number of it.
 func (c *Cache) holdings(runs []run) (worth []*holding) {
 	in := map[uint32]*holding{}
-	stays := map[uint32]bool{}
-	for i := range runs {
-		r := &runs[i]
+	damage := c.eachRefused(runs, func(r *run) {
 		h := in[r.e.seg]
 		if h == nil {
 			h = &holding{seg: r.e.seg}
 			in[r.e.seg] = h
 		}
-		h.runs = append(h.runs, r)
+		h.n++
 		if r.zero() {
 			h.zeros = max(h.zeros, uint32(r.len()))
 		} else {
-			h.bytes += uint32(r.len())
+			h.bytes += int64(r.len())
 		}
-		s := &c.segments.all[r.e.seg]
-		stays[r.e.seg] = stays[r.e.seg] || s.bad.Load() || s.filling.Load()
+	})
+	if damage != nil {
+		return nil
 	}
-	all := slices.DeleteFunc(slices.Collect(maps.Values(in)), func(h *holding) bool { return stays[h.seg] })
+	all := slices.DeleteFunc(slices.Collect(maps.Values(in)), func(h *holding) bool {
+		s := &c.segments.all[h.seg]
+		return s.bad.Load() || s.filling.Load()
+	})
 	slices.SortFunc(all, func(a, b *holding) int { return cmp.Compare(a.bytes, b.bytes) })
-	var bytes, zeros uint32
+	clear(in)
+	n, bytes, zeros := 0, int64(0), uint32(0)
 	for _, h := range all {
-		bytes, zeros = bytes+h.bytes, max(zeros, h.zeros)
-		if bytes+zeros > ondisk.SegmentData {
+		n, bytes, zeros = n+h.n, bytes+h.bytes, max(zeros, h.zeros)
+		if n > gatherRuns || bytes+int64(zeros) > ondisk.SegmentData {
 			break
 		}
 		worth = append(worth, h)
+		in[h.seg] = h
 	}
 	if len(worth) < 2 {
 		return nil
 	}
+	damage = c.eachRefused(runs, func(r *run) {
+		if h := in[r.e.seg]; h != nil {
+			h.runs = append(h.runs, r)
+		}
+	})
+	if damage != nil {
+		return nil
+	}
 	return worth
+}
+
+// eachRefused visits what is stuck, in runs, and what was passed by.
+func (c *Cache) eachRefused(runs []run, visit func(*run)) *ondisk.Damage {
+	for i := range runs {
+		visit(&runs[i])
+	}
+	s := &c.writeback.skipped
+	if !s.on || c.writeback.sweep.on {
+		return nil
+	}
+	x := c.newCollection()
+	return x.walk(s.from, func(mark) bool {
+		for _, p := range x.parts {
+			visit(&run{part: p})
+		}
+		x.parts = x.parts[:0]
+		return true
+	})
 }
 
 // gather copies what is stuck in several segments into one, and reports whether there
@@ -114,6 +150,7 @@ func (c *Cache) gather(runs []run) (moved bool, err error) {
 	if err := c.persist(); err != nil {
 		return false, fmt.Errorf("sync what was copied: %w", err)
 	}
+	defer c.flushOn() // what was passed by is named at its new place alone
 	for _, h := range worth {
 		for _, r := range h.runs {
 			done, err := c.enterCopy(r)

@@ -567,7 +567,8 @@ func TestStuckEverywhere(t *testing.T) {
 	for _, x := range []struct {
 		name      string
 		crc, zero bool
-	}{{"data", false, false}, {"sums", true, false}, {"zeros", true, true}} {
+		most      int
+	}{{"data", false, false, maxStuck}, {"sums", true, false, maxStuck}, {"zeros", true, true, maxStuck}, {"passed by", true, true, 2}} {
 		t.Run(x.name, func(t *testing.T) {
 			const bad, stripes = 40, 40
 			mem := pmem.NewFake(ondisk.MinSize)
@@ -582,7 +583,12 @@ func TestStuckEverywhere(t *testing.T) {
 				}
 				return f
 			})
-			r := newRig(t, mem, disk, 2)
+			open := func(queues int) *rig {
+				r := newRig(t, mem, disk, queues)
+				r.narrow(t, x.most, roundTime)
+				return r
+			}
+			r := open(2)
 			want := map[int64]uint64{}
 			check := func(when string) {
 				t.Helper()
@@ -617,7 +623,7 @@ func TestStuckEverywhere(t *testing.T) {
 					if err := r.kill(); err != nil {
 						t.Fatal(err)
 					}
-					r = newRig(t, mem, disk, 1)
+					r = open(1)
 					check("after a restart")
 				}
 			}
@@ -682,6 +688,7 @@ func TestProgress(t *testing.T) {
 		{queues: 1, clients: 4, segments: 5, diskMiB: 64, maxIO: 512 << 10, gcPercent: 70, discarders: 2},
 		{queues: 3, clients: 6, segments: 7, diskMiB: 96, maxIO: 512 << 10, gcPercent: 70, crc: true, discarders: 3},
 		{queues: 2, clients: 6, segments: 6, diskMiB: 32, maxIO: 16 << 10, gcPercent: 0, discarders: 5},
+		{queues: 2, clients: 6, segments: 8, diskMiB: 160, maxIO: 1 << 20, gcPercent: 70, discarders: 1, most: 2},
 	} {
 		t.Run(fmt.Sprintf("%dq-%dmib", s.queues, s.diskMiB), func(t *testing.T) {
 			dice := rand.New(rand.NewPCG(seed, uint64(i)))

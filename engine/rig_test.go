@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 
@@ -202,6 +203,17 @@ func (r *rig) mustRest(t testing.TB) {
 	if _, err := r.Rest(context.Background()); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// narrow lets write-back put no more aside than most, and cut a round short after
+// step.
+func (c *Cache) narrow(t rapid.TB, most int, step time.Duration) {
+	t.Helper()
+	if _, err := c.Rest(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	c.writeback.most, c.writeback.step = most, step
+	c.Resume()
 }
 
 // leave ends the threads.

@@ -145,53 +145,30 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 	if !w.skipped.on || w.sweep.on {
 		return false, nil
 	}
-	w.parts = w.parts[:0] // of the last round: what it has not written is to be found
-	known := w.known()
-	var left []part
-	zeros := map[int64]int{} // how much was found where, which many keys may name
-	collect := func(k *ondisk.Kset) {
-		for i := range k.Keys {
-			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {
-				c.collectKey(key, mark{}, known)
-			}
-		}
-		for i := range w.parts {
-			p := &w.parts[i]
-			if p.zero() {
-				if zeros[p.off] == p.len() {
-					continue
-				}
-				zeros[p.off] = p.len()
-			}
-			left = joined(left, p)
-		}
-		w.parts = w.parts[:0]
-	}
 	n := uint64(0)
-	damage := c.walk(&w.walker, w.skipped.from.pos, w.at.pos, func(k *ondisk.Kset, _ ondisk.Position) bool {
-		collect(k)
-		n += uint64(len(left))
-		left = left[:0]
+	count := c.newCollection()
+	damage := count.walk(w.skipped.from, func(mark) bool {
+		n += uint64(len(count.parts))
+		count.parts = count.parts[:0]
 		return true
 	})
 	if damage != nil || n >= w.at.keys-w.skipped.from.keys {
 		return false, nil
 	}
-	clear(zeros)
+	left := c.newCollection()
 	for end := w.skipped.from; end.ksets < w.at.ksets && !c.stopping(); {
-		damage := c.walk(&w.walker, end.pos, w.at.pos, func(k *ondisk.Kset, after ondisk.Position) bool {
-			collect(k)
-			end = mark{after, end.ksets + 1, end.keys + uint64(len(k.Keys))}
-			return end.ksets < w.at.ksets && len(left) < relogBatch && !c.stopping()
+		damage := left.walk(end, func(after mark) bool {
+			end = after
+			return len(left.parts) < relogBatch && !c.stopping()
 		})
 		if damage != nil {
 			return passed, nil
 		}
 		var keys []ondisk.Key
-		for i := range left {
-			keys = c.keysOf(keys, &left[i])
+		for i := range left.parts {
+			keys = c.keysOf(keys, &left.parts[i])
 		}
-		left = left[:0]
+		left.parts = left.parts[:0]
 		if err := c.relogAll(keys); err == errLogFull || err == errOvertaken {
 			return passed, nil
 		} else if err != nil {
@@ -210,6 +187,47 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 		passed = passed || after > before
 	}
 	return passed, nil
+}
+
+// collection is what has not been written of a part of the log that write-back has
+// tried, without what is stuck.
+type collection struct {
+	c     *Cache
+	known map[where][]extent
+	zeros map[int64]int // how much was found where, which many keys may name
+	parts []part
+}
+
+func (c *Cache) newCollection() *collection {
+	w := &c.writeback
+	w.parts = w.parts[:0] // of the last round: what it has not written is to be found
+	return &collection{c: c, known: w.known(), zeros: map[int64]int{}}
+}
+
+// walk adds what the ksets name from a place on, until visit, which is told where each
+// has ended, returns false.
+func (x *collection) walk(from mark, visit func(after mark) bool) *ondisk.Damage {
+	c, w := x.c, &x.c.writeback
+	return c.walk(&w.walker, from.pos, w.at.pos, func(k *ondisk.Kset, after ondisk.Position) bool {
+		for i := range k.Keys {
+			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {
+				c.collectKey(key, mark{}, x.known)
+			}
+		}
+		for i := range w.parts {
+			p := &w.parts[i]
+			if p.zero() {
+				if x.zeros[p.off] == p.len() {
+					continue
+				}
+				x.zeros[p.off] = p.len()
+			}
+			x.parts = joined(x.parts, p)
+		}
+		w.parts = w.parts[:0]
+		from = mark{after, from.ksets + 1, from.keys + uint64(len(k.Keys))}
+		return visit(from) && from.ksets < w.at.ksets
+	})
 }
 
 // joined appends a part. What was divided for the transfers was one key, and is one

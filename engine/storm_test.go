@@ -123,6 +123,7 @@ type storm struct {
 	script                    func(backing.Op) backing.Fault // of the disk until the last flush, where not faults says
 	discarders                int                            // the first so many clients
 	patient                   bool                           // the last round is let end by itself, and has to
+	most                      int                            // that write-back puts aside, in rounds of a few ms, if not 0
 }
 
 // TestStorm lets clients read and write at random, on several queues and on a
@@ -171,6 +172,9 @@ func (s storm) run(t *testing.T, seed uint64) {
 			disk.Script(s.script)
 		}
 		r := newRig(t, mem, disk, s.queues)
+		if s.most > 0 {
+			r.narrow(t, s.most, 5*time.Millisecond)
+		}
 		s.verify(t, r, g, round > 0)
 
 		var clients sync.WaitGroup
