@@ -7,7 +7,7 @@ SHELL := /bin/bash
 # The race detector is linked by gcc; the program itself never is.
 export CGO_ENABLED = 0
 
-.PHONY: build install demo test vet unit race arm64 vm soak bench bench-vm bench-report
+.PHONY: build install demo test vet unit count race arm64 vm soak bench bench-count bench-vm bench-report
 
 build:
 	go build -o bin/ublk-pcache ./cmd/ublk-pcache
@@ -29,7 +29,7 @@ endif
 
 # Each phase says how long it took.
 test:
-	@for phase in vet unit race arm64 vm; do \
+	@for phase in vet unit count race arm64 vm; do \
 	  printf '\n== %s\n' $$phase; begin=$$SECONDS; \
 	  $(MAKE) --no-print-directory $$phase; \
 	  printf '== %s: %d s\n' $$phase $$((SECONDS - begin)); \
@@ -43,6 +43,14 @@ vet:
 
 unit:
 	go test -count=1 ./...
+
+# An instruction is one of qemu-user's processor, whatever the machine's is.
+tools = command -v gcc >/dev/null && command -v qemu-x86_64 >/dev/null || \
+  { apt-get update -q && apt-get install -q -y --no-install-recommends gcc libc6-dev qemu-user; }
+
+count:
+	@$(tools)
+	go run ./tests/count -check engine/testdata/instructions
 
 race:
 	@command -v gcc >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends gcc libc6-dev; }
@@ -83,7 +91,7 @@ first = 2a12216629975903477c08f57b053dae2358f587
 bench:
 	@mkdir -p bin
 	{ echo "date: $$(date -u +%F)"; echo "kernel: $$(uname -sr)"; echo "go: $$(go env GOVERSION)"; \
-	  for round in 1 2 3 4 5; do go test -run '^$$' -bench . -benchtime 0.2s -timeout 30m ./engine; done; } | tee bin/bench.txt
+	  for round in 1 2 3 4 5; do go test -run '^$$' -bench . -skip '^BenchmarkCount$$' -benchtime 0.2s -timeout 30m ./engine; done; } | tee bin/bench.txt
 	rm -rf bin/first && mkdir bin/first && git archive $(first) | tar -x -C bin/first
 	for op in Write Read; do for at in bin/first .; do \
 	  go test -C $$at -run '^$$' -bench "^Benchmark$$op$$/crc=false/size=4096/batch=16/threads=2$$" -benchtime 3s \
@@ -91,6 +99,11 @@ bench:
 	  go tool pprof -top -nodecount 12 -focus engine.threads -relative_percentages bin/engine.test bin/engine.prof; \
 	done > bin/bench-profile-$$op.txt; done
 	rm -rf bin/first
+
+# Where the instructions of the engine are, by function.
+bench-count:
+	@$(tools)
+	go run ./tests/count -by-function
 
 # More than half an hour on a quiet machine.
 bench-vm:
