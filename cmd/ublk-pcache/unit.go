@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -63,13 +64,9 @@ func spawnUnit(systemd *dbus.Conn, self string, o serveOptions) (answer string, 
 		return "", fmt.Errorf("listen for the server: %w", err)
 	}
 	defer caller.Close()
-	config, err := json.Marshal(o)
-	if err != nil {
-		return "", err
-	}
 	ended := make(chan string, 1)
-	if _, err := systemd.StartTransientUnitContext(interrupted, o.Device.Unit, "fail", unitProperties(o, self, string(config)), ended); err != nil {
-		return "", fmt.Errorf("start %s: %w (see 'systemctl status %s')", o.Device.Unit, err, o.Device.Unit)
+	if err := startUnit(interrupted, systemd, self, o, ended); err != nil {
+		return "", err
 	}
 	type said struct {
 		text []byte
@@ -102,6 +99,50 @@ func spawnUnit(systemd *dbus.Conn, self string, o serveOptions) (answer string, 
 	case <-interrupted.Done():
 		return "", takeBackUnit(systemd, o, ended)
 	}
+}
+
+// unitPatience is how long a unit may have its name after its server has answered
+// for the last time: systemd notices the end of a process a moment later.
+const unitPatience = 5 * time.Second
+
+// startUnit starts the unit of a server. A unit of that name which ends is waited
+// for, one with a server that lives is not.
+func startUnit(ctx context.Context, systemd *dbus.Conn, self string, o serveOptions, ended chan<- string) error {
+	config, err := json.Marshal(o)
+	if err != nil {
+		return err
+	}
+	properties := unitProperties(o, self, string(config))
+	for begin := time.Now(); ; time.Sleep(deathStep) {
+		_, err := systemd.StartTransientUnitContext(ctx, o.Device.Unit, "fail", properties, ended)
+		if err == nil {
+			return nil
+		}
+		var refused godbus.Error
+		if !errors.As(err, &refused) || refused.Name != unitExists || time.Since(begin) > unitPatience {
+			return fmt.Errorf("start %s: %w (see 'systemctl status %s')", o.Device.Unit, err, o.Device.Unit)
+		}
+		if err := refuseServed(o.Device.Unit); err != nil {
+			return err
+		}
+	}
+}
+
+// unitExists is systemd's error for a name that a unit has.
+const unitExists = "org.freedesktop.systemd1.UnitExists"
+
+// refuseServed refuses a unit in which a server lives.
+func refuseServed(unit string) error {
+	devices, err := readStates()
+	if err != nil {
+		return err
+	}
+	for _, d := range devices {
+		if d.Unit == unit && d.alive() {
+			return fmt.Errorf("%s belongs to device %d, process %d (remove that first: ublk-pcache del %d)", unit, d.ID, d.PID, d.ID)
+		}
+	}
+	return nil
 }
 
 // hear returns what the server says, up to its end.

@@ -3,9 +3,11 @@
 package guest
 
 import (
+	"net"
 	"os"
 	"strings"
 	"testing"
+	"time"
 )
 
 // Where systemd runs, the server of an add is not of the login that it was called from: it has a unit of the system's,
@@ -67,6 +69,16 @@ func TestServerOfItsOwnUnit(t *testing.T) {
 	write("upgraded")
 	killed()
 	write("restarted-again")
+	// A server that has answered to del may not have ended yet, here for another client.
+	client, err := net.Dial("unix", "/proc/"+s.pid+"/root/run/ublk-pcache/7.sock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(2*time.Second, func() { client.Close() })
+	s.must(t, append([]string{"sh", "-c", `ublk-pcache del 7 && "$0" "$@"`}, args...)...)
+	write("added-again")
+	// Nor has one that was refused, and the other way round.
+	s.must(t, append([]string{"sh", "-c", `ublk-pcache del 7; ! "$0" "$@" --changed=discard && "$0" "$@"`}, args...)...)
 	s.must(t, "ublk-pcache", "del", "7")
 	waitFor(t, func() string {
 		if state := s.show(t, unit, "LoadState"); state != "not-found" {
