@@ -49,23 +49,28 @@ func reachSystemd() (systemd *dbus.Conn, ok bool) {
 	return systemd, err == nil
 }
 
-// unitOf names the unit of a server by its pmem, of which each has its own.
-func unitOf(pmem string) string {
-	return "ublk-pcache-" + unit.UnitNamePathEscape(pmem) + ".service"
+// unitOf names the unit of a server by its pmem, of which each has its own. Beyond
+// the first it has a number.
+func unitOf(pmem string, n int) string {
+	name := "ublk-pcache-" + unit.UnitNamePathEscape(pmem)
+	if n > 1 {
+		name += fmt.Sprintf("-%d", n)
+	}
+	return name + ".service"
 }
 
 // spawnUnit starts a server in a unit and returns its answer.
 func spawnUnit(systemd *dbus.Conn, self string, o serveOptions) (answer string, err error) {
 	interrupted, stop := untilBrokenOff()
 	defer stop()
-	o.Device.Unit, o.Answer = unitOf(o.PMEM.Path), "@ublk-pcache-"+uuid.NewString()
+	o.Answer = "@ublk-pcache-" + uuid.NewString()
 	caller, err := net.ListenUnix("unix", &net.UnixAddr{Name: o.Answer, Net: "unix"})
 	if err != nil {
 		return "", fmt.Errorf("listen for the server: %w", err)
 	}
 	defer caller.Close()
 	ended := make(chan string, 1)
-	if err := startUnit(interrupted, systemd, self, o, ended); err != nil {
+	if err := startUnit(interrupted, systemd, self, &o, ended); err != nil {
 		return "", err
 	}
 	type said struct {
@@ -101,29 +106,40 @@ func spawnUnit(systemd *dbus.Conn, self string, o serveOptions) (answer string, 
 	}
 }
 
-// unitPatience is how long a unit may have its name after its server has answered
-// for the last time: systemd notices the end of a process a moment later.
+// unitPatience is how long a unit may keep its name: systemd notices a moment later
+// that a server has ended, and a server that waits to try again notices after
+// retryPause that its device has gone.
 const unitPatience = 5 * time.Second
 
-// startUnit starts the unit of a server. A unit of that name which ends is waited
-// for, one with a server that lives is not.
-func startUnit(ctx context.Context, systemd *dbus.Conn, self string, o serveOptions, ended chan<- string) error {
-	config, err := json.Marshal(o)
-	if err != nil {
-		return err
-	}
-	properties := unitProperties(o, self, string(config))
-	for begin := time.Now(); ; time.Sleep(deathStep) {
-		_, err := systemd.StartTransientUnitContext(ctx, o.Device.Unit, "fail", properties, ended)
+// startUnit starts the unit of a server and names it in o. A unit of that name
+// which ends is waited for, one with a server that lives is not. One that tries in
+// vain to continue its device may do so for long: whoever continues that device by
+// hand gets another unit, and the first ends when it finds that out.
+func startUnit(ctx context.Context, systemd *dbus.Conn, self string, o *serveOptions, ended chan<- string) error {
+	begin := time.Now()
+	for n := 1; ; {
+		o.Device.Unit = unitOf(o.PMEM.Path, n)
+		config, err := json.Marshal(o)
+		if err != nil {
+			return err
+		}
+		_, err = systemd.StartTransientUnitContext(ctx, o.Device.Unit, "fail", unitProperties(o, self, string(config)), ended)
 		if err == nil {
 			return nil
 		}
 		var refused godbus.Error
-		if !errors.As(err, &refused) || refused.Name != unitExists || time.Since(begin) > unitPatience {
+		exists := errors.As(err, &refused) && refused.Name == unitExists
+		late := time.Since(begin) > unitPatience
+		if !exists || late && !o.Recover {
 			return fmt.Errorf("start %s: %w (see 'systemctl status %s')", o.Device.Unit, err, o.Device.Unit)
 		}
 		if err := refuseServed(o.Device.Unit); err != nil {
 			return err
+		}
+		if late {
+			n++
+		} else {
+			time.Sleep(deathStep)
 		}
 	}
 }
@@ -175,7 +191,7 @@ func takeBackUnit(systemd *dbus.Conn, o serveOptions, ended <-chan string) error
 }
 
 // unitProperties are those of systemd/ublk-pcache@.service, which says why.
-func unitProperties(o serveOptions, self, config string) []dbus.Property {
+func unitProperties(o *serveOptions, self, config string) []dbus.Property {
 	property := func(name string, value any) dbus.Property {
 		return dbus.Property{Name: name, Value: godbus.MakeVariant(value)}
 	}
@@ -199,7 +215,7 @@ func unitProperties(o serveOptions, self, config string) []dbus.Property {
 		property("Restart", "always"),
 		property("RestartPreventExitStatus", statuses{Exit: []int32{0, exitFinal}, Signal: []int32{int32(unix.SIGTERM)}}),
 		property("RestartUSec", uint64((100 * time.Millisecond).Microseconds())),
-		property("StartLimitIntervalUSec", uint64(time.Minute.Microseconds())),
+		property("StartLimitIntervalUSec", uint64((30 * time.Second).Microseconds())),
 		property("StartLimitBurst", uint32(20)),
 		property("RefuseManualStop", true),
 		property("IgnoreOnIsolate", true),
@@ -218,7 +234,7 @@ func newUnitCmd() *cobra.Command {
 	return configCmd("unit", func(o serveOptions) error {
 		o.Foreground = true
 		if conn, err := net.Dial("unix", o.Answer); err == nil {
-			return begin(o, conn.(*net.UnixConn))
+			return finalError{begin(o, conn.(*net.UnixConn))} // the caller hears of it
 		}
 		return goOn(o.Device.Unit)
 	})
@@ -238,7 +254,9 @@ func begin(o serveOptions, conn *net.UnixConn) error {
 	return launch(o)
 }
 
-// goOn becomes the server that continues the device of a unit whose server died.
+// goOn becomes the server that continues the device of a unit whose server died. A
+// disk that is missing need not appear under its old name, so it is looked for each
+// time that systemd tries again.
 func goOn(unit string) error {
 	devices, err := readStates()
 	if err != nil {
@@ -249,11 +267,14 @@ func goOn(unit string) error {
 			continue
 		}
 		info, err := ublk.Lookup(d.ID)
+		if errors.Is(err, ublk.ErrNoDevice) || err == nil && info.State == ublk.Dead {
+			return finalError{fmt.Errorf("device %d has lost its disk, nothing can be continued (remove what is left: ublk-pcache del %d)", d.ID, d.ID)}
+		}
+		if err == nil {
+			err = appear(d.PMEM)
+		}
 		if err != nil {
 			return err
-		}
-		if info.State == ublk.Dead {
-			return fmt.Errorf("device %d has lost its disk, nothing can be continued (remove what is left: ublk-pcache del %d)", d.ID, d.ID)
 		}
 		o := recovery(d, info)
 		o.Foreground, o.Device.Unit = true, unit

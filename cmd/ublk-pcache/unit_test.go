@@ -1,6 +1,33 @@
 package main
 
-import "testing"
+import (
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestStartLimit: neither kind of unit gives up a server that tries again and again, and both say the same.
+func TestStartLimit(t *testing.T) {
+	var interval uint64
+	var burst uint32
+	for _, p := range unitProperties(&serveOptions{}, "", "") {
+		switch p.Name {
+		case "StartLimitIntervalUSec":
+			interval = p.Value.Value().(uint64)
+		case "StartLimitBurst":
+			burst = p.Value.Value().(uint32)
+		}
+	}
+	if within := time.Duration(interval) * time.Microsecond; within == 0 || time.Duration(burst)*retryPause <= within {
+		t.Errorf("%d starts in %v are too many for one in %v", burst, within, retryPause)
+	}
+	file, err := os.ReadFile("../../systemd/ublk-pcache@.service")
+	if want := fmt.Sprintf("\nStartLimitIntervalSec=%d\nStartLimitBurst=%d\n", interval/1e6, burst); err != nil || !strings.Contains(string(file), want) {
+		t.Errorf("the service lacks %q (%v)", want, err)
+	}
+}
 
 // TestRefuseServed: a unit that a server lives in is refused with the device, and no other unit is.
 func TestRefuseServed(t *testing.T) {
