@@ -233,6 +233,15 @@ func adopt(server *device) error {
 	return nil
 }
 
+// notifySocket is where systemd listens, for a server that it has not started.
+const notifySocket = "/run/systemd/notify"
+
+// adopted reports whether this process is a service's (systemd/ublk-pcache@.service).
+func adopted() bool {
+	group, err := controlGroup(os.Getpid())
+	return err == nil && strings.HasPrefix(filepath.Base(group), "ublk-pcache@")
+}
+
 // controlGroup is where a process is in the unified hierarchy, from its root on.
 func controlGroup(pid int) (string, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))

@@ -329,7 +329,9 @@ func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 	// While the old server, which systemd knows, is there: its end must not be
 	// taken for the service's. And from here, since a message whose sender has
 	// gone belongs to nobody.
-	daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", os.Getpid()))
+	if _, err := daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", os.Getpid())); err != nil {
+		s.log.Error("systemd does not hear of the new server, and does not start another when it dies", zap.Error(err))
+	}
 	s.log.Info("serving, in place of another server", zap.Any("device", s.dev))
 	return s, nil
 }
