@@ -52,6 +52,8 @@ var (
 	errDamaged = errors.New("cannot be used")
 	// errMissing: the state file of a device is not there.
 	errMissing = errors.New("it is missing")
+	// errNoDevice: nor is the device.
+	errNoDevice = errors.New("no device")
 )
 
 // mark is what the driver keeps for us with each device. A device that carries it
@@ -336,7 +338,7 @@ func readState(id int) (*device, error) {
 		info, err := ublk.Lookup(id)
 		switch {
 		case err != nil: // no device, or no driver to have one
-			return nil, fmt.Errorf("no device %d (see 'ublk-pcache list')", id)
+			return nil, fmt.Errorf("%w %d (see 'ublk-pcache list')", errNoDevice, id)
 		case info.Mark != mark:
 			return nil, foreignError(info)
 		}
@@ -423,10 +425,12 @@ func readStates() ([]*device, error) {
 			continue
 		}
 		d, err := readState(id)
-		if errors.Is(err, errDamaged) {
-			d, err = &device{ID: id, damage: err}, nil
-		}
-		if err != nil {
+		switch {
+		case errors.Is(err, errDamaged):
+			d = &device{ID: id, damage: err}
+		case errors.Is(err, errNoDevice), errors.Is(err, errForeign):
+			continue // it has been removed meanwhile
+		case err != nil:
 			return nil, err
 		}
 		all = append(all, d)
