@@ -61,7 +61,7 @@ func launch(o serveOptions) (err error) {
 	}
 	spec.Path = o.PMEM.Path
 	if err := spec.RefuseVolatile(); err != nil {
-		return err
+		return o.startError(err)
 	}
 	config, err := json.Marshal(o)
 	if err != nil {
