@@ -30,7 +30,9 @@ import (
 // the add that waits for it, and after that continues the one that the unit has.
 //
 // The add waits on a socket in the abstract namespace, since no descriptor can be
-// handed to a unit. The first to call there as root is answered for.
+// handed to a unit. The first to call there as root is told what to serve, and
+// answered for. The unit's command has no path in it: systemd expands what looks
+// like a variable, and (257) reads it otherwise than it has written it down.
 
 // reachSystemd returns a connection to systemd, if it runs here and sees the same
 // files as we do.
@@ -73,13 +75,17 @@ func spawnUnit(systemd *dbus.Conn, self string, o serveOptions) (answer string, 
 	if err := startUnit(interrupted, systemd, self, &o, ended); err != nil {
 		return "", err
 	}
+	config, err := json.Marshal(o)
+	if err != nil {
+		return "", err
+	}
 	type said struct {
 		text []byte
 		err  error
 	}
 	heard := make(chan said, 1)
 	go func() {
-		text, err := hear(caller)
+		text, err := hear(caller, config)
 		heard <- said{text, err}
 	}()
 	select {
@@ -119,7 +125,7 @@ func startUnit(ctx context.Context, systemd *dbus.Conn, self string, o *serveOpt
 	begin := time.Now()
 	for n := 1; ; {
 		o.Device.Unit = unitOf(o.PMEM.Path, n)
-		config, err := json.Marshal(o)
+		config, err := json.Marshal(serveOptions{Answer: o.Answer, Device: device{Unit: o.Device.Unit}})
 		if err != nil {
 			return err
 		}
@@ -161,8 +167,8 @@ func refuseServed(unit string) error {
 	return nil
 }
 
-// hear returns what the server says, up to its end.
-func hear(caller *net.UnixListener) ([]byte, error) {
+// hear tells the server what to serve and returns what it says, up to its end.
+func hear(caller *net.UnixListener, config []byte) ([]byte, error) {
 	for {
 		conn, err := caller.AcceptUnix()
 		if err != nil {
@@ -170,6 +176,7 @@ func hear(caller *net.UnixListener) ([]byte, error) {
 		}
 		defer conn.Close()
 		if refuseStranger(conn) == nil {
+			conn.Write(config) // a server that has died says nothing
 			return io.ReadAll(conn)
 		}
 	}
@@ -232,16 +239,19 @@ func unitProperties(o *serveOptions, self, config string) []dbus.Property {
 // newUnitCmd is what a unit of spawnUnit runs, each time that it is started.
 func newUnitCmd() *cobra.Command {
 	return configCmd("unit", func(o serveOptions) error {
-		o.Foreground = true
 		if conn, err := net.Dial("unix", o.Answer); err == nil {
-			return finalError{begin(o, conn.(*net.UnixConn))} // the caller hears of it
+			return finalError{begin(conn.(*net.UnixConn))} // the caller hears of it
 		}
 		return goOn(o.Device.Unit)
 	})
 }
 
 // begin becomes the server that the caller at the other end of conn waits for.
-func begin(o serveOptions, conn *net.UnixConn) error {
+func begin(conn *net.UnixConn) error {
+	var o serveOptions
+	if err := json.NewDecoder(conn).Decode(&o); err != nil {
+		return fmt.Errorf("hear what to serve: %w", err)
+	}
 	f, err := conn.File()
 	if err != nil {
 		return err
@@ -250,7 +260,7 @@ func begin(o serveOptions, conn *net.UnixConn) error {
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFD, 0); err != nil { // inherited, not closed
 		return fmt.Errorf("keep the connection to the caller: %w", err)
 	}
-	o.AnswerFD = int(f.Fd())
+	o.Foreground, o.AnswerFD = true, int(f.Fd())
 	return launch(o)
 }
 

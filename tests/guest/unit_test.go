@@ -142,6 +142,26 @@ func TestServerOfItsOwnUnit(t *testing.T) {
 	s.must(t, "ublk-pcache", "del", "7")
 	isGone(t, unit)
 
+	// What systemd could take for variables and specifiers is part of the name.
+	t.Run("odd name", func(t *testing.T) {
+		const dir, back, odd = "/tmp/odd", "/tmp/odd/disk", `/tmp/odd/a$$b${HOME}%n`
+		const unit = `ublk-pcache-tmp-odd-a\x24\x24b\x24\x7bHOME\x7d\x25n.service`
+		t.Cleanup(func() { os.RemoveAll(dir) })
+		s.must(t, "sh", "-c", "umask 077; mkdir "+dir+"; truncate -s 64M "+back)
+		s.must(t, "ublk-pcache", "add", "-p", odd+",size=512M,volatile", "-b", back, "-n", "7")
+		if made := s.must(t, "sh", "-c", "echo "+dir+"/a*"); made != odd+"\n" {
+			t.Errorf("for %s it has made %s", odd, made)
+		}
+		if list := s.must(t, "ublk-pcache", "list"); !strings.Contains(list, odd) {
+			t.Errorf("list says %s", list)
+		}
+		s.must(t, "systemctl", "daemon-reload") // which has only what systemd has written down of the unit
+		killed(t, unit)
+		write(t, "odd")
+		s.must(t, "ublk-pcache", "del", "7")
+		isGone(t, unit)
+	})
+
 	s.must(t, "systemctl", "poweroff", "--no-block")
 	s.wait(t)
 	if left := leftovers(t); len(left) > 0 {
