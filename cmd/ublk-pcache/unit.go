@@ -34,13 +34,14 @@ import (
 // answered for. The unit's command has no path in it: systemd expands what looks
 // like a variable, and (257) reads it otherwise than it has written it down.
 
-// reachSystemd returns a connection to systemd, if it runs here and sees the same
-// files as we do.
+// reachSystemd returns a connection to systemd, if it runs here, sees the same
+// files as we do, and has its units call us: names in the abstract namespace are
+// those of one network.
 func reachSystemd() (systemd *dbus.Conn, ok bool) {
 	if !util.IsRunningSystemd() {
 		return nil, false
 	}
-	for _, ns := range []string{"mnt", "pid"} {
+	for _, ns := range []string{"mnt", "pid", "net"} {
 		ours, err1 := os.Readlink("/proc/self/ns/" + ns)
 		its, err2 := os.Readlink("/proc/1/ns/" + ns)
 		if err1 != nil || err2 != nil || ours != its {

@@ -162,6 +162,13 @@ func TestServerOfItsOwnUnit(t *testing.T) {
 		isGone(t, unit)
 	})
 
+	// From another network the unit would find nobody to answer to.
+	t.Run("other network", func(t *testing.T) {
+		s.must(t, append([]string{"unshare", "--net"}, args...)...)
+		write(t, "from-elsewhere")
+		isGone(t, unit)
+		s.must(t, "ublk-pcache", "del", "7")
+	})
 	s.must(t, "systemctl", "poweroff", "--no-block")
 	s.wait(t)
 	if left := leftovers(t); len(left) > 0 {
