@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -52,10 +53,17 @@ func reachSystemd() (systemd *dbus.Conn, ok bool) {
 	return systemd, err == nil
 }
 
+// longestUnit is what a name may have of a path, which may be long in escapes, with
+// room for the rest in the 255 bytes that systemd takes.
+const longestUnit = 150
+
 // unitOf names the unit of a server by its pmem, of which each has its own. Beyond
 // the first it has a number.
 func unitOf(pmem string, n int) string {
 	name := "ublk-pcache-" + unit.UnitNamePathEscape(pmem)
+	if len(name) > longestUnit {
+		name = fmt.Sprintf("%s-%x", name[:longestUnit], sha256.Sum256([]byte(pmem)))
+	}
 	if n > 1 {
 		name += fmt.Sprintf("-%d", n)
 	}

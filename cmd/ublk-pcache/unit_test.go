@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -48,5 +49,26 @@ func TestRefuseServed(t *testing.T) {
 	fails(t, refuseServed(unit), unit, "device 3", "ublk-pcache del 3")
 	if err := refuseServed("ublk-pcache-dev-dax1.0.service"); err != nil {
 		t.Errorf("another unit: %v", err)
+	}
+}
+
+// TestUnitNames: each pmem has names of its own, which systemd takes.
+func TestUnitNames(t *testing.T) {
+	long := "/mnt/" + strings.Repeat("$", 250)
+	seen := map[string]string{}
+	for _, pmem := range []string{"/dev/dax0.0", "/dev/dax1.0", "/a-b", "/a/b", `/a$$b${HOME}%n`, long, long + "/a", long + "/b"} {
+		for _, n := range []int{1, 2, 1000} {
+			name := unitOf(pmem, n)
+			if len(name) > 255 || !regexp.MustCompile(`^ublk-pcache-[A-Za-z0-9:_.\\-]+\.service$`).MatchString(name) {
+				t.Errorf("the unit of %s is %q", pmem, name)
+			}
+			if other, ok := seen[name]; ok {
+				t.Errorf("%s and %s share the unit %s", pmem, other, name)
+			}
+			seen[name] = pmem
+		}
+	}
+	if name := unitOf("/dev/dax0.0", 1); name != "ublk-pcache-dev-dax0.0.service" {
+		t.Errorf("the unit of /dev/dax0.0 is %q", name)
 	}
 }
