@@ -97,28 +97,34 @@ func spawnUnit(systemd *dbus.Conn, self string, o serveOptions) (answer string, 
 		text, err := hear(caller, config)
 		heard <- said{text, err}
 	}()
+	var s said
 	select {
-	case s := <-heard:
-		if s.err != nil {
-			return "", fmt.Errorf("wait for %s: %w", o.Device.Unit, s.err)
-		}
-		if len(s.text) == 0 {
-			return "", fmt.Errorf("the server died before it was ready (see 'journalctl -u %s')", o.Device.Unit)
-		}
-		return string(s.text), nil
+	case s = <-heard:
 	case result := <-ended:
-		// Done and failed both come after what the server said, if it said anything.
+		// What the server says comes before the end of a job that fails, and after
+		// that of one that is done: then there is nothing to break off.
+		if result == "done" {
+			stop()
+			s = <-heard
+			break
+		}
 		select {
-		case s := <-heard:
-			if len(s.text) > 0 {
-				return string(s.text), nil
-			}
+		case s = <-heard:
 		case <-time.After(lettingGo):
 		}
-		return "", fmt.Errorf("%s did not start: %s (see 'journalctl -u %s')", o.Device.Unit, result, o.Device.Unit)
+		if len(s.text) == 0 {
+			return "", fmt.Errorf("%s did not start: %s (see 'journalctl -u %s')", o.Device.Unit, result, o.Device.Unit)
+		}
 	case <-interrupted.Done():
 		return "", takeBackUnit(systemd, o, ended)
 	}
+	switch {
+	case s.err != nil:
+		return "", fmt.Errorf("wait for %s: %w", o.Device.Unit, s.err)
+	case len(s.text) == 0:
+		return "", fmt.Errorf("the server died before it was ready (see 'journalctl -u %s')", o.Device.Unit)
+	}
+	return string(s.text), nil
 }
 
 // unitPatience is how long a unit may keep its name: systemd notices a moment later
