@@ -68,7 +68,7 @@ open is not removed. A backing device that does not answer is not waited for.`,
 // removeByDriver removes a device without asking its server. If there is one, it
 // finds that out and ends.
 func (d *device) removeByDriver(force bool) error {
-	if halted(d.PID) {
+	if d.alive() && halted(d.PID) {
 		return stuck(d.ID, d.PID)
 	}
 	if _, err := d.lookup(); err != nil {

@@ -61,7 +61,7 @@ func launch(o serveOptions) (err error) {
 	}
 	spec.Path = o.PMEM.Path
 	if err := spec.RefuseVolatile(); err != nil {
-		return err
+		return o.startError(err)
 	}
 	config, err := json.Marshal(o)
 	if err != nil {
@@ -207,6 +207,8 @@ func serverEnv() []string {
 	for _, name := range []string{"TZ", "NOTIFY_SOCKET", "INVOCATION_ID", "JOURNAL_STREAM", "GOTRACEBACK"} {
 		if value, ok := os.LookupEnv(name); ok {
 			env = append(env, name+"="+value)
+		} else if name == "NOTIFY_SOCKET" && adopted() {
+			env = append(env, name+"="+notifySocket)
 		}
 	}
 	return env

@@ -59,9 +59,11 @@ func main() {
 		newFormatCmd(), newDumpCmd(), newCheckCmd(), newRepairCmd(), newWritebackCmd(),
 		newRunCmd(), newIsBackingCmd(), newClaimCmd(), newServeCmd(), newUnitCmd(),
 	)
-	if err := root.Execute(); err != nil {
+	if cmd, err := root.ExecuteC(); err != nil {
 		fmt.Fprintln(os.Stderr, "ublk-pcache:", oneLine(err))
-		os.Exit(exitStatus(err))
+		status := exitStatus(err)
+		awaitRetry(cmd.Name(), status)
+		os.Exit(status)
 	}
 }
 

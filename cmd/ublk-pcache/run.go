@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -26,7 +27,8 @@ import (
 //
 // systemd starts a server that has died again, for as long as its device waits
 // for one. A start without such a device that fails would fail again: it ends
-// with exitFinal, which the unit excludes.
+// with exitFinal, which the unit excludes. One that need not fail again ends after
+// a pause.
 const configDir = "/etc/ublk-pcache"
 
 // devicePatience is how long a service waits for disk and pmem to appear: as
@@ -47,6 +49,20 @@ func exitStatus(err error) int {
 		return exitFinal
 	}
 	return 1
+}
+
+// retryPause is how long a server waits before it ends with an error that may
+// pass, such as a disk that has gone for a while. systemd starts the next at once,
+// but only so many in a while (StartLimitBurst), which is for servers that crash.
+const retryPause = 2 * time.Second
+
+// awaitRetry keeps a command from ending too early with status. A signal ends it.
+func awaitRetry(command string, status int) {
+	if status == exitFinal || os.Getenv("NOTIFY_SOCKET") == "" || !slices.Contains([]string{"run", "unit", "serve"}, command) {
+		return
+	}
+	signal.Reset(unix.SIGTERM)
+	time.Sleep(retryPause)
 }
 
 // startError says whether the error of a start is final. Who holds the disk, or
@@ -217,6 +233,15 @@ func adopt(server *device) error {
 		return fmt.Errorf("server %d has died meanwhile", server.PID)
 	}
 	return nil
+}
+
+// notifySocket is where systemd listens, for a server that it has not started.
+const notifySocket = "/run/systemd/notify"
+
+// adopted reports whether this process is a service's (systemd/ublk-pcache@.service).
+func adopted() bool {
+	group, err := controlGroup(os.Getpid())
+	return err == nil && strings.HasPrefix(filepath.Base(group), "ublk-pcache@")
 }
 
 // controlGroup is where a process is in the unified hierarchy, from its root on.

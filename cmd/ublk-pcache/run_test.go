@@ -94,6 +94,27 @@ func TestFinalErrors(t *testing.T) {
 	}
 }
 
+// TestVolatilePmemOfAService: a file in memory would be refused again, too.
+func TestVolatilePmemOfAService(t *testing.T) {
+	ownStateDir(t)
+	dir, err := os.MkdirTemp("/dev/shm", "ublk-pcache")
+	if err != nil {
+		t.Skip(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	path := filepath.Join(dir, "pmem")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := (pmem.Spec{Path: path}).RefuseVolatile(); !errors.Is(err, pmem.ErrVolatile) {
+		t.Skipf("%s is not taken for memory: %v", dir, err)
+	}
+	err = launch(serveOptions{Device: device{PMEM: path, Backing: path}, Existing: true, Foreground: true})
+	if !errors.Is(err, pmem.ErrVolatile) || exitStatus(err) != exitFinal {
+		t.Errorf("exit status %d (%v), want %d", exitStatus(err), err, exitFinal)
+	}
+}
+
 // TestAppear: what cannot come is not waited for.
 func TestAppear(t *testing.T) {
 	begin := time.Now()

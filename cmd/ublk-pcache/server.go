@@ -69,6 +69,7 @@ type server struct {
 	removal   struct {
 		sync.Mutex
 		done bool
+		next *next // an upgrade has started it, and it has not taken over
 	}
 }
 
@@ -326,6 +327,9 @@ func (s *server) remove(force bool) (left []string, err error) {
 		return nil, err
 	}
 	s.removal.done = true // whatever comes now
+	if n := s.removal.next; n != nil && !n.kill() {
+		left = append(left, fmt.Sprintf("the server that was to follow, process %d, holds cache and backing device until it ends", n.cmd.Process.Pid))
+	}
 	defer time.AfterFunc(removalPatience, s.cache.Abort).Stop()
 	failed := s.cache.Status().State == engine.Failed
 	// What is wrong with the cache already is no reason for its device to stay.

@@ -54,6 +54,8 @@ var (
 	errDamaged = errors.New("cannot be used")
 	// errMissing: the state file of a device is not there.
 	errMissing = errors.New("it is missing")
+	// errNoDevice: nor is the device.
+	errNoDevice = errors.New("no device")
 )
 
 // A mark is what the driver keeps for us with each device. By its low 48 bits the
@@ -357,7 +359,7 @@ func readState(id int) (*device, error) {
 		info, err := ublk.Lookup(id)
 		switch {
 		case err != nil: // no device, or no driver to have one
-			return nil, fmt.Errorf("no device %d (see 'ublk-pcache list')", id)
+			return nil, fmt.Errorf("%w %d (see 'ublk-pcache list')", errNoDevice, id)
 		case !isOurs(info):
 			return nil, foreignError(info)
 		}
@@ -445,10 +447,12 @@ func readStates() ([]*device, error) {
 			continue
 		}
 		d, err := readState(id)
-		if errors.Is(err, errDamaged) {
-			d, err = &device{ID: id, damage: err}, nil
-		}
-		if err != nil {
+		switch {
+		case errors.Is(err, errDamaged):
+			d = &device{ID: id, damage: err}
+		case errors.Is(err, errNoDevice), errors.Is(err, errForeign):
+			continue // it has been removed meanwhile
+		case err != nil:
 			return nil, err
 		}
 		all = append(all, d)

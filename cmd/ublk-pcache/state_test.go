@@ -204,6 +204,39 @@ func TestDamagedStateFiles(t *testing.T) {
 	}
 }
 
+// TestStatesWhileOneGoes: those who look at all devices are not kept from the rest by one that is removed meanwhile.
+func TestStatesWhileOneGoes(t *testing.T) {
+	ownStateDir(t)
+	if err := someDevice(3).save(); err != nil {
+		t.Fatal(err)
+	}
+	stop := make(chan struct{})
+	var comings sync.WaitGroup
+	for id := 4; id < 8; id++ {
+		comings.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if err := errors.Join(someDevice(id).save(), someDevice(id).removeLocked()); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for range 2000 {
+		if all, err := readStates(); err != nil || len(all) == 0 || all[0].ID != 3 {
+			t.Errorf("seen are %+v, %v", all, err)
+			break
+		}
+	}
+	close(stop)
+	comings.Wait()
+}
+
 // TestStateDirOfOthers: a folder that somebody else has prepared is not used.
 func TestStateDirOfOthers(t *testing.T) {
 	for name, c := range map[string]struct {

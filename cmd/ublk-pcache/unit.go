@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -29,15 +31,18 @@ import (
 // the add that waits for it, and after that continues the one that the unit has.
 //
 // The add waits on a socket in the abstract namespace, since no descriptor can be
-// handed to a unit. The first to call there as root is answered for.
+// handed to a unit. The first to call there as root is told what to serve, and
+// answered for. The unit's command has no path in it: systemd expands what looks
+// like a variable, and (257) reads it otherwise than it has written it down.
 
-// reachSystemd returns a connection to systemd, if it runs here and sees the same
-// files as we do.
+// reachSystemd returns a connection to systemd, if it runs here, sees the same
+// files as we do, and has its units call us: names in the abstract namespace are
+// those of one network.
 func reachSystemd() (systemd *dbus.Conn, ok bool) {
 	if !util.IsRunningSystemd() {
 		return nil, false
 	}
-	for _, ns := range []string{"mnt", "pid"} {
+	for _, ns := range []string{"mnt", "pid", "net"} {
 		ours, err1 := os.Readlink("/proc/self/ns/" + ns)
 		its, err2 := os.Readlink("/proc/1/ns/" + ns)
 		if err1 != nil || err2 != nil || ours != its {
@@ -48,28 +53,40 @@ func reachSystemd() (systemd *dbus.Conn, ok bool) {
 	return systemd, err == nil
 }
 
-// unitOf names the unit of a server by its pmem, of which each has its own.
-func unitOf(pmem string) string {
-	return "ublk-pcache-" + unit.UnitNamePathEscape(pmem) + ".service"
+// longestUnit is what a name may have of a path, which may be long in escapes, with
+// room for the rest in the 255 bytes that systemd takes.
+const longestUnit = 150
+
+// unitOf names the unit of a server by its pmem, of which each has its own. Beyond
+// the first it has a number.
+func unitOf(pmem string, n int) string {
+	name := "ublk-pcache-" + unit.UnitNamePathEscape(pmem)
+	if len(name) > longestUnit {
+		name = fmt.Sprintf("%s-%x", name[:longestUnit], sha256.Sum256([]byte(pmem)))
+	}
+	if n > 1 {
+		name += fmt.Sprintf("-%d", n)
+	}
+	return name + ".service"
 }
 
 // spawnUnit starts a server in a unit and returns its answer.
 func spawnUnit(systemd *dbus.Conn, self string, o serveOptions) (answer string, err error) {
 	interrupted, stop := untilBrokenOff()
 	defer stop()
-	o.Device.Unit, o.Answer = unitOf(o.PMEM.Path), "@ublk-pcache-"+uuid.NewString()
+	o.Answer = "@ublk-pcache-" + uuid.NewString()
 	caller, err := net.ListenUnix("unix", &net.UnixAddr{Name: o.Answer, Net: "unix"})
 	if err != nil {
 		return "", fmt.Errorf("listen for the server: %w", err)
 	}
 	defer caller.Close()
+	ended := make(chan string, 1)
+	if err := startUnit(interrupted, systemd, self, &o, ended); err != nil {
+		return "", err
+	}
 	config, err := json.Marshal(o)
 	if err != nil {
 		return "", err
-	}
-	ended := make(chan string, 1)
-	if _, err := systemd.StartTransientUnitContext(interrupted, o.Device.Unit, "fail", unitProperties(o, self, string(config)), ended); err != nil {
-		return "", fmt.Errorf("start %s: %w (see 'systemctl status %s')", o.Device.Unit, err, o.Device.Unit)
 	}
 	type said struct {
 		text []byte
@@ -77,35 +94,96 @@ func spawnUnit(systemd *dbus.Conn, self string, o serveOptions) (answer string, 
 	}
 	heard := make(chan said, 1)
 	go func() {
-		text, err := hear(caller)
+		text, err := hear(caller, config)
 		heard <- said{text, err}
 	}()
+	var s said
 	select {
-	case s := <-heard:
-		if s.err != nil {
-			return "", fmt.Errorf("wait for %s: %w", o.Device.Unit, s.err)
-		}
-		if len(s.text) == 0 {
-			return "", fmt.Errorf("the server died before it was ready (see 'journalctl -u %s')", o.Device.Unit)
-		}
-		return string(s.text), nil
+	case s = <-heard:
 	case result := <-ended:
-		// Done and failed both come after what the server said, if it said anything.
+		// What the server says comes before the end of a job that fails, and after
+		// that of one that is done: then there is nothing to break off.
+		if result == "done" {
+			stop()
+			s = <-heard
+			break
+		}
 		select {
-		case s := <-heard:
-			if len(s.text) > 0 {
-				return string(s.text), nil
-			}
+		case s = <-heard:
 		case <-time.After(lettingGo):
 		}
-		return "", fmt.Errorf("%s did not start: %s (see 'journalctl -u %s')", o.Device.Unit, result, o.Device.Unit)
+		if len(s.text) == 0 {
+			return "", fmt.Errorf("%s did not start: %s (see 'journalctl -u %s')", o.Device.Unit, result, o.Device.Unit)
+		}
 	case <-interrupted.Done():
 		return "", takeBackUnit(systemd, o, ended)
 	}
+	switch {
+	case s.err != nil:
+		return "", fmt.Errorf("wait for %s: %w", o.Device.Unit, s.err)
+	case len(s.text) == 0:
+		return "", fmt.Errorf("the server died before it was ready (see 'journalctl -u %s')", o.Device.Unit)
+	}
+	return string(s.text), nil
 }
 
-// hear returns what the server says, up to its end.
-func hear(caller *net.UnixListener) ([]byte, error) {
+// unitPatience is how long a unit may keep its name: systemd notices a moment later
+// that a server has ended, and a server that waits to try again notices after
+// retryPause that its device has gone.
+const unitPatience = 5 * time.Second
+
+// startUnit starts the unit of a server and names it in o. A unit of that name
+// which ends is waited for, one with a server that lives is not. One that tries in
+// vain to continue its device may do so for long: whoever continues that device by
+// hand gets another unit, and the first ends when it finds that out.
+func startUnit(ctx context.Context, systemd *dbus.Conn, self string, o *serveOptions, ended chan<- string) error {
+	begin := time.Now()
+	for n := 1; ; {
+		o.Device.Unit = unitOf(o.PMEM.Path, n)
+		config, err := json.Marshal(serveOptions{Answer: o.Answer, Device: device{Unit: o.Device.Unit}})
+		if err != nil {
+			return err
+		}
+		_, err = systemd.StartTransientUnitContext(ctx, o.Device.Unit, "fail", unitProperties(o, self, string(config)), ended)
+		if err == nil {
+			return nil
+		}
+		var refused godbus.Error
+		exists := errors.As(err, &refused) && refused.Name == unitExists
+		late := time.Since(begin) > unitPatience
+		if !exists || late && !o.Recover {
+			return fmt.Errorf("start %s: %w (see 'systemctl status %s')", o.Device.Unit, err, o.Device.Unit)
+		}
+		if err := refuseServed(o.Device.Unit); err != nil {
+			return err
+		}
+		if late {
+			n++
+		} else {
+			time.Sleep(deathStep)
+		}
+	}
+}
+
+// unitExists is systemd's error for a name that a unit has.
+const unitExists = "org.freedesktop.systemd1.UnitExists"
+
+// refuseServed refuses a unit in which a server lives.
+func refuseServed(unit string) error {
+	devices, err := readStates()
+	if err != nil {
+		return err
+	}
+	for _, d := range devices {
+		if d.Unit == unit && d.alive() {
+			return fmt.Errorf("%s belongs to device %d, process %d (remove that first: ublk-pcache del %d)", unit, d.ID, d.PID, d.ID)
+		}
+	}
+	return nil
+}
+
+// hear tells the server what to serve and returns what it says, up to its end.
+func hear(caller *net.UnixListener, config []byte) ([]byte, error) {
 	for {
 		conn, err := caller.AcceptUnix()
 		if err != nil {
@@ -113,6 +191,7 @@ func hear(caller *net.UnixListener) ([]byte, error) {
 		}
 		defer conn.Close()
 		if refuseStranger(conn) == nil {
+			conn.Write(config) // a server that has died says nothing
 			return io.ReadAll(conn)
 		}
 	}
@@ -134,7 +213,7 @@ func takeBackUnit(systemd *dbus.Conn, o serveOptions, ended <-chan string) error
 }
 
 // unitProperties are those of systemd/ublk-pcache@.service, which says why.
-func unitProperties(o serveOptions, self, config string) []dbus.Property {
+func unitProperties(o *serveOptions, self, config string) []dbus.Property {
 	property := func(name string, value any) dbus.Property {
 		return dbus.Property{Name: name, Value: godbus.MakeVariant(value)}
 	}
@@ -158,7 +237,7 @@ func unitProperties(o serveOptions, self, config string) []dbus.Property {
 		property("Restart", "always"),
 		property("RestartPreventExitStatus", statuses{Exit: []int32{0, exitFinal}, Signal: []int32{int32(unix.SIGTERM)}}),
 		property("RestartUSec", uint64((100 * time.Millisecond).Microseconds())),
-		property("StartLimitIntervalUSec", uint64(time.Minute.Microseconds())),
+		property("StartLimitIntervalUSec", uint64((30 * time.Second).Microseconds())),
 		property("StartLimitBurst", uint32(20)),
 		property("RefuseManualStop", true),
 		property("IgnoreOnIsolate", true),
@@ -175,9 +254,8 @@ func unitProperties(o serveOptions, self, config string) []dbus.Property {
 // newUnitCmd is what a unit of spawnUnit runs, each time that it is started.
 func newUnitCmd() *cobra.Command {
 	return configCmd("unit", func(o serveOptions) error {
-		o.Foreground = true
 		if conn := caller(o.Answer); conn != nil {
-			return begin(o, conn)
+			return finalError{begin(conn)} // the caller hears of it
 		}
 		return goOn(o.Device.Unit)
 	})
@@ -198,7 +276,11 @@ func caller(name string) *net.UnixConn {
 }
 
 // begin becomes the server that the caller at the other end of conn waits for.
-func begin(o serveOptions, conn *net.UnixConn) error {
+func begin(conn *net.UnixConn) error {
+	var o serveOptions
+	if err := json.NewDecoder(conn).Decode(&o); err != nil {
+		return fmt.Errorf("hear what to serve: %w", err)
+	}
 	f, err := conn.File()
 	if err != nil {
 		return err
@@ -207,11 +289,13 @@ func begin(o serveOptions, conn *net.UnixConn) error {
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFD, 0); err != nil { // inherited, not closed
 		return fmt.Errorf("keep the connection to the caller: %w", err)
 	}
-	o.AnswerFD = int(f.Fd())
+	o.Foreground, o.AnswerFD = true, int(f.Fd())
 	return launch(o)
 }
 
-// goOn becomes the server that continues the device of a unit whose server died.
+// goOn becomes the server that continues the device of a unit whose server died. A
+// disk that is missing need not appear under its old name, so it is looked for each
+// time that systemd tries again.
 func goOn(unit string) error {
 	devices, err := readStates()
 	if err != nil {
@@ -222,11 +306,14 @@ func goOn(unit string) error {
 			continue
 		}
 		info, err := d.lookup()
+		if errors.Is(err, ublk.ErrNoDevice) || err == nil && info.State == ublk.Dead {
+			return finalError{fmt.Errorf("device %d has lost its disk, nothing can be continued (remove what is left: ublk-pcache del %d)", d.ID, d.ID)}
+		}
+		if err == nil {
+			err = appear(d.PMEM)
+		}
 		if err != nil {
 			return err
-		}
-		if info.State == ublk.Dead {
-			return fmt.Errorf("device %d has lost its disk, nothing can be continued (remove what is left: ublk-pcache del %d)", d.ID, d.ID)
 		}
 		o := recovery(d, info)
 		o.Foreground, o.Device.Unit = true, unit

@@ -106,6 +106,9 @@ type upgraded struct {
 // errRetired is for a server that has given its device away in vain.
 var errRetired = errors.New("the new server failed")
 
+// errRemoved is for a server whose device was removed before it had another one.
+var errRemoved = errors.New("it has been removed meanwhile")
+
 // upgrade replaces this server by a new one. Unless the error is another than
 // errRetired, all that is left to do is to end. When ctx ends before the new one is
 // prepared, the old one goes on.
@@ -137,8 +140,9 @@ func (s *server) upgrade(ctx context.Context) (reply, error) {
 	}
 	// Held until the end of the process, if it comes to that.
 	s.removal.Lock()
-	if err == nil && s.removal.done {
-		err = errors.New("the device has been removed meanwhile")
+	s.removal.next = nil
+	if s.removal.done {
+		err = errRemoved
 	}
 	if err == nil {
 		_, err = s.cache.Rest(ctx) // it may have failed meanwhile
@@ -147,9 +151,10 @@ func (s *server) upgrade(ctx context.Context) (reply, error) {
 		n.kill()
 		if !s.removal.done {
 			s.cache.Resume()
+			err = fmt.Errorf("the new server did not get ready, the old one goes on: %w", err)
 		}
 		s.removal.Unlock()
-		return reply{}, fmt.Errorf("device %d: the new server did not get ready, the old one goes on: %w", s.dev.ID, err)
+		return reply{}, fmt.Errorf("device %d: %w", s.dev.ID, err)
 	}
 	if s.socket != nil {
 		s.socket.Close() // the new server has it, too, and takes what waits there
@@ -184,12 +189,20 @@ type next struct {
 	answers *os.File
 	lines   *bufio.Reader
 	gate    *os.File
+	ended   chan struct{} // closed when it has
+	how     error         // it ended
 }
 
 // startNext starts a new server that waits at the gate. What it returns can be
-// killed, also with an error.
+// killed, also with an error. A removal of the device kills it: until then it has
+// disk and pmem as well.
 func (s *server) startNext(head engine.Head) (*next, error) {
 	n := &next{}
+	s.removal.Lock()
+	defer s.removal.Unlock()
+	if s.removal.done {
+		return n, errRemoved
+	}
 	self, err := os.Executable()
 	if err != nil {
 		return n, err
@@ -229,7 +242,12 @@ func (s *server) startNext(head engine.Head) (*next, error) {
 	if err := cmd.Start(); err != nil {
 		return n, err
 	}
-	n.cmd = cmd
+	n.cmd, n.ended = cmd, make(chan struct{})
+	go func() {
+		n.how = cmd.Wait()
+		close(n.ended)
+	}()
+	s.removal.next = n
 	return n, nil
 }
 
@@ -246,7 +264,8 @@ func (n *next) expect(ctx context.Context, want string) error {
 		return errors.New(oneLine(errors.New(line + string(rest))))
 	case err == io.EOF:
 		n.cmd.Process.Kill() // unless it has ended
-		return fmt.Errorf("it ended without a word: %v", n.cmd.Wait())
+		<-n.ended
+		return fmt.Errorf("it ended without a word: %v", n.how)
 	case ctx.Err() != nil:
 		return fmt.Errorf("the command was broken off: %w", ctx.Err())
 	default:
@@ -254,15 +273,17 @@ func (n *next) expect(ctx context.Context, want string) error {
 	}
 }
 
-// kill ends a new server, as far as there is one. It may be waiting for the disk
-// and so not end at once, but does nothing any more.
-func (n *next) kill() {
+// kill ends a new server, as far as there is one, and reports whether it has ended.
+// It may be waiting for the disk and so not end at once, but does nothing any more.
+func (n *next) kill() (ended bool) {
+	ended = true
 	if n.cmd != nil {
 		n.cmd.Process.Kill()
-		go n.cmd.Wait()
+		_, ended = inTime(func() error { <-n.ended; return nil })
 	}
 	n.answers.Close()
 	n.gate.Close()
+	return ended
 }
 
 // succeed makes this process the server that follows the one that started it,
@@ -329,7 +350,9 @@ func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 	// While the old server, which systemd knows, is there: its end must not be
 	// taken for the service's. And from here, since a message whose sender has
 	// gone belongs to nobody.
-	daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", os.Getpid()))
+	if _, err := daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", os.Getpid())); err != nil {
+		s.log.Error("systemd does not hear of the new server, and does not start another when it dies", zap.Error(err))
+	}
 	s.log.Info("serving, in place of another server", zap.Any("device", s.dev))
 	return s, nil
 }

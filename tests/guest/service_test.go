@@ -112,12 +112,28 @@ func TestService(t *testing.T) {
 			until ublk-pcache status 0 >/dev/null 2>&1; do sleep 0.1; done`, dax, byID)
 		s.mustLead(t, "/dev/disk/by-label/cached", "/dev/ublkb0")
 		s.must(t, "mount", "LABEL=cached", "/srv")
-		var byHand health
-		if err := json.Unmarshal([]byte(s.must(t, "ublk-pcache", "status", "0", "--json")), &byHand); err != nil {
-			t.Fatal(err)
+		pid := func() string {
+			t.Helper()
+			var h health
+			if err := json.Unmarshal([]byte(s.must(t, "ublk-pcache", "status", "0", "--json")), &h); err != nil {
+				t.Fatal(err)
+			}
+			return strconv.Itoa(h.PID)
 		}
 		s.must(t, "systemctl", "start", service)
-		s.waitFor(t, service, "SubState=running", "MainPID="+strconv.Itoa(byHand.PID))
+		s.waitFor(t, service, "SubState=running", "MainPID="+pid())
+		// So do those that follow it.
+		for range 2 {
+			before := pid()
+			s.must(t, "ublk-pcache", "upgrade", "0")
+			waitFor(t, func() string {
+				if s.run("kill", "-0", before).err == nil {
+					return "process " + before + " does not end"
+				}
+				return ""
+			})
+			s.waitFor(t, service, "ActiveState=active", "SubState=running", "MainPID="+pid())
+		}
 		s.killServer(t)
 		s.must(t, "sh", "-c", "echo -n last > /srv/file && sync /srv/file")
 	})

@@ -111,6 +111,34 @@ func TestUpgradeWithReadsUnderWay(t *testing.T) {
 	must(t, "dmsetup", "remove", b.name)
 }
 
+// The device is removed while the server that is to follow gets ready, which has disk and pmem open as well. When that is
+// done both are free.
+func TestRemovedDuringUpgrade(t *testing.T) {
+	const good, program, kept = "/share/ublk-pcache", "/tmp/bin/ublk-pcache", "/tmp/bin/kept"
+	wipe(t, disk)
+	d := add(t, "-p", dax, "-b", disk)
+	for _, how := range []string{
+		good + " del 0",
+		"kill -TERM $1; while [ -e /run/ublk-pcache/0.json ]; do :; done",
+	} {
+		server := d.entry(t).PID
+		must(t, "ln", program, kept)
+		install(t, "exec sleep 600")
+		upgrade := begin(t, good, "upgrade", d.id)
+		waitFor(t, func() string {
+			if run(t, "pgrep", "-x", "-P", fmt.Sprint(server), "sleep").code != 0 {
+				return "no server to follow"
+			}
+			return ""
+		})
+		must(t, "sh", "-ec", how+"; mv "+kept+" "+program+"; "+program+" add -p "+dax+" -b "+disk, "", fmt.Sprint(server))
+		if r := upgrade(); r.code != 1 || r.stderr != "ublk-pcache: device 0: it has been removed meanwhile\n" {
+			t.Errorf("upgrade of a device that was removed by %q: %+v", how, r)
+		}
+	}
+	d.del(t)
+}
+
 // install puts a shell script where the program is installed. The test binary's TestMain has put the real one there.
 func install(t *testing.T, script string) {
 	t.Helper()
