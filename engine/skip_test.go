@@ -362,3 +362,47 @@ func TestLargeKeysPassedBy(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestTried: of a disk that takes nothing each flush that fails has tried more, and what
+// lies behind comes to its turn.
+func TestTried(t *testing.T) {
+	const pieces = roundParts + 1000
+	mem := pmem.NewFake(ondisk.MinSize)
+	formatSmall(t, mem, 16, false, 90)
+	disk := backing.NewFake(128<<20, sectorSize, 1)
+	defer disk.Close()
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if op.Kind == backing.OpWrite && op.Off < 2*pieces*sectorSize {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
+	r := newRig(t, mem, disk, 1)
+	r.narrow(t, 0, roundTime)
+	r.mustRest(t)
+	for i := range int64(pieces) {
+		r.write(t, 2*i*sectorSize, stamped(2*i, 1, 1))
+	}
+	const last = 3 * pieces
+	r.write(t, last*sectorSize, stamped(last, 1, 1))
+	r.Resume()
+	_, written := r.journal.head()
+	for tried := uint64(0); tried < written; {
+		if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
+			t.Fatalf("a flush of what the disk refuses: %v", err)
+		}
+		now := r.Status().Tried
+		if now <= tried {
+			t.Fatalf("flush after flush tries %d of %d ksets", now, written)
+		}
+		tried = now
+	}
+	p := make([]byte, sectorSize)
+	disk.ReadAt(p, last*sectorSize)
+	if v, err := stamp(p, last); v != 1 || err != nil {
+		t.Errorf("what the disk takes is at version %d, %v", v, err)
+	}
+	if err := r.kill(); err != nil {
+		t.Error(err)
+	}
+}

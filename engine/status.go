@@ -70,6 +70,7 @@ type Status struct {
 	ReadBytes, WriteBytes         uint64
 	Hits, Misses                  uint64
 	WrittenBack                   uint64
+	Tried                         uint64        // ksets that write-back has come to, since Open
 	RoundBytes                    int64         // of the dirty bytes, written but not flushed yet
 	Waiting                       int           // requests waiting for space
 	LongestWait                   time.Duration // of a request for space
@@ -101,6 +102,7 @@ func (c *Cache) Status() Status {
 		Extents:         u.extents,
 		IndexBytes:      u.bytes + c.segments.sumBytes() + c.overwritten.bytes(),
 		WrittenBack:     c.writeback.written.Load(),
+		Tried:           c.writeback.tried.Load(),
 		RoundBytes:      c.writeback.inRound.Load(),
 		Waiting:         int(c.space.waiting.Load()),
 		LongestWait:     c.longestWait(),

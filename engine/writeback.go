@@ -112,6 +112,7 @@ type writeback struct {
 		err     error  // why not everything is well, nil if it is
 	}
 	written atomic.Uint64 // bytes, since Open
+	tried   atomic.Uint64 // the furthest that at has been, in ksets
 	inRound atomic.Int64  // bytes, of the round under way
 }
 
@@ -528,6 +529,7 @@ func (c *Cache) round(until uint64) error {
 		}
 	}
 	w.at = w.end
+	w.tried.Store(max(w.tried.Load(), w.at.ksets))
 	w.sweep.swept()
 	if err := c.advance(); err != nil {
 		c.fail(err)

@@ -174,8 +174,8 @@ type unwritten struct {
 	total       ondisk.Ranges
 }
 
-// flushTries is how often a flush is asked for: write-back halves what cannot be
-// written each time, and 512 KiB is a sector after the tenth.
+// flushTries is how often a flush is asked for that gets no further: write-back halves
+// what cannot be written each time, and 512 KiB is a sector after the tenth.
 const flushTries = 12
 
 // flushAll writes what it can.
@@ -184,9 +184,14 @@ func flushAll(cache *engine.Cache) (left unwritten, err error) {
 	done := make(chan error, 1)
 	go func() {
 		var err error
-		for range flushTries {
+		// A flush fails with the first round of which nothing is taken. What lies behind
+		// that has not been tried then.
+		for left, tried := flushTries, uint64(0); left > 0; left-- {
 			if err = cache.Flush(context.Background()); err == nil {
 				break
+			}
+			if now := cache.Status().Tried; now > tried {
+				left, tried = flushTries, now
 			}
 		}
 		done <- err
