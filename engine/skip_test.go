@@ -406,3 +406,53 @@ func TestTried(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestFlushOfWhatIsOverwritten: a flush returns although what was passed by turns out to
+// be overwritten when the collector presses, and nothing is left to write.
+func TestFlushOfWhatIsOverwritten(t *testing.T) {
+	const lba = 40
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 7, false, 70)
+	disk, fate := backing.NewFake(64<<20, sectorSize, 1), newFate()
+	defer disk.Close()
+	disk.Script(fate.script)
+	fate.refuse(lba)
+	r := newRig(t, mem, disk, 1)
+	r.narrow(t, 0, roundTime)
+	r.write(t, lba*sectorSize, stamped(lba, 1, 1))
+	if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("a flush of what the disk refuses: %v", err)
+	}
+	r.mustRest(t)
+	w := &r.writeback
+	if !w.skipped.on {
+		t.Fatal("nothing was passed by")
+	}
+	w.skipped.next, w.idle = time.Now().Add(time.Hour), 0
+	fate.heal()
+	r.write(t, lba*sectorSize, stamped(lba, 1, 2))
+	r.Resume()
+	within(t, "writing it back", func() {
+		for r.Status().DirtyBytes > 0 {
+			time.Sleep(time.Millisecond)
+		}
+	})
+	r.mustRest(t)
+	flushed := make(chan error, 1)
+	go func() { flushed <- r.Flush(t.Context()) }()
+	for waits := false; !waits; {
+		w.mu.Lock()
+		waits = len(w.mu.waiters) > 0
+		w.mu.Unlock()
+	}
+	w.pressed.Store(true)
+	r.Resume()
+	within(t, "the flush", func() {
+		if err := <-flushed; err != nil {
+			t.Error(err)
+		}
+	})
+	if err := r.kill(); err != nil {
+		t.Error(err)
+	}
+}

@@ -398,8 +398,9 @@ func (c *Cache) writebackLoop() {
 			retryAt, retry = s.next, true
 		}
 		// All may be done but for dirty_tail: what was stuck has been overwritten,
-		// or the last try to store it has failed.
-		behind := !w.holds() && cleaned < w.at.ksets
+		// or the last try to store it has failed. Or it has been moved just now, and
+		// those who wait for a flush are still to be told.
+		behind := !w.holds() && (cleaned < w.at.ksets || flushing && !dirty)
 		if !behind && !collect && !(retry && !now.Before(retryAt)) {
 			var wake *time.Timer
 			switch {
