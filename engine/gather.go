@@ -61,21 +61,16 @@ func (c *Cache) holdings(runs []run) (worth []*holding) {
 		return s.bad.Load() || s.filling.Load()
 	})
 	slices.SortFunc(all, func(a, b *holding) int { return cmp.Compare(a.bytes, b.bytes) })
-	clear(in)
-	n, bytes, zeros := 0, int64(0), uint32(0)
-	for _, h := range all {
-		n, bytes, zeros = n+h.n, bytes+h.bytes, max(zeros, h.zeros)
-		if n > gatherRuns || bytes+int64(zeros) > ondisk.SegmentData {
-			break
-		}
-		worth = append(worth, h)
-		in[h.seg] = h
-	}
-	if len(worth) < 2 {
+	if worth = fitting(all); len(worth) < 2 {
 		return nil
 	}
+	clear(in)
+	for _, h := range worth {
+		in[h.seg] = h
+	}
 	damage = c.eachRefused(runs, func(r *run) {
-		if h := in[r.e.seg]; h != nil {
+		// A run of zeros may have become whole meanwhile.
+		if h := in[r.e.seg]; h != nil && !(r.zero() && uint32(r.len()) > h.zeros) {
 			h.runs = append(h.runs, r)
 		}
 	})
@@ -83,6 +78,20 @@ func (c *Cache) holdings(runs []run) (worth []*holding) {
 		return nil
 	}
 	return worth
+}
+
+// fitting returns those of the holdings, smallest first, that fit into a segment
+// together.
+func fitting(all []*holding) (fit []*holding) {
+	n, bytes, zeros := 0, int64(0), uint32(0)
+	for _, h := range all {
+		if n+h.n > gatherRuns || bytes+h.bytes+int64(max(zeros, h.zeros)) > ondisk.SegmentData {
+			continue // another may
+		}
+		n, bytes, zeros = n+h.n, bytes+h.bytes, max(zeros, h.zeros)
+		fit = append(fit, h)
+	}
+	return fit
 }
 
 // eachRefused visits what is stuck, in runs, and what was passed by.
@@ -116,11 +125,13 @@ func (c *Cache) gather(runs []run) (moved bool, err error) {
 		return false, nil
 	}
 	// The log may need one, too.
-	keep, n := relogReserve, 0
+	keep, log := relogReserve, uint32(ondisk.MaxKsetSize)
 	for _, h := range worth {
-		n += len(h.runs)
+		for _, r := range h.runs {
+			log += ondisk.KsetSize(c.keysIn(&r.part))
+		}
 	}
-	if uint32(n)*ondisk.KsetSize(ondisk.StripeSize/maxSummed)+ondisk.MaxKsetSize < roomAt(head.pos) {
+	if log < roomAt(head.pos) {
 		keep = 0
 	}
 	seg, ok := c.segments.take(keep)

@@ -35,6 +35,8 @@ const (
 	probes = 128
 	// relogBatch is how many keys are logged again under one lock, about.
 	relogBatch = 4096
+	// mostZeros is how many runs of zeros are known to have been found.
+	mostZeros = 64 << 10
 )
 
 // skipped is what was passed by.
@@ -65,7 +67,7 @@ func (w *writeback) skip(p *part) {
 func (w *writeback) rewind(flushes, until uint64) uint64 {
 	s := &w.skipped
 	asked := flushes > 0 && w.at.ksets >= flushes
-	if !s.on || !asked && (w.at.ksets < until || time.Now().Before(s.next)) {
+	if !s.on || w.sweep.on || !asked && (w.at.ksets < until || time.Now().Before(s.next)) {
 		return until
 	}
 	until = w.at.ksets
@@ -145,10 +147,16 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 	if !w.skipped.on || w.sweep.on {
 		return false, nil
 	}
+	// What is stuck there stays, and dirty_tail in front of it.
 	n := uint64(0)
+	for i := range w.stuck {
+		if k := w.stuck[i].key.ksets; k >= w.skipped.from.ksets && k < w.at.ksets {
+			n++
+		}
+	}
 	count := c.newCollection()
 	damage := count.walk(w.skipped.from, func(mark) bool {
-		n += uint64(len(count.parts))
+		n += uint64(count.keys())
 		count.parts = count.parts[:0]
 		return true
 	})
@@ -159,7 +167,7 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 	for end := w.skipped.from; end.ksets < w.at.ksets && !c.stopping(); {
 		damage := left.walk(end, func(after mark) bool {
 			end = after
-			return len(left.parts) < relogBatch && !c.stopping()
+			return left.keys() < relogBatch && !c.stopping()
 		})
 		if damage != nil {
 			return passed, nil
@@ -220,6 +228,9 @@ func (x *collection) walk(from mark, visit func(after mark) bool) *ondisk.Damage
 				if x.zeros[p.off] == p.len() {
 					continue
 				}
+				if len(x.zeros) >= mostZeros {
+					clear(x.zeros) // some are found once more then
+				}
 				x.zeros[p.off] = p.len()
 			}
 			x.parts = joined(x.parts, p)
@@ -230,8 +241,16 @@ func (x *collection) walk(from mark, visit func(after mark) bool) *ondisk.Damage
 	})
 }
 
-// joined appends a part. What was divided for the transfers was one key, and is one
-// again.
+// keys is how many there are in the parts, about.
+func (x *collection) keys() (n int) {
+	for i := range x.parts {
+		n += x.c.keysIn(&x.parts[i])
+	}
+	return n
+}
+
+// joined appends a part to the one that it continues, as those do that were one key
+// and were divided for the transfers.
 func joined(left []part, p *part) []part {
 	if n := len(left); n > 0 && !p.zero() {
 		if l := &left[n-1]; l.s.sh == p.s.sh && l.s.root == p.s.root && l.e.abuts(p.e) {

@@ -456,3 +456,44 @@ func TestFlushOfWhatIsOverwritten(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestAllRefused: of a disk that takes nothing, and of which nothing can be put aside,
+// what is overwritten makes room all the same.
+func TestAllRefused(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 7, false, 70)
+	disk := backing.NewFake(64<<20, sectorSize, 1)
+	defer disk.Close()
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if op.Kind == backing.OpWrite {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
+	r := newRig(t, mem, disk, 1)
+	r.narrow(t, 0, roundTime)
+	within(t, "overwriting a block", func() {
+		r.write(t, 32<<20, stamped(32<<20/sectorSize, 8, 1))
+		for v := range uint64(300) {
+			r.write(t, 0, stamped(0, 2048, 1+v))
+		}
+	})
+	if err := r.kill(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestGatherAroundZeros: segments with more refused zeros than can be copied at once do
+// not keep others from being gathered.
+func TestGatherAroundZeros(t *testing.T) {
+	var in [4]holding
+	for i, n := range []int{gatherRuns - 1, gatherRuns - 1, 1, 1} {
+		in[i] = holding{seg: uint32(i), n: n}
+	}
+	in[2].bytes, in[3].bytes = sectorSize, sectorSize
+	all := []*holding{&in[0], &in[1], &in[2], &in[3]}
+	worth := fitting(all)
+	if len(worth) != 2 || worth[0] != &in[0] || worth[1] != &in[2] {
+		t.Errorf("%d holdings fit, %+v", len(worth), worth)
+	}
+}

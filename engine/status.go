@@ -70,7 +70,7 @@ type Status struct {
 	ReadBytes, WriteBytes         uint64
 	Hits, Misses                  uint64
 	WrittenBack                   uint64
-	Tried                         uint64        // ksets that write-back has come to, since Open
+	Ksets, Tried                  uint64        // in the log, and those that write-back has come to
 	RoundBytes                    int64         // of the dirty bytes, written but not flushed yet
 	Waiting                       int           // requests waiting for space
 	LongestWait                   time.Duration // of a request for space
@@ -111,7 +111,7 @@ func (c *Cache) Status() Status {
 		WritebackErrors: c.errs.rounds.Load(),
 		BadSegments:     c.segments.badList(),
 	}
-	s.KeyHead, _ = c.journal.head()
+	s.KeyHead, s.Ksets = c.journal.head()
 	s.DirtyTail, _ = c.tails.dirtyTail()
 	for _, q := range c.queues {
 		q.shown.Lock()

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"sort"
 	"time"
 
 	"ublk-pcache/ondisk"
@@ -197,6 +198,9 @@ func (c *Cache) relogStuck() (passed bool, err error) {
 	slices.SortFunc(w.stuck, func(a, b stuck) int { return cmp.Or(cmp.Compare(a.key.ksets, b.key.ksets), cmp.Compare(a.off, b.off)) })
 	all := w.runs()
 	runs := all
+	if s := &w.skipped; s.on { // dirty_tail passes none that lie behind that
+		runs = runs[:sort.Search(len(runs), func(i int) bool { return runs[i].key.ksets >= s.from.ksets })]
+	}
 	if c.relogPays(len(runs)) { // each has one key or more, and their checksums take time
 		n := 0
 		for i := range runs {
@@ -232,19 +236,20 @@ func (c *Cache) relogStuck() (passed bool, err error) {
 	return passed || after > before, err
 }
 
-// relogPays reports whether so many keys, all that are stuck, are worth being logged
-// again. As many keys again as dirty_tail passes, or more, would only let the log
+// relogPays reports whether so many keys, all that are stuck in front of what was
+// passed by, are worth being logged again. As many keys again as dirty_tail passes, or more, would only let the log
 // grow, unless it cannot be read there and is about to begin anew.
 func (c *Cache) relogPays(n int) bool {
 	w := &c.writeback
-	oldest := w.at.keys
+	end := w.at.keys
+	if w.skipped.on {
+		end = w.skipped.from.keys // dirty_tail stays in front of that
+	}
+	oldest := end
 	for i := range w.stuck {
 		oldest = min(oldest, w.stuck[i].key.keys)
 	}
-	if s := &w.skipped; s.on && s.from.keys <= oldest {
-		oldest = w.at.keys // dirty_tail stays in front of that
-	}
-	return w.at.keys-oldest > uint64(n) || n > 0 && c.hurt.Load() != nil && !w.sweep.on
+	return end-oldest > uint64(n) || n > 0 && c.hurt.Load() != nil && !w.sweep.on
 }
 
 // leftBehind returns the runs, with their keys, that hold segments of the log behind
@@ -253,9 +258,6 @@ func (c *Cache) relogPays(n int) bool {
 func (c *Cache) leftBehind(runs []run) []run {
 	w := &c.writeback
 	head := c.journal.mark()
-	if s := &w.skipped; s.on && len(runs) > 0 && s.from.ksets <= runs[0].key.ksets {
-		return nil // nor can dirty_tail pass them
-	}
 	n, keys := 0, 0
 	for ; n < len(runs) && runs[n].key.pos.Seg != head.pos.Seg && runs[n].key.ksets < w.at.ksets; n++ {
 		if runs[n].keys == nil {
@@ -361,6 +363,14 @@ func (c *Cache) holds(keys []ondisk.Key) bool {
 		}
 	}
 	return true
+}
+
+// keysIn is how many keys a part has, about.
+func (c *Cache) keysIn(p *part) int {
+	if !c.crc || p.zero() {
+		return 1
+	}
+	return (p.len() + maxSummed - 1) / maxSummed
 }
 
 // keysOf appends the keys that name a part: one for each checksum that it has

@@ -434,6 +434,7 @@ func (c *Cache) writebackLoop() {
 		case err != nil:
 			delay = backoff(delay)
 			c.log.Error(fmt.Sprintf("write-back failed, its data stays in the cache, next try in %v", delay), err)
+			c.gc.kick() // what was passed by may be logged again, for those who wait for room
 			select {
 			case <-time.After(delay):
 			case <-c.workers.stop:
@@ -510,7 +511,7 @@ func (c *Cache) round(until uint64) error {
 		refused++
 		first = cmp.Or(first, w.parts[i].err)
 	}
-	none := refused == len(w.parts) && fresh > room
+	none := refused == len(w.parts) && fresh > max(0, room)
 	// Before dirty_tail moves: after that a part's place may soon be another's.
 	for i := range w.parts {
 		switch p := &w.parts[i]; {
