@@ -23,27 +23,29 @@ const claimName = "ublk-pcache"
 // device that somebody has claimed already, one that is not there, and a file
 // are left as they are.
 func Claim(path string) error {
+	if err := claim(path); err != nil && !errors.Is(err, unix.EBUSY) {
+		return fmt.Errorf("claim %s: %w", path, err)
+	}
+	return nil
+}
+
+// claim is Claim with EBUSY for what somebody has open exclusively.
+func claim(path string) error {
 	var st unix.Stat_t
 	err := unix.Stat(path, &st)
 	if errors.Is(err, unix.ENOENT) || err == nil && st.Mode&unix.S_IFMT != unix.S_IFBLK {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("claim %s: %w", path, err)
+		return err
 	}
 	// Not for writing: udev looks at a disk again when a writer closes it.
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
-	if errors.Is(err, unix.EBUSY) {
-		return nil
-	}
 	if err != nil {
-		return fmt.Errorf("claim %s: %w", path, err)
+		return err
 	}
 	defer unix.Close(fd)
-	if err := giveToLoop(fd); err != nil {
-		return fmt.Errorf("claim %s: %w", path, err)
-	}
-	return nil
+	return giveToLoop(fd)
 }
 
 // giveToLoop has a loop device of size 0 hold what fd has open.

@@ -325,8 +325,8 @@ func (d *Device) Close() error {
 	return nil
 }
 
-// PutBack is Close for a device with which nothing was done: if it was claimed, it is
-// so again.
+// PutBack is Close for a device whose cache still has what it lacks: if it was
+// claimed, it is so again.
 func (d *Device) PutBack() error {
 	return errors.Join(d.Close(), d.claimAgain())
 }
@@ -335,7 +335,10 @@ func (d *Device) claimAgain() error {
 	if !d.claimed {
 		return nil
 	}
-	return Claim(d.path)
+	if err := onceFree(unix.EBUSY, func() error { return claim(d.path) }); err != nil {
+		return fmt.Errorf("claim %s: %w", d.path, err)
+	}
+	return nil
 }
 
 // release gives back as much as was taken.

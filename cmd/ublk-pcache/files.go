@@ -142,22 +142,26 @@ func (s *server) openOwnDisk(o *serveOptions) (err error) {
 		recorded, _, _ = strings.Cut(layout.Identity.Serial, proof)
 	}
 	s.disk, err = openDisk(o.Backing.Path, true)
-	possible := err == nil && (recorded == "" || sameDevice(layout, s.disk.Identity()))
-	// What cannot be told apart from it is taken if there is no other that is known to
-	// be it. A table that is on the disk may have been exchanged, and left on a copy.
-	if possible && (backing.OnDevice(recorded) || recorded == s.disk.Identity()) {
-		return nil
+	// A device has users, so what cannot be told apart from its disk is not taken for
+	// it, unless there has never been anything to tell it by.
+	possible := false
+	if err == nil {
+		present := s.disk.Identity()
+		if recorded == "" || recorded == present || present != "" && layout.Identity.Matches(present) {
+			return nil
+		}
+		possible = sameDevice(layout, present)
 	}
 	path, missing := "", backing.ErrNameless
 	if recorded != "" && !backing.IsFile(recorded) { // of which there is no list to search
 		path, missing = backing.Find(recorded)
 	}
-	switch unknown := errors.Is(missing, backing.ErrNameless) || errors.Is(missing, backing.ErrNotFound); {
+	switch {
+	case possible && backing.OnDevice(recorded) && errors.Is(missing, backing.ErrNotFound):
+		return nil // users of the device have made another table, and no disk has the old one
+	case possible && (backing.OnDevice(recorded) || missing != nil):
+		return fmt.Errorf("nothing tells that %s is the backing device of device %d, which is known by %s (say which it is: ublk-pcache recover %d -b BACKING)", s.dev.Backing, s.dev.ID, known(recorded), s.dev.ID)
 	case missing == nil:
-	case possible && unknown:
-		return nil
-	case possible:
-		return fmt.Errorf("nothing tells that %s is the backing device of device %d, and %w (say which it is: ublk-pcache recover %d -b BACKING)", s.dev.Backing, s.dev.ID, missing, s.dev.ID)
 	default:
 		if err != nil {
 			err = fmt.Errorf("%w; and %w (if it has another name now: ublk-pcache recover %d -b BACKING)", err, missing, s.dev.ID)

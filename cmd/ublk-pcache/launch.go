@@ -281,7 +281,10 @@ func serve(o serveOptions) error {
 	}
 	fd, refused := uintptr(readyFD), 1
 	if o.AnswerFD != 0 {
-		fd, refused = uintptr(o.AnswerFD), exitFinal
+		fd = uintptr(o.AnswerFD)
+		if !o.Recover { // or the device waits, and the unit goes on to try
+			refused = exitFinal
+		}
 	}
 	ready := inherited(fd, "ready")
 	var s *server

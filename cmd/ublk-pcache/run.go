@@ -16,6 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ublk-pcache/backing"
+	"ublk-pcache/engine"
+	"ublk-pcache/ondisk"
 	"ublk-pcache/pmem"
 	"ublk-pcache/ublk"
 )
@@ -53,8 +55,9 @@ func exitStatus(err error) int {
 
 // retryPause is how long a server waits before it ends with an error that may
 // pass, such as a disk that has gone for a while. systemd starts the next at once,
-// but only so many in a while (StartLimitBurst), which is for servers that crash.
-const retryPause = 2 * time.Second
+// but only so many in a while (StartLimitBurst), which is for servers that crash; in
+// units of older versions, 20 in a minute.
+const retryPause = 3100 * time.Millisecond
 
 // awaitRetry keeps a command from ending too early with status. A signal ends it.
 func awaitRetry(command string, status int) {
@@ -66,8 +69,13 @@ func awaitRetry(command string, status int) {
 }
 
 // startError says whether the error of a start is final. Who holds the disk, or
-// the pmem, may let go of it.
+// the pmem, may let go of it. A device that waits is tried for again, but for what a
+// person has to decide, or mend: the cache must not be held meanwhile.
 func (o *serveOptions) startError(err error) error {
+	var damage *ondisk.Damage
+	if o.Recover && (errors.Is(err, engine.ErrChanged) || errors.As(err, &damage)) {
+		return finalError{err}
+	}
 	if !o.Existing || o.Recover || errors.Is(err, backing.ErrInUse) || errors.Is(err, pmem.ErrInUse) {
 		return err
 	}

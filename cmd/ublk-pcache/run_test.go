@@ -16,6 +16,8 @@ import (
 	"github.com/coreos/go-systemd/v22/unit"
 
 	"ublk-pcache/backing"
+	"ublk-pcache/engine"
+	"ublk-pcache/ondisk"
 	"ublk-pcache/pmem"
 )
 
@@ -85,6 +87,8 @@ func TestFinalErrors(t *testing.T) {
 		{serveOptions{Existing: true}, fmt.Errorf("open: %w", pmem.ErrInUse), 1},
 		{serveOptions{Existing: true, Recover: true}, why, 1}, // a device waits
 		{serveOptions{Recover: true}, why, 1},
+		{serveOptions{Recover: true}, fmt.Errorf("open: %w", engine.ErrChanged), exitFinal},
+		{serveOptions{Recover: true}, fmt.Errorf("open: %w", &ondisk.Damage{Cause: why}), exitFinal},
 		{serveOptions{}, why, 1}, // a person tries
 	} {
 		err := fmt.Errorf("x: %w", c.o.startError(c.err))

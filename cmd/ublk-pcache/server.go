@@ -338,7 +338,12 @@ func (s *server) remove(force bool) (left []string, err error) {
 	} else if failure := s.rebind(); failure != nil {
 		s.log.Warn("cannot record what the backing device is known by now", zap.Error(failure))
 	}
-	deleted, ok := inTime(s.ublk.Delete)
+	deleted, ok := inTime(func() error {
+		if _, err := s.dev.lookup(); errors.Is(err, ublk.ErrNoDevice) {
+			return nil // another process has deleted it, and its number may be in use again
+		}
+		return s.ublk.Delete()
+	})
 	if !ok {
 		left = append(left, s.dev.numberHeld())
 	}

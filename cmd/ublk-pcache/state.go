@@ -75,7 +75,8 @@ func isOurs(info ublk.Info) bool { return info.Mark&(1<<markBits-1) == markOurs 
 // error wraps ublk.ErrNoDevice.
 func (d *device) lookup() (ublk.Info, error) {
 	info, err := ublk.Lookup(d.ID)
-	if err == nil && d.Mark != 0 && info.Mark != d.Mark {
+	drawn := isOurs(info) && info.Mark>>markBits != 0 // by a version that puts it into the state, too
+	if err == nil && (d.Mark != 0 || drawn) && info.Mark != d.Mark {
 		return ublk.Info{}, fmt.Errorf("device %d: %w, its number has been given to another (take away what is left of it: ublk-pcache del %d)", d.ID, ublk.ErrNoDevice, d.ID)
 	}
 	return info, err

@@ -151,10 +151,13 @@ func startUnit(ctx context.Context, systemd *dbus.Conn, self string, o *serveOpt
 		var refused godbus.Error
 		exists := errors.As(err, &refused) && refused.Name == unitExists
 		late := time.Since(begin) > unitPatience
+		if ctx.Err() != nil {
+			return errInterrupted
+		}
 		if !exists || late && !o.Recover {
 			return fmt.Errorf("start %s: %w (see 'systemctl status %s')", o.Device.Unit, err, o.Device.Unit)
 		}
-		if err := refuseServed(o.Device.Unit); err != nil {
+		if err := refuseServed(o); err != nil {
 			return err
 		}
 		if late {
@@ -168,15 +171,20 @@ func startUnit(ctx context.Context, systemd *dbus.Conn, self string, o *serveOpt
 // unitExists is systemd's error for a name that a unit has.
 const unitExists = "org.freedesktop.systemd1.UnitExists"
 
-// refuseServed refuses a unit in which a server lives.
-func refuseServed(unit string) error {
+// refuseServed refuses a unit in which a server lives, of another device or of the one
+// that is to be continued.
+func refuseServed(o *serveOptions) error {
 	devices, err := readStates()
 	if err != nil {
 		return err
 	}
 	for _, d := range devices {
-		if d.Unit == unit && d.alive() {
-			return fmt.Errorf("%s belongs to device %d, process %d (remove that first: ublk-pcache del %d)", unit, d.ID, d.PID, d.ID)
+		switch {
+		case d.Unit != o.Device.Unit || !d.alive():
+		case o.Recover && d.ID == o.Device.ID:
+			return d.servedError()
+		default:
+			return fmt.Errorf("%s belongs to device %d, process %d (remove that first: ublk-pcache del %d)", d.Unit, d.ID, d.PID, d.ID)
 		}
 	}
 	return nil
@@ -191,6 +199,7 @@ func hear(caller *net.UnixListener, config []byte) ([]byte, error) {
 		}
 		defer conn.Close()
 		if refuseStranger(conn) == nil {
+			caller.Close()     // who comes later is the next server, and goes on
 			conn.Write(config) // a server that has died says nothing
 			return io.ReadAll(conn)
 		}
@@ -254,10 +263,21 @@ func unitProperties(o *serveOptions, self, config string) []dbus.Property {
 // newUnitCmd is what a unit of spawnUnit runs, each time that it is started.
 func newUnitCmd() *cobra.Command {
 	return configCmd("unit", func(o serveOptions) error {
-		if conn := caller(o.Answer); conn != nil {
-			return finalError{begin(conn)} // the caller hears of it
+		conn := caller(o.Answer)
+		if conn == nil {
+			return goOn(o.Device.Unit)
 		}
-		return goOn(o.Device.Unit)
+		asked, err := hearOptions(conn)
+		if err != nil { // its caller has gone, or stands still
+			conn.Close()
+			return goOn(o.Device.Unit)
+		}
+		err = begin(asked, conn)
+		fmt.Fprint(conn, oneLine(err))
+		if asked.Recover {
+			return err // the device waits
+		}
+		return finalError{err}
 	})
 }
 
@@ -275,12 +295,21 @@ func caller(name string) *net.UnixConn {
 	return conn
 }
 
-// begin becomes the server that the caller at the other end of conn waits for.
-func begin(conn *net.UnixConn) error {
-	var o serveOptions
+// callerPatience is how long the caller may take to say what to serve, which it does
+// at once.
+const callerPatience = 10 * time.Second
+
+// hearOptions returns what the caller wants served.
+func hearOptions(conn *net.UnixConn) (o serveOptions, err error) {
+	conn.SetReadDeadline(time.Now().Add(callerPatience))
 	if err := json.NewDecoder(conn).Decode(&o); err != nil {
-		return fmt.Errorf("hear what to serve: %w", err)
+		return o, fmt.Errorf("hear what to serve: %w", err)
 	}
+	return o, conn.SetReadDeadline(time.Time{})
+}
+
+// begin becomes the server that the caller at the other end of conn waits for.
+func begin(o serveOptions, conn *net.UnixConn) error {
 	f, err := conn.File()
 	if err != nil {
 		return err

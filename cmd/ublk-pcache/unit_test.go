@@ -21,6 +21,9 @@ func TestStartLimit(t *testing.T) {
 			burst = p.Value.Value().(uint32)
 		}
 	}
+	if perMinute := time.Minute / retryPause; perMinute >= 20 {
+		t.Errorf("%d starts in a minute are too many for units of versions that took 20", perMinute)
+	}
 	if within := time.Duration(interval) * time.Microsecond; within == 0 || time.Duration(burst)*retryPause <= within {
 		t.Errorf("%d starts in %v are too many for one in %v", burst, within, retryPause)
 	}
@@ -39,16 +42,22 @@ func TestRefuseServed(t *testing.T) {
 	if err := d.save(); err != nil {
 		t.Fatal(err)
 	}
-	if err := refuseServed(unit); err != nil {
+	in := func(unit string) *serveOptions { return &serveOptions{Device: device{ID: 4, Unit: unit}} }
+	if err := refuseServed(in(unit)); err != nil {
 		t.Errorf("with a dead server: %v", err)
 	}
 	d.servedByUs()
 	if err := d.save(); err != nil {
 		t.Fatal(err)
 	}
-	fails(t, refuseServed(unit), unit, "device 3", "ublk-pcache del 3")
-	if err := refuseServed("ublk-pcache-dev-dax1.0.service"); err != nil {
+	fails(t, refuseServed(in(unit)), unit, "device 3", "ublk-pcache del 3")
+	if err := refuseServed(in("ublk-pcache-dev-dax1.0.service")); err != nil {
 		t.Errorf("another unit: %v", err)
+	}
+	again := in(unit)
+	again.Recover, again.Device.ID = true, 3
+	if err := refuseServed(again); err == nil || strings.Contains(err.Error(), "remove") || !strings.Contains(err.Error(), "nothing to recover") {
+		t.Errorf("a device that is served again: %v", err)
 	}
 }
 

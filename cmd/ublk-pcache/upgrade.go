@@ -117,8 +117,11 @@ func (s *server) upgrade(ctx context.Context) (reply, error) {
 		return reply{}, fmt.Errorf("device %d: an upgrade is under way already", s.dev.ID)
 	}
 	defer s.upgrading.Unlock()
-	if err := s.ublk.CanLetGo(); err != nil {
+	switch err := s.ublk.CanLetGo(); {
+	case errors.Is(err, ublk.ErrTooOld):
 		return reply{}, fmt.Errorf("device %d: %w (del and add it, or end its server and recover)", s.dev.ID, err)
+	case err != nil:
+		return reply{}, fmt.Errorf("device %d: %w", s.dev.ID, err)
 	}
 	if waiting := s.disk.Waiting(); waiting > hangsAfter {
 		return reply{}, fmt.Errorf("device %d: backing device %s has not answered for %v, the old server goes on", s.dev.ID, s.dev.Backing, waiting.Round(time.Second))
@@ -350,6 +353,9 @@ func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 	// While the old server, which systemd knows, is there: its end must not be
 	// taken for the service's. And from here, since a message whose sender has
 	// gone belongs to nobody.
+	if os.Getenv("NOTIFY_SOCKET") == "" && adopted() { // by a server of a version that did not hand it on
+		os.Setenv("NOTIFY_SOCKET", notifySocket)
+	}
 	if _, err := daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", os.Getpid())); err != nil {
 		s.log.Error("systemd does not hear of the new server, and does not start another when it dies", zap.Error(err))
 	}

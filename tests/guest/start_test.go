@@ -369,6 +369,20 @@ func TestRecoverFindsItsDisk(t *testing.T) {
 	d.del(t)
 	mustHold(t, "/dev/mapper/third", map[string]string{"file": "written", "other": "written, too"})
 
+	// Nor is it taken when the right one is nowhere.
+	must(t, "dmsetup", "remove", "second")
+	must(t, "dmsetup", "rename", "third", "first")
+	must(t, "dmsetup", "mknodes")
+	d = add(t, "-p", dax, "-b", "/dev/mapper/first", "-q", "1")
+	kill()
+	must(t, "dmsetup", "remove", "first")
+	make("first", "", 1<<30)
+	run(t, "ublk-pcache", "recover", d.id).mustRefuse(t, []string{"/dev/mapper/first", "ublk-pcache-test-1", "recover " + d.id + " -b BACKING"})
+	must(t, "dmsetup", "remove", "first")
+	make("first", "ublk-pcache-test-1", 0)
+	pcache(t, "recover", d.id)
+	d.del(t)
+
 	// A file has nothing that it could be found by.
 	wipe(t)
 	files := t.TempDir()
