@@ -110,6 +110,16 @@ var uses = []use{
 		t.Cleanup(func() { must(t, "dmsetup", "remove", "--noudevsync", "ontop") })
 		return []string{"dm-", "is on top"}
 	}},
+	{"NVMe target", func(t *testing.T, disk string) []string {
+		must(t, "modprobe", "nvmet")
+		must(t, "sh", "-ec", "mountpoint -q /sys/kernel/config || mount -t configfs none /sys/kernel/config")
+		const subsystem = "/sys/kernel/config/nvmet/subsystems/shared"
+		const dir = subsystem + "/namespaces/1"
+		must(t, "mkdir", "-p", dir)
+		t.Cleanup(func() { must(t, "sh", "-ec", `echo 0 >"$0/enable"; rmdir "$0" "$1"`, dir, subsystem) })
+		must(t, "sh", "-ec", `echo "$1" >"$0/device_path"; echo 1 >"$0/enable"`, dir, disk)
+		return []string{"NVMe target 1"}
+	}},
 }
 
 // pretences are what everybody can do, without any right to the disk.

@@ -518,6 +518,35 @@ func TestForcedDelOfDead(t *testing.T) {
 	pcache(t, "del", add(t, "-n", d.id, "-p", dax, "-b", disk).id)
 }
 
+// A file system whose device has lost its server is unmounted when the device has one again, with all that was written.
+func TestUmountOfDead(t *testing.T) {
+	wipe(t, disk)
+	d := add(t, "-p", dax, "-b", disk)
+	must(t, "mkfs.ext4", "-q", "-F", d.path, "64M")
+	dir := mount(t, d.path)
+	if err := os.WriteFile(dir+"/file", []byte("written"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	killServer(t, d, unix.SIGKILL)
+	ended := make(chan error, 1)
+	go func() { ended <- exec.Command("umount", dir).Run() }()
+	select {
+	case err := <-ended:
+		t.Fatalf("umount ends without a server: %v", err)
+	case <-time.After(time.Second):
+	}
+	pcache(t, "recover", d.id)
+	if err := <-ended; err != nil {
+		t.Errorf("umount: %v", err)
+	}
+	must(t, "mount", d.path, dir)
+	if text, err := os.ReadFile(dir + "/file"); string(text) != "written" {
+		t.Errorf("the file holds %q, %v", text, err)
+	}
+	must(t, "umount", dir)
+	d.del(t)
+}
+
 // A service does not go on with the device of another cache because that has its disk.
 func TestRunOnAnothersDisk(t *testing.T) {
 	wipe(t, disk)
