@@ -154,16 +154,16 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 			n++
 		}
 	}
-	count := c.newCollection()
-	damage := count.walk(w.skipped.from, func(mark) bool {
-		n += uint64(count.keys())
-		count.parts = count.parts[:0]
+	left := c.newCollection()
+	damage := left.walk(w.skipped.from, func(mark) bool {
+		n += uint64(left.keys())
+		left.parts = left.parts[:0]
 		return true
 	})
 	if damage != nil || n >= w.at.keys-w.skipped.from.keys {
 		return false, nil
 	}
-	left := c.newCollection()
+	clear(left.zeros)
 	for end := w.skipped.from; end.ksets < w.at.ksets && !c.stopping(); {
 		damage := left.walk(end, func(after mark) bool {
 			end = after
@@ -233,7 +233,10 @@ func (x *collection) walk(from mark, visit func(after mark) bool) *ondisk.Damage
 				}
 				x.zeros[p.off] = p.len()
 			}
-			x.parts = joined(x.parts, p)
+			// What was divided for the transfers was one key, mostly.
+			if n := len(x.parts); n == 0 || !x.parts[n-1].extend(p) {
+				x.parts = append(x.parts, *p)
+			}
 		}
 		w.parts = w.parts[:0]
 		from = mark{after, from.ksets + 1, from.keys + uint64(len(k.Keys))}
@@ -247,19 +250,6 @@ func (x *collection) keys() (n int) {
 		n += x.c.keysIn(&x.parts[i])
 	}
 	return n
-}
-
-// joined appends a part to the one that it continues, as those do that were one key
-// and were divided for the transfers.
-func joined(left []part, p *part) []part {
-	if n := len(left); n > 0 && !p.zero() {
-		if l := &left[n-1]; l.s.sh == p.s.sh && l.s.root == p.s.root && l.e.abuts(p.e) {
-			l.e.n += p.e.n
-			l.s.n += p.e.n
-			return left
-		}
-	}
-	return append(left, *p)
 }
 
 // errOvertaken: a part was overwritten before it was logged again.

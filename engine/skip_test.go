@@ -98,9 +98,7 @@ func manyRefused(t *testing.T, most int) {
 		t.Fatal(err)
 	}
 	r = newRig(t, mem, disk, 1)
-	r.mustRest(t)
-	r.writeback.most = most
-	r.Resume()
+	r.narrow(t, most, roundTime)
 	for lba := range 4 * pieces {
 		if lba%4 != 3 {
 			if v := r.version(t, lba); v != 1 {

@@ -237,8 +237,9 @@ func (c *Cache) relogStuck() (passed bool, err error) {
 }
 
 // relogPays reports whether so many keys, all that are stuck in front of what was
-// passed by, are worth being logged again. As many keys again as dirty_tail passes, or more, would only let the log
-// grow, unless it cannot be read there and is about to begin anew.
+// passed by, are worth being logged again. As many keys again as dirty_tail passes, or
+// more, would only let the log grow, unless it cannot be read there and is about to
+// begin anew.
 func (c *Cache) relogPays(n int) bool {
 	w := &c.writeback
 	end := w.at.keys
@@ -283,14 +284,9 @@ type run struct {
 func (w *writeback) runs() (runs []run) {
 	for i := range w.stuck {
 		p := &w.stuck[i].part
-		if n := len(runs); n > 0 {
-			r := &runs[n-1]
-			if r.s.sh == p.s.sh && r.s.root == p.s.root && r.key == p.key && !p.zero() && !r.lost && !p.lost && r.e.abuts(p.e) {
-				r.e.n += p.e.n
-				r.s.n += p.e.n
-				r.to++
-				continue
-			}
+		if n := len(runs); n > 0 && runs[n-1].extend(p) {
+			runs[n-1].to++
+			continue
 		}
 		runs = append(runs, run{part: *p, from: i, to: i + 1})
 	}

@@ -157,6 +157,17 @@ func (p *part) sub(off, n uint16) part {
 	return q
 }
 
+// extend makes p the longer by q, which lies behind it on the disk and in the cache,
+// and reports whether it could: what is damaged stays apart, and zeros have no place.
+func (p *part) extend(q *part) bool {
+	if p.s.sh != q.s.sh || p.s.root != q.s.root || p.key != q.key || q.zero() || p.lost || q.lost || !p.e.abuts(q.e) {
+		return false
+	}
+	p.e.n += q.e.n
+	p.s.n += q.e.n
+	return true
+}
+
 // transfer is one write to the disk.
 type transfer struct {
 	buf   []byte
