@@ -81,13 +81,12 @@ func (d *device) removeByDriver(force bool) error {
 		case err := <-removed:
 			return err
 		case <-time.After(lifeSign + statusPatience):
-			info, err := d.lookup()
-			if gone := errors.Is(err, ublk.ErrNoDevice) || err == nil && info.State == ublk.Dead; gone && !d.alive() {
-				fmt.Fprintln(os.Stderr, "ublk-pcache:", d.numberHeld())
-				return nil
-			}
 			if d.alive() {
 				return fmt.Errorf("device %d does not go, since process %d holds it (end that with 'kill -KILL %d', and repeat)", d.ID, d.PID, d.PID)
+			}
+			if info, err := d.lookup(); errors.Is(err, ublk.ErrNoDevice) || err == nil && info.State == ublk.Dead {
+				fmt.Fprintln(os.Stderr, "ublk-pcache:", d.numberHeld())
+				return nil
 			}
 		}
 	}

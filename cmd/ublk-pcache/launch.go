@@ -207,8 +207,6 @@ func serverEnv() []string {
 	for _, name := range []string{"TZ", "NOTIFY_SOCKET", "INVOCATION_ID", "JOURNAL_STREAM", "GOTRACEBACK"} {
 		if value, ok := os.LookupEnv(name); ok {
 			env = append(env, name+"="+value)
-		} else if name == "NOTIFY_SOCKET" && adopted() {
-			env = append(env, name+"="+notifySocket)
 		}
 	}
 	return env

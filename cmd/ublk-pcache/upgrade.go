@@ -353,7 +353,7 @@ func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 	// While the old server, which systemd knows, is there: its end must not be
 	// taken for the service's. And from here, since a message whose sender has
 	// gone belongs to nobody.
-	if os.Getenv("NOTIFY_SOCKET") == "" && adopted() { // by a server of a version that did not hand it on
+	if os.Getenv("NOTIFY_SOCKET") == "" && adopted() { // the old one was not started by systemd
 		os.Setenv("NOTIFY_SOCKET", notifySocket)
 	}
 	if _, err := daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", os.Getpid())); err != nil {
