@@ -44,16 +44,16 @@ vet:
 unit:
 	go test -count=1 ./...
 
-# An instruction is one of qemu-user's processor, whatever the machine's is.
-tools = command -v gcc >/dev/null && command -v qemu-x86_64 >/dev/null || \
-  { apt-get update -q && apt-get install -q -y --no-install-recommends gcc libc6-dev qemu-user; }
+# need installs packages for a program that is missing.
+need = command -v $(1) >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends $(2); }
 
+# An instruction is one of qemu-user's processor, whatever the machine's is.
 count:
-	@$(tools)
+	@$(call need,gcc,gcc libc6-dev); $(call need,qemu-x86_64,qemu-user)
 	go run ./tests/count -check engine/testdata/instructions
 
 race:
-	@command -v gcc >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends gcc libc6-dev; }
+	@$(call need,gcc,gcc libc6-dev)
 	CGO_ENABLED=1 go test -count=1 -race -skip '^TestRepair' $$(go list ./... | grep -vx ublk-pcache/engine)
 	CGO_ENABLED=1 go test -count=1 -race -timeout 40m ./engine -skip 'TestBadMemoryUnderLoad/durable=false|^TestIndexBytes$$' \
 	  -storm.ops=40 -storm.rounds=1 \
@@ -102,7 +102,7 @@ bench:
 
 # Where the instructions of the engine are, by function.
 bench-count:
-	@$(tools)
+	@$(call need,gcc,gcc libc6-dev); $(call need,qemu-x86_64,qemu-user)
 	go run ./tests/count -by-function
 
 # More than half an hour on a quiet machine.
