@@ -128,7 +128,9 @@ func (m *model) open(t *rapid.T) {
 		t.Fatalf("open: %v", err)
 	}
 	if rapid.IntRange(0, 3).Draw(t, "narrow") == 0 {
-		m.cache.narrow(t, rapid.SampledFrom([]int{0, 1, 8}).Draw(t, "most"), rapid.SampledFrom([]time.Duration{0, time.Millisecond}).Draw(t, "step"))
+		// Each round collects anew what the last was cut short of, so a step that is
+		// shorter than that takes would make a flush quadratic in the length of the log.
+		m.cache.narrow(t, rapid.SampledFrom([]int{0, 1, 8}).Draw(t, "most"), rapid.SampledFrom([]time.Duration{time.Millisecond, roundTime}).Draw(t, "step"))
 	}
 }
 
