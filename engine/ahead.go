@@ -20,7 +20,7 @@ const aheadFrom = 8 << 20 / shardCount / 512
 func (sh *shard) large() bool {
 	sh.Lock()
 	defer sh.Unlock()
-	return sh.slab.class[largest].n >= aheadFrom
+	return int(sh.slab.class[largest].n)+tableFrom*len(sh.slab.tables) >= aheadFrom
 }
 
 // lookAhead fetches what a search for the first sector of each span will look at.
@@ -31,12 +31,16 @@ func lookAhead(spans []span) {
 	fetchNodes(spans)
 }
 
-// fetchNodes fetches the roots of all spans, and then what is below.
+// fetchNodes fetches the roots of all spans, and then what is below those of trees.
 func fetchNodes(spans []span) {
+	trees := false
 	for _, s := range spans {
 		s.sh.Lock()
-		s.fetchRootLocked()
+		trees = s.fetchRootLocked() || trees
 		s.sh.Unlock()
+	}
+	if !trees {
+		return
 	}
 	for _, s := range spans {
 		s.sh.Lock()
@@ -63,17 +67,23 @@ func (c *Cache) lookAheadKeys(keys []ondisk.Key, without ondisk.KeyFlags) {
 	fetchNodes(spans[:n])
 }
 
-// fetchRootLocked fetches the root.
-func (s span) fetchRootLocked() {
+// fetchRootLocked fetches the root and reports that there may be more below it, or all
+// that there is of a table.
+func (s span) fetchRootLocked() (tree bool) {
+	if t := s.tableLocked(); t != nil {
+		s.fetchTableLocked(t)
+		return false
+	}
 	if id := s.sh.slab.roots[s.root]; id != 0 {
 		s.sh.slab.at(id).fetch()
 	}
+	return true
 }
 
 // fetchLeafLocked fetches the node below the root, which mostly is a leaf.
 func (s span) fetchLeafLocked() {
 	id := s.sh.slab.roots[s.root]
-	if id == 0 {
+	if id == 0 || classOf(id) == tableClass {
 		return
 	}
 	if nd := s.sh.slab.at(id); nd.inner() {

@@ -404,8 +404,8 @@ func BenchmarkIndex(b *testing.B) {
 			s := x.span(places[i%len(places)], 8)
 			s.sh.Lock()
 			defer s.sh.Unlock()
-			c := s.seekLocked(s.off)
-			return *c.at()
+			e, _ := s.coverLocked()
+			return e
 		}
 		sub := func(name string, op func(i int)) {
 			b.Run(fmt.Sprintf("%s/extents=%d", name, n), func(b *testing.B) {

@@ -19,6 +19,7 @@ import (
 type driver struct {
 	*Cache
 	woken chan struct{}
+	dice  *rand.Rand
 	under map[*Request]bool // submitted and not finished
 }
 
@@ -28,7 +29,7 @@ func newDriver(mem Memory, disk *backing.Fake, o Options) (*driver, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &driver{Cache: c, woken: make(chan struct{}, 1), under: map[*Request]bool{}}
+	d := &driver{Cache: c, woken: make(chan struct{}, 1), dice: rand.New(rand.NewPCG(1, 1)), under: map[*Request]bool{}}
 	for _, q := range c.queues {
 		q.OnWake(func() {
 			select {
@@ -48,6 +49,7 @@ func (d *driver) submit(queue int, r *Request) {
 // turn ends a turn of every queue.
 func (d *driver) turn() {
 	for _, q := range d.queues {
+		d.toggleSome(d.dice)
 		for _, r := range q.Turn() {
 			delete(d.under, r)
 		}

@@ -29,7 +29,12 @@ type shard struct {
 	slab    slab
 	extents int64
 	sectors [3]int64 // clean, dirty, dirty zeros; loading ones and clean zeros are not counted
-	_       [32]byte // keeps neighbours' locks out of each other's cache line
+
+	// sets in trees since one was last looked at for a table, and how many there are to
+	// be until the next is (table.go).
+	sets, tableEvery uint16
+
+	_ [32]byte // keeps neighbours' locks out of each other's cache line
 }
 
 type index struct {
@@ -70,11 +75,14 @@ func (x *index) spanOf(r *Request) span {
 
 func (s span) end() uint16 { return s.off + s.n }
 
-// seekLocked places a cursor at the first extent that ends after off.
+// seekLocked places a cursor at the first extent of a tree that ends after off.
 func (s span) seekLocked(off uint16) cursor { return seek(&s.sh.slab, s.root, off) }
 
 // coverLocked returns the extent that has all of the span, if one has.
 func (s span) coverLocked() (e extent, ok bool) {
+	if t := s.tableLocked(); t != nil {
+		return s.coverTableLocked(t)
+	}
 	c := descend(&s.sh.slab, s.root, s.off)
 	if c.depth == 0 {
 		return e, false
@@ -102,6 +110,13 @@ func (sh *shard) sectorsLocked(e extent, n int64) {
 // may stick out on the left, on the right, on both sides, or lie inside. Where
 // over is not nil, it is told what has been taken out.
 func (s span) cutLocked(over *overwritten) {
+	if t := s.tableLocked(); t != nil {
+		if s.blocks() {
+			s.cutTableLocked(t, over)
+			return
+		}
+		s.splitTableLocked()
+	}
 	for {
 		c := s.seekLocked(s.off)
 		if !c.ok() {
@@ -145,9 +160,21 @@ func (s span) cutLocked(over *overwritten) {
 // place that the index does not have yet.
 func (s span) setLocked(e extent, over *overwritten) {
 	e.off, e.n = s.off, s.n
-	if s.setAtOnceLocked(e, over) {
-		return
+	if t := s.tableLocked(); t != nil {
+		if s.blocks() {
+			s.setTableLocked(t, e, over)
+			return
+		}
+		s.splitTableLocked()
 	}
+	if !s.setAtOnceLocked(e, over) {
+		s.setTreeLocked(e, over)
+	}
+	s.tryTableLocked()
+}
+
+// setTreeLocked is setLocked for a tree.
+func (s span) setTreeLocked(e extent, over *overwritten) {
 	s.cutLocked(over)
 	s.sh.countLocked(e, 1)
 	c := s.seekLocked(s.end())
@@ -168,7 +195,7 @@ func (s span) setLocked(e extent, over *overwritten) {
 	insert(&s.sh.slab, s.root, e)
 }
 
-// setAtOnceLocked does what setLocked is to do and reports true, or nothing, where
+// setAtOnceLocked does what setTreeLocked is to do and reports true, or nothing, where
 // one way down the tree is not enough: where extents are cut, or joined with the
 // one behind. Writers and replay mostly overwrite the same blocks, come to new
 // ones, or go on where they left off.
@@ -246,6 +273,9 @@ func (s span) clip(e extent) extent {
 // partsLocked appends the parts of the span for which keep holds, clipped to
 // the span.
 func (s span) partsLocked(parts []extent, keep func(extent) bool) []extent {
+	if t := s.tableLocked(); t != nil {
+		return s.partsTableLocked(t, parts, keep)
+	}
 	for c := s.seekLocked(s.off); c.ok() && c.at().off < s.end(); c.next() {
 		if keep(*c.at()) {
 			parts = append(parts, s.clip(*c.at()))

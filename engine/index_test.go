@@ -10,9 +10,25 @@ import (
 	"ublk-pcache/ondisk"
 )
 
-// checkTree walks the whole tree of a stripe and fails on a broken invariant.
-func checkTree(t interface{ Fatalf(string, ...any) }, s *slab, stripe uint32) (extents, nodes int) {
+// checkStripe walks the whole tree of a stripe, or its table, and fails on a broken
+// invariant.
+func checkStripe(t interface{ Fatalf(string, ...any) }, s *slab, stripe uint32) (extents, nodes int) {
 	root := s.roots[stripe]
+	if classOf(root) == tableClass {
+		tab := &s.tables[root&(1<<classShift-1)-1]
+		for i, v := range tab.slots {
+			if v == 0 {
+				continue
+			}
+			if extents++; slotOf(v.extent(i)) != v {
+				t.Fatalf("slot %d has %x", i, v)
+			}
+		}
+		if tab.stripe != stripe || int(tab.n) != extents || extents == 0 {
+			t.Fatalf("the table of stripe %d is one of stripe %d with %d slots in use, of which %d are", stripe, tab.stripe, tab.n, extents)
+		}
+		return extents, 0
+	}
 	last, leafDepth := -1, -1
 	var walk func(id uint32, depth, lo, hi int)
 	walk = func(id uint32, depth, lo, hi int) {
@@ -20,6 +36,9 @@ func checkTree(t interface{ Fatalf(string, ...any) }, s *slab, stripe uint32) (e
 		nodes++
 		if nd.n() == 0 {
 			t.Fatalf("empty node")
+		}
+		if nd[0].seg != stripe {
+			t.Fatalf("node of stripe %d in the tree of %d", nd[0].seg, stripe)
 		}
 		if k := classOf(id); id != root && k != largest || nd.n() > capacity[k] || id == root && k > 0 && nd.n() == 1 {
 			t.Fatalf("node of class %d with %d entries", k, nd.n())
@@ -79,9 +98,9 @@ func TestIndexAgainstArray(t *testing.T) {
 		grain := rapid.SampledFrom([]int{1, 1, 8, 64}).Draw(t, "grain")
 		maxLen := rapid.SampledFrom([]int{1, 4, 64, 2048}).Draw(t, "maxLen")
 		var next uint32
-		const ops, prefilled = 600, 8
+		const ops, prefilled = 600, 8 // keys, four to a segment
 		var over overwritten
-		over.init((prefilled+ops)/4 + 1)
+		over.init((prefilled+8+ops)/4 + 1)
 		for seg := range over.of {
 			over.begin(uint32(seg))
 		}
@@ -99,13 +118,27 @@ func TestIndexAgainstArray(t *testing.T) {
 			}
 			next = prefilled
 		}
+		// All blocks make a table, soon.
+		if rapid.Bool().Draw(t, "dense") {
+			for _, i := range rand.New(rand.NewPCG(1, 1)).Perm(tableSlots) {
+				s := x.span(at(1)+int64(i)*blockSectors, blockSectors)
+				s.setLocked(extent{seg: uint32(i%2) + 2, pos: s.off}, nil)
+				for j := s.off; j < s.end(); j++ {
+					models[1][j] = sector{uint32(i%2) + 2, j, 0, true}
+				}
+			}
+			if x.span(at(1), 1).tableLocked() == nil {
+				t.Fatalf("a stripe of %d blocks has no table", tableSlots)
+			}
+			next = prefilled + 8
+		}
 		for range rapid.IntRange(1, ops).Draw(t, "ops") {
 			stripe := rapid.IntRange(0, stripes-1).Draw(t, "stripe")
 			model := &models[stripe]
 			off := rapid.IntRange(0, (stripeSectors-1)/grain).Draw(t, "at") * grain
 			n := min(rapid.IntRange(1, maxLen).Draw(t, "len")*grain, stripeSectors-off)
 			s := x.span(at(stripe)+int64(off), n)
-			switch rapid.IntRange(0, 9).Draw(t, "op") {
+			switch rapid.IntRange(0, 10).Draw(t, "op") {
 			default:
 				e := extent{seg: next / 4, pos: s.off, flags: rapid.SampledFrom([]uint16{0, extDirty, extZero, extZero | extDirty}).Draw(t, "state")}
 				next++
@@ -141,8 +174,10 @@ func TestIndexAgainstArray(t *testing.T) {
 						model[i].flags &^= extDirty
 					}
 				}
+			case 6:
+				s.toggle()
 			case 5:
-				lookAhead([]span{s, x.span(at(stripe), stripeSectors), x.span(at((stripe+1)%stripes), 1), s})
+				fetchNodes([]span{s, x.span(at(stripe), stripeSectors), x.span(at((stripe+1)%stripes), 1), s})
 			}
 		}
 		sh := x.span(0, 1).sh
@@ -151,7 +186,7 @@ func TestIndexAgainstArray(t *testing.T) {
 		for stripe := range stripes {
 			model := &models[stripe]
 			s := x.span(at(stripe), stripeSectors)
-			e, n := checkTree(t, &sh.slab, s.root)
+			e, n := checkStripe(t, &sh.slab, s.root)
 			extents, nodes = extents+e, nodes+n
 			var got [stripeSectors]sector
 			var prev extent
@@ -177,6 +212,12 @@ func TestIndexAgainstArray(t *testing.T) {
 				}
 			}
 			for i := 0; i < stripeSectors; i += 61 {
+				if e, ok := x.span(at(stripe)+int64(i), 1).coverLocked(); ok != model[i].set || ok && !(int(e.off) <= i && i < int(e.end())) {
+					t.Fatalf("sector %d is covered by %+v, %t", i, e, ok)
+				}
+				if s.tableLocked() != nil {
+					continue
+				}
 				c := s.seekLocked(uint16(i))
 				for c.ok() && int(c.at().off) <= i && int(c.at().end()) <= i {
 					t.Fatalf("seek(%d) stopped at %+v", i, *c.at())
@@ -256,6 +297,13 @@ func TestIndexBytes(t *testing.T) {
 		{"random 4 KiB, 5 to a stripe", func() *index { return random(5) }},
 		{"random 4 KiB, 40 to a stripe", func() *index { return random(40) }},
 		{"random 4 KiB, 400 to a stripe", func() *index { return random(400) }},
+		{"all blocks, in any order", func() *index {
+			x := newIndex(1 << 12 * ondisk.StripeSize)
+			for _, i := range dice.Perm(tableSlots << 12) {
+				set(x, int64(i)*blockSectors, blockSectors)
+			}
+			return x
+		}},
 		{"every second sector, in order", func() *index {
 			x := newIndex(1 << 8 * ondisk.StripeSize)
 			for i := range int64(1 << 20) {

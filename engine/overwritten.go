@@ -63,6 +63,10 @@ func (o *overwritten) add(e extent) {
 	if bits == nil {
 		return
 	}
+	if first, n := uint(e.pos)%64, uint(e.n); first+n <= 64 { // as those of a block
+		bits[e.pos/64].Or(^uint64(0) >> (64 - n) << first)
+		return
+	}
 	for word, mask := range sectorMasks(uint(e.pos), uint(e.n)) {
 		bits[word].Or(mask)
 	}

@@ -632,18 +632,16 @@ func (s span) device(r *Request, e extent) int64 {
 func (q *Queue) lookup(s span, r *Request) (hits []extent, joined bool) {
 	s.sh.Lock()
 	defer s.sh.Unlock()
-	hits = q.pieces[:0]
-	for c := s.seekLocked(s.off); c.ok() && c.at().off < s.end(); c.next() {
-		e := s.clip(*c.at())
+	hits = s.partsLocked(q.pieces[:0], func(extent) bool { return true })
+	q.pieces = hits
+	for _, e := range hits {
 		if e.flags&extLoading != 0 {
 			r.stage = stageRead
 			f := q.c.fills.get(e.seg)
 			f.waiters = append(f.waiters, r)
 			return nil, true
 		}
-		hits = append(hits, e)
 	}
-	q.pieces = hits
 	at := s.off
 	for _, e := range hits {
 		q.c.segments.all[e.seg].pins.Add(1)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"sync"
 	"testing"
 	"time"
@@ -139,6 +140,7 @@ func (l *loop) readBy(disk Disk) func(buf []byte, off int64, done func(error)) {
 func (l *loop) run() {
 	defer close(l.ended)
 	waiting := map[*Request]*pending{}
+	dice := rand.New(rand.NewPCG(rand.Uint64(), 0))
 	for {
 		select {
 		case p := <-l.in:
@@ -159,11 +161,44 @@ func (l *loop) run() {
 		case <-l.quit:
 			return
 		}
+		l.q.c.toggleSome(dice)
 		for _, r := range l.q.Turn() {
 			p := waiting[r]
 			delete(waiting, r)
 			p.done <- r.Err
 		}
+	}
+}
+
+// all returns all extents, stripe by stripe, by whichever means they are kept.
+func (x *index) all() (all []extent) {
+	for shard := range shardCount {
+		for s := range x.stripes(shard) {
+			s.sh.Lock()
+			all = s.partsLocked(all, func(extent) bool { return true })
+			s.sh.Unlock()
+		}
+	}
+	return all
+}
+
+// toggleSome makes a table of the tree of a stripe, or a tree of its table, now and then.
+func (c *Cache) toggleSome(dice *rand.Rand) {
+	if dice.IntN(4) == 0 {
+		c.index.span(dice.Int64N(c.disk.Size()>>sectorShift), 1).toggle()
+	}
+}
+
+// toggle makes a table of the tree of the stripe, if it has whole blocks only, or a tree
+// of its table.
+func (s span) toggle() {
+	s.sh.Lock()
+	defer s.sh.Unlock()
+	switch id := s.sh.slab.roots[s.root]; {
+	case classOf(id) == tableClass:
+		s.treeLocked()
+	case id != 0:
+		s.makeTableLocked(1)
 	}
 }
 

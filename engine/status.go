@@ -63,7 +63,7 @@ type Status struct {
 
 	DirtyBytes, CleanBytes int64
 	ZeroBytes              int64 // zeros that the disk does not have yet
-	Extents                int64
+	Extents                int64 // or blocks of 4 KiB, where a table has them
 	IndexBytes             int64
 
 	Reads, Writes, Flushes, Zeros uint64

@@ -2,10 +2,11 @@ package engine
 
 import "unsafe"
 
-// The extents of one stripe form a B+tree whose nodes live in a slab and name
-// each other by number, so that the garbage collector has nothing to follow:
-// with pointers, marking an index of four million extents costs tens of
-// milliseconds of every collection; without, nothing that can be measured.
+// The extents of one stripe, unless it has a table (table.go), form a B+tree whose
+// nodes live in a slab and name each other by number, so that the garbage
+// collector has nothing to follow: with pointers, marking an index of four million
+// extents costs tens of milliseconds of every collection; without, nothing that can
+// be measured.
 //
 // Invariants: the extents of a stripe are disjoint and sorted by offset; no
 // node is empty; a separator is at most the first offset below it and greater
@@ -73,6 +74,9 @@ var capacity = [classes]int{1, 2, 4, 8, 16, 27, 41}
 
 const (
 	largest = classes - 1
+	// tableClass is what the number of a stripe's root has for a class where it is that
+	// of a table (table.go).
+	tableClass = classes
 	// mergeBelow: two neighbours are joined when together they fill no more
 	// than this, which leaves room to grow before the next split.
 	mergeBelow = 35
@@ -85,8 +89,8 @@ const (
 )
 
 // node is a run of extents in a slab. The first is its header: off counts the
-// entries, flags is not 0 in an inner node, and seg is the stripe of a smaller
-// node, and the next free one for one of the largest.
+// entries, flags is not 0 in an inner node, and seg is its stripe. Of a free one, which
+// has no entries, seg names the next, and that of the second the one before.
 type node []extent
 
 func (nd node) n() int            { return int(nd[0].off) }
@@ -101,8 +105,10 @@ type slab struct {
 		chunks [][]extent
 		n      uint32 // nodes in use, or free and of the largest
 	}
-	free uint32 // of the largest
-	used int    // nodes
+	free   uint32 // of the largest
+	spare  int    // how many are free
+	used   int    // nodes
+	tables []table
 }
 
 const classShift = 29
@@ -117,14 +123,14 @@ func (s *slab) at(id uint32) node {
 	return s.class[k].chunks[i/slabNodes][at : at+size]
 }
 
-// alloc returns an empty node of class k, for the root of a stripe unless it is
-// one of the largest.
+// alloc returns an empty node of class k for a stripe, its root unless it is one of the
+// largest.
 func (s *slab) alloc(k int, inner bool, stripe uint32) uint32 {
 	c := &s.class[k]
 	s.used++
 	id := s.free
 	if k == largest && id != 0 {
-		s.free = s.at(id)[0].seg
+		s.unlink(id)
 	} else {
 		if int(c.n) == len(c.chunks)*slabNodes {
 			c.chunks = append(c.chunks, make([]extent, slabNodes*(capacity[k]+1)))
@@ -144,8 +150,7 @@ func (s *slab) release(id uint32) {
 	s.used--
 	k := classOf(id)
 	if k == largest {
-		s.at(id)[0].seg = s.free
-		s.free = id
+		s.link(id)
 		return
 	}
 	c := &s.class[k]
@@ -157,14 +162,121 @@ func (s *slab) release(id uint32) {
 	c.n--
 	// One chunk is kept for the next.
 	if n := len(c.chunks); int(c.n) <= (n-2)*slabNodes {
-		c.chunks[n-1] = nil
-		c.chunks = c.chunks[:n-1]
+		s.drop(k)
+	}
+}
+
+// drop gives the last chunk of a class back, of which no node is in use.
+func (s *slab) drop(k int) {
+	c := &s.class[k]
+	n := len(c.chunks) - 1
+	c.chunks[n] = nil
+	c.chunks = c.chunks[:n]
+}
+
+// link puts a node on the free list.
+func (s *slab) link(id uint32) {
+	nd := s.at(id)
+	nd[0].off, nd[0].seg, nd[1].seg = 0, s.free, 0
+	if s.free != 0 {
+		s.at(s.free)[1].seg = id
+	}
+	s.free = id
+	s.spare++
+}
+
+// unlink takes a node off the free list.
+func (s *slab) unlink(id uint32) {
+	nd := s.at(id)
+	next, prev := nd[0].seg, nd[1].seg
+	if next != 0 {
+		s.at(next)[1].seg = prev
+	}
+	if prev != 0 {
+		s.at(prev)[0].seg = next
+	} else {
+		s.free = next
+	}
+	s.spare--
+}
+
+// eachLeaf visits the extents of all leaves below a node, in order, until visit returns
+// false, and reports whether it never did.
+func (s *slab) eachLeaf(id uint32, visit func(leaf []extent) bool) bool {
+	nd := s.at(id)
+	if !nd.inner() {
+		return visit(nd.entries())
+	}
+	for _, e := range nd.entries() {
+		if !s.eachLeaf(e.seg, visit) {
+			return false
+		}
+	}
+	return true
+}
+
+// releaseTree releases a node and all below it.
+func (s *slab) releaseTree(id uint32) {
+	if nd := s.at(id); nd.inner() {
+		for _, e := range nd.entries() {
+			s.releaseTree(e.seg)
+		}
+	}
+	s.release(id)
+}
+
+// trim gives chunks of the largest nodes back when an eighth of these are free, and
+// more than a chunk: what is in use in the last one moves to free places. A tree that
+// became a table leaves a chunk or more, and nobody may want them.
+func (s *slab) trim() {
+	c := &s.class[largest]
+	for s.spare > max(slabNodes, int(c.n)/8) {
+		base := uint32(len(c.chunks)-1) * slabNodes
+		var used []uint32
+		for id := largest<<classShift | base + 1; id <= largest<<classShift|c.n; id++ {
+			if s.at(id).n() == 0 {
+				s.unlink(id)
+			} else {
+				used = append(used, id)
+			}
+		}
+		for _, id := range used {
+			to := s.free
+			s.unlink(to)
+			copy(s.at(to), s.at(id))
+			s.moved(id, to)
+		}
+		c.n = base
+		s.drop(largest)
+	}
+}
+
+// moved has whoever names a node of the largest name it by its new number. The way to it
+// is that to the first extent below it.
+func (s *slab) moved(from, to uint32) {
+	nd := s.at(to)
+	root := &s.roots[nd[0].seg]
+	if *root == from {
+		*root = to
+		return
+	}
+	for nd.inner() {
+		nd = s.at(nd.at(0).seg)
+	}
+	off := nd.at(0).off
+	for up := s.at(*root); ; {
+		child := &up.at(max(up.search(off)-1, 0)).seg
+		if *child == from {
+			*child = to
+			return
+		}
+		up = s.at(*child)
 	}
 }
 
 // bytes returns the memory that the slab takes.
 func (s *slab) bytes() int64 {
-	n := int64(4 * len(s.roots))
+	n := int64(4*len(s.roots)) + s.tableBytes()
 	for k := range s.class {
 		n += int64(cap(s.class[k].chunks)) * int64(unsafe.Sizeof([]extent{}))
 		n += int64(len(s.class[k].chunks)*slabNodes*(capacity[k]+1)) * int64(unsafe.Sizeof(extent{}))

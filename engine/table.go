@@ -1,0 +1,276 @@
+package engine
+
+import (
+	"unsafe"
+
+	"ublk-pcache/internal/prefetch"
+)
+
+// A stripe that has been written in blocks of 4 KiB all over has a table in place of a
+// tree: a slot of eight bytes for each block. One line of memory answers a search, where
+// a tree asks for several in each of its levels, and a block that is set is one store.
+//
+// A table has whole blocks only, so it is made of a tree that has nothing else, once
+// that takes about as much memory. It becomes a tree again where anybody sets or cuts
+// part of a block, or when so few blocks are left that a tree would take less. Either way
+// costs as much as a hundred sets or more, so a tree is looked at for that at every so
+// many sets only, and at fewer where it was in vain or was undone by part of a block:
+// somebody who wants a table now and a tree then pays for it with trees.
+//
+// An index counts each block of a table as an extent. What is said of a table by
+// extents is said of runs: all blocks that continue each other, as one extent of a tree
+// would.
+
+const (
+	blockSectors = 8
+	tableSlots   = stripeSectors / blockSectors
+
+	// tableFrom is how many leaves of a tree take as much memory as a table, and
+	// tableLeast how many blocks a table must have: 8192 bytes are no more than 26 for
+	// each then. It has no less than tableKeeps: 31 for each, which is what a tree takes
+	// at worst.
+	tableFrom  = 16
+	tableLeast = 320
+	tableKeeps = 272
+
+	// tableSoon and tableLate are how many sets of a shard there are between two looks
+	// for what can become a table, at least and at most. In 1024 sets, the 40 µs that a
+	// full table takes to become a tree, or a tree of which the last extent is none of
+	// whole blocks to be looked at, are some 40 ns for each.
+	tableSoon = 64
+	tableLate = 1024
+)
+
+// table is a slot for each block of a stripe.
+type table struct {
+	slots  *[tableSlots]slot
+	stripe uint32 // of the shard
+	n      uint16 // slots in use
+}
+
+// A slot is 0, or a block's extent: from the lowest bit, seg, pos, flags, and a bit that
+// is set.
+type slot uint64
+
+const (
+	slotUsed  slot = 1 << 63
+	slotFlags slot = (extDirty | extLoading | extZero) << 48
+	slotNext  slot = blockSectors << 32 // from a block's slot to that of the next of a run
+)
+
+func slotOf(e extent) slot {
+	return slotUsed | slot(e.flags)<<48 | slot(e.pos)<<32 | slot(e.seg)
+}
+
+// extent returns what the slot i of a table has.
+func (v slot) extent(i int) extent {
+	return extent{off: uint16(i * blockSectors), n: blockSectors, pos: uint16(v >> 32), flags: uint16((v & slotFlags) >> 48), seg: uint32(v)}
+}
+
+// blocks reports whether the span is of whole blocks.
+func (s span) blocks() bool { return (s.off|s.n)%blockSectors == 0 }
+
+// slots returns the first slot that has any of the span, and the first behind it.
+func (s span) slots() (from, to int) {
+	return int(s.off) / blockSectors, (int(s.end()) + blockSectors - 1) / blockSectors
+}
+
+// tableLocked returns the table of the stripe, nil if it has none.
+func (s span) tableLocked() *table {
+	id := s.sh.slab.roots[s.root]
+	if classOf(id) != tableClass {
+		return nil
+	}
+	return &s.sh.slab.tables[id&(1<<classShift-1)-1]
+}
+
+// run returns the blocks from slot i on, up to another, that continue each other.
+func (t *table) run(i, to int) extent {
+	e := t.slots[i].extent(i)
+	for i++; i < to && t.slots[i] != 0; i++ {
+		f := t.slots[i].extent(i)
+		if !e.abuts(f) {
+			break
+		}
+		e.n += f.n
+	}
+	return e
+}
+
+// coverTableLocked is coverLocked for a table.
+func (s span) coverTableLocked(t *table) (e extent, ok bool) {
+	i, to := s.slots()
+	v := t.slots[i]
+	if v == 0 {
+		return e, false
+	}
+	e = v.extent(i)
+	for i++; i < to; i++ {
+		if v += slotNext; t.slots[i] != v {
+			return e, false
+		}
+		e.n += blockSectors
+	}
+	return e, true
+}
+
+// partsTableLocked is partsLocked for a table.
+func (s span) partsTableLocked(t *table, parts []extent, keep func(extent) bool) []extent {
+	for i, to := s.slots(); i < to; {
+		if t.slots[i] == 0 {
+			i++
+			continue
+		}
+		e := t.run(i, to)
+		if keep(e) {
+			parts = append(parts, s.clip(e))
+		}
+		i = int(e.end()) / blockSectors
+	}
+	return parts
+}
+
+// setTableLocked is setLocked for whole blocks of a table.
+func (s span) setTableLocked(t *table, e extent, over *overwritten) {
+	v := slotOf(e)
+	for i, to := s.slots(); i < to; i++ {
+		old := t.slots[i]
+		t.slots[i] = v
+		if old == 0 {
+			t.n++
+			s.sh.countLocked(v.extent(i), 1)
+		} else {
+			was := old.extent(i)
+			if over != nil {
+				over.add(was)
+			}
+			if (old^v)&slotFlags != 0 {
+				s.sh.sectorsLocked(was, -blockSectors)
+				s.sh.sectorsLocked(v.extent(i), blockSectors)
+			}
+		}
+		v += slotNext
+	}
+}
+
+// cutTableLocked is cutLocked for whole blocks of a table.
+func (s span) cutTableLocked(t *table, over *overwritten) {
+	for i, to := s.slots(); i < to; i++ {
+		if t.slots[i] == 0 {
+			continue
+		}
+		was := t.slots[i].extent(i)
+		if over != nil {
+			over.add(was)
+		}
+		t.slots[i] = 0
+		t.n--
+		s.sh.countLocked(was, -1)
+	}
+	if t.n < tableKeeps {
+		s.treeLocked()
+	}
+}
+
+// fetchTableLocked fetches the slot of the span's first block.
+func (s span) fetchTableLocked(t *table) { prefetch.Line(&t.slots[s.off/blockSectors]) }
+
+// splitTableLocked makes a tree of the stripe's table, for part of a block.
+func (s span) splitTableLocked() {
+	s.treeLocked()
+	s.sh.tableEvery = tableLate
+}
+
+// tryTableLocked is called for each set in a tree, and makes a table of that when it is
+// worth it.
+func (s span) tryTableLocked() {
+	sh := s.sh
+	if sh.sets++; sh.sets < max(tableSoon, sh.tableEvery) {
+		return
+	}
+	sh.sets = 0
+	if !sh.slab.leaves(s.root) {
+		return
+	}
+	if s.makeTableLocked(tableLeast) {
+		sh.tableEvery /= 2
+	} else {
+		sh.tableEvery = tableLate
+	}
+}
+
+// leaves reports whether the tree of a stripe has tableFrom leaves.
+func (s *slab) leaves(stripe uint32) bool {
+	id := s.roots[stripe]
+	if id == 0 {
+		return false
+	}
+	nd := s.at(id)
+	return nd.inner() && (nd.n() >= tableFrom || s.at(nd.at(0).seg).inner())
+}
+
+// makeTableLocked makes a table of the stripe's tree, if that has whole blocks only, and so
+// many of them, and reports whether it has.
+func (s span) makeTableLocked(least int) bool {
+	slab := &s.sh.slab
+	root := slab.roots[s.root]
+	blocks, extents := 0, 0
+	if !slab.eachLeaf(root, func(leaf []extent) bool {
+		for _, e := range leaf {
+			if (e.off|e.n)%blockSectors != 0 {
+				return false
+			}
+			blocks += int(e.n) / blockSectors
+		}
+		extents += len(leaf)
+		return true
+	}) || blocks < least {
+		return false
+	}
+	t := table{slots: new([tableSlots]slot), stripe: s.root, n: uint16(blocks)}
+	slab.eachLeaf(root, func(leaf []extent) bool {
+		for _, e := range leaf {
+			v := slotOf(e)
+			for i, to := s.sub(e).slots(); i < to; i++ {
+				t.slots[i] = v
+				v += slotNext
+			}
+		}
+		return true
+	})
+	slab.releaseTree(root)
+	slab.tables = append(slab.tables, t)
+	slab.roots[s.root] = tableClass<<classShift | uint32(len(slab.tables))
+	slab.trim()
+	s.sh.extents += int64(blocks - extents)
+	return true
+}
+
+// treeLocked makes a tree of the stripe's table.
+func (s span) treeLocked() {
+	slab := &s.sh.slab
+	id := slab.roots[s.root]
+	t := *s.tableLocked()
+	s.sh.extents -= int64(t.n)
+	last := len(slab.tables) - 1
+	slab.tables[id&(1<<classShift-1)-1] = slab.tables[last]
+	slab.roots[slab.tables[last].stripe] = id
+	slab.tables[last] = table{}
+	slab.tables = slab.tables[:last]
+	slab.roots[s.root] = 0
+	for i := 0; i < tableSlots; {
+		if t.slots[i] == 0 {
+			i++
+			continue
+		}
+		e := t.run(i, tableSlots)
+		insert(slab, s.root, e)
+		s.sh.extents++
+		i = int(e.end()) / blockSectors
+	}
+}
+
+// tableBytes returns the memory that the tables take.
+func (s *slab) tableBytes() int64 {
+	return int64(cap(s.tables))*int64(unsafe.Sizeof(table{})) + int64(len(s.tables))*int64(unsafe.Sizeof([tableSlots]slot{}))
+}
