@@ -6,7 +6,7 @@ import "ublk-pcache/ondisk"
 // goroutine; what changes meanwhile may be seen or not.
 func (c *Cache) Dirty(visit func(off, n int64)) {
 	var parts []extent
-	for base := int64(0); base < c.disk.Size(); base += ondisk.StripeSize {
+	for base := int64(0); base < c.size; base += ondisk.StripeSize {
 		s := c.index.span(base>>sectorShift, stripeSectors)
 		s.sh.Lock()
 		parts = s.partsLocked(parts[:0], func(e extent) bool {

@@ -109,6 +109,7 @@ type Options struct {
 type Cache struct {
 	mem    Memory
 	disk   Disk
+	size   int64 // of the disk
 	layout *ondisk.Layout
 	log    Logger
 	crc    bool // keys carry a checksum of their data
@@ -176,11 +177,11 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 		return nil, fmt.Errorf("%w: %d queues for a cache of %d segments, which can have 1 to %d", ErrOptions, o.Queues, len(layout.Chain), most)
 	}
 	c := &Cache{
-		mem: mem, disk: disk, layout: layout, log: o.Log,
-		crc:   layout.Info.Flags.DataCRC(),
-		index: newIndex(disk.Size()),
-		stop:  make(chan struct{}), aborted: make(chan struct{}),
+		mem: mem, disk: disk, size: disk.Size(), layout: layout, log: o.Log,
+		crc:  layout.Info.Flags.DataCRC(),
+		stop: make(chan struct{}), aborted: make(chan struct{}),
 	}
+	c.index = newIndex(c.size)
 	for _, n := range layout.Notes {
 		c.log.Error(n.String(), nil)
 	}

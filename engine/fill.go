@@ -161,6 +161,9 @@ func (q *Queue) takeFills(r *Request) {
 // can take what was found free here before it is entered: one that was logged
 // before has its shards locked until it is in the index.
 func (q *Queue) fillKeysLocked() int {
+	if len(q.filled) == 0 {
+		return 0
+	}
 	writes := len(q.keys)
 	var parts [64]extent
 	for _, f := range q.filled {

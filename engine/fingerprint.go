@@ -133,7 +133,7 @@ func (c *Cache) sample(size int64) (sum uint32, err error) {
 // compareDisk finds out whether the disk was written without the cache, and
 // refuses it if that asks for a decision. Nothing has been written yet.
 func (c *Cache) compareDisk(choice Choice, foreign bool) error {
-	f, size := &c.fingerprint, c.disk.Size()
+	f, size := &c.fingerprint, c.size
 	f.now, f.at = c.layout.Fingerprint, c.layout.FingerprintCopies.Newest
 	f.outdated = f.now.State == ondisk.FingerprintChanged
 	switch {
@@ -218,12 +218,12 @@ func (c *Cache) takeFingerprint() {
 	if f.lost || f.now.State != ondisk.FingerprintUnknown {
 		return
 	}
-	sum, err := c.sample(c.disk.Size())
+	sum, err := c.sample(c.size)
 	if err != nil {
 		c.log.Error("cannot take the fingerprint of the backing device", err)
 		return
 	}
-	f.now = ondisk.Fingerprint{State: ondisk.FingerprintKnown, Sum: sum, Size: c.disk.Size()}
+	f.now = ondisk.Fingerprint{State: ondisk.FingerprintKnown, Sum: sum, Size: c.size}
 }
 
 // moveFingerprint stores a known fingerprint for a dirty_tail that is about to

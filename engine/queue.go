@@ -151,14 +151,14 @@ func (q *Queue) Submit(r *Request) {
 // covers reports whether the range is whole sectors of the device, of one
 // stripe if there is data to them.
 func (c *Cache) covers(r *Request) bool {
-	off, n := r.Off, r.size()
-	if off < 0 || n <= 0 || off%ondisk.SectorSize != 0 || n%ondisk.SectorSize != 0 || off > c.disk.Size()-int64(n) {
+	off, n := r.Off, int64(r.size())
+	if uint64(off|n)%ondisk.SectorSize != 0 || off < 0 || n <= 0 || off > c.size-n {
 		return false
 	}
 	if r.Op == Zero {
 		return n <= MaxZero
 	}
-	return stripeLeft(off) >= n
+	return off%ondisk.StripeSize+n <= ondisk.StripeSize
 }
 
 // stripeLeft returns the number of bytes from off to the end of its stripe.
@@ -475,6 +475,9 @@ func (q *Queue) write(r *Request) {
 		q.wait(r, false)
 		return
 	}
+	if r.Op == Write && q.writeAtOnce(r) {
+		return
+	}
 	for r.done < r.size() {
 		k, ok := q.storeNext(r)
 		if !ok {
@@ -488,6 +491,30 @@ func (q *Queue) write(r *Request) {
 	q.leaveLine(r)
 	r.last = q.stored
 	q.turn = append(q.turn, r)
+}
+
+// writeAtOnce does what write is to do and reports true, or nothing, where more is to be
+// done than mostly: where r has waited, its data does not fit into the segment that the
+// queue fills, or has checksums, or where memory fails.
+func (q *Queue) writeAtOnce(r *Request) bool {
+	c, n := q.c, uint32(len(r.Buf))
+	if c.crc || r.ticket != 0 || !q.head.open || n > ondisk.SegmentData-q.head.off {
+		return false
+	}
+	s := &c.segments.all[q.head.seg]
+	if s.bad.Load() {
+		return false
+	}
+	if _, err := c.mem.WriteAt(r.Buf, c.layout.Offset(q.head.seg, q.head.off)); err != nil {
+		return false
+	}
+	q.keys = append(q.keys, ondisk.Key{Off: uint64(r.Off), Len: n, Seg: q.head.seg, SegOff: q.head.off, Gen: s.gen.Load()})
+	q.head.off += n
+	q.head.owed++
+	q.stored++
+	r.done, r.last = int(n), q.stored
+	q.turn = append(q.turn, r)
+	return true
 }
 
 // storeNext stores what comes next of a write or zero.

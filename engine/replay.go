@@ -196,7 +196,7 @@ func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 func (r *replayer) key(k *ondisk.Key) error {
 	c := r.c
 	switch gen := c.layout.Gens[k.Seg]; {
-	case k.Gen < gen && int64(k.Off) >= c.disk.Size():
+	case k.Gen < gen && int64(k.Off) >= c.size:
 		return nil
 	case k.Gen < gen:
 		s, _ := c.keySpan(k)
@@ -204,8 +204,8 @@ func (r *replayer) key(k *ondisk.Key) error {
 		return nil
 	case k.Gen > gen:
 		return fmt.Errorf("%w: %d of segment %d, which is at %d", ErrKeyGeneration, k.Gen, k.Seg, gen)
-	case int64(k.Off)+int64(k.Len) > c.disk.Size():
-		return fmt.Errorf("%w: data up to %d, device of %d bytes", ErrDiskTooSmall, k.Off+uint64(k.Len), c.disk.Size())
+	case int64(k.Off)+int64(k.Len) > c.size:
+		return fmt.Errorf("%w: data up to %d, device of %d bytes", ErrDiskTooSmall, k.Off+uint64(k.Len), c.size)
 	}
 	c.segments.all[k.Seg].refs.Add(1)
 	c.journal.mu.named[k.Seg]++

@@ -185,7 +185,7 @@ func (x *index) all() (all []extent) {
 // toggleSome makes a table of the tree of a stripe, or a tree of its table, now and then.
 func (c *Cache) toggleSome(dice *rand.Rand) {
 	if dice.IntN(4) == 0 {
-		c.index.span(dice.Int64N(c.disk.Size()>>sectorShift), 1).toggle()
+		c.index.span(dice.Int64N(c.size>>sectorShift), 1).toggle()
 	}
 }
 
