@@ -12,8 +12,8 @@ import (
 // that is a quarter of the time of a read hit, copy included, and a third of what it
 // takes to enter a key. A smaller index comes faster than it can be asked for.
 
-// aheadFrom is how many nodes of the largest size a shard has if that is worth
-// while: 8 MiB of them in the index.
+// aheadFrom is how many nodes of the largest size a shard has, or tables of as much
+// memory, if that is worth while: 8 MiB of them in the index.
 const aheadFrom = 8 << 20 / shardCount / 512
 
 // large reports whether it is worth while in this shard. One is like the others.

@@ -161,11 +161,15 @@ func (s span) cutLocked(over *overwritten) {
 func (s span) setLocked(e extent, over *overwritten) {
 	e.off, e.n = s.off, s.n
 	if t := s.tableLocked(); t != nil {
-		if s.blocks() {
+		switch {
+		case !s.blocks():
+			s.splitTableLocked()
+		case s.n > tableLongest:
+			s.cutTableLocked(t, over) // so little is left that it becomes a tree
+		default:
 			s.setTableLocked(t, e, over)
 			return
 		}
-		s.splitTableLocked()
 	}
 	if !s.setAtOnceLocked(e, over) {
 		s.setTreeLocked(e, over)

@@ -63,12 +63,29 @@ func (o *overwritten) add(e extent) {
 	if bits == nil {
 		return
 	}
-	if first, n := uint(e.pos)%64, uint(e.n); first+n <= 64 { // as those of a block
-		bits[e.pos/64].Or(^uint64(0) >> (64 - n) << first)
+	bits.add(e)
+}
+
+// addBlock does so for the extent of a slot.
+func (o *overwritten) addBlock(v slot) {
+	if v&((extLoading|extZero)<<48) != 0 {
 		return
 	}
+	bits := o.of[uint32(v)].Load()
+	if bits == nil {
+		return
+	}
+	if first := v.pos() % 64; first <= 64-blockSectors {
+		bits[v.pos()/64].Or((1<<blockSectors - 1) << first)
+		return
+	}
+	bits.add(v.extent(0))
+}
+
+// add sets the bits of an extent.
+func (b *sectorBits) add(e extent) {
 	for word, mask := range sectorMasks(uint(e.pos), uint(e.n)) {
-		bits[word].Or(mask)
+		b[word].Or(mask)
 	}
 }
 

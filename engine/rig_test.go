@@ -196,7 +196,7 @@ func (s span) toggle() {
 	defer s.sh.Unlock()
 	switch id := s.sh.slab.roots[s.root]; {
 	case classOf(id) == tableClass:
-		s.treeLocked()
+		s.makeTreeLocked()
 	case id != 0:
 		s.makeTableLocked(1)
 	}

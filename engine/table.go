@@ -15,7 +15,7 @@ import (
 // part of a block, or when so few blocks are left that a tree would take less. Either way
 // costs as much as a hundred sets or more, so a tree is looked at for that at every so
 // many sets only, and at fewer where it was in vain or was undone by part of a block:
-// somebody who wants a table now and a tree then pays for it with trees.
+// somebody who wants a table now and a tree then gets trees.
 //
 // An index counts each block of a table as an extent. What is said of a table by
 // extents is said of runs: all blocks that continue each other, as one extent of a tree
@@ -32,13 +32,18 @@ const (
 	tableFrom  = 16
 	tableLeast = 320
 	tableKeeps = 272
+	// tableLongest is how many sectors a set has at most that leaves a table. After a
+	// longer one a tree would have no more extents than that of which a table is made.
+	tableLongest = (tableSlots - tableKeeps) * blockSectors
 
-	// tableSoon and tableLate are how many sets of a shard there are between two looks
-	// for what can become a table, at least and at most. In 1024 sets, the 40 µs that a
-	// full table takes to become a tree, or a tree of which the last extent is none of
-	// whole blocks to be looked at, are some 40 ns for each.
-	tableSoon = 64
-	tableLate = 1024
+	// tableSoon, tableLate and tableLatest are how many sets of a shard there are between
+	// two looks for what can become a table: at least, after one in vain, and at most,
+	// which is soon come to where tables are undone by parts of blocks. They are odd, or
+	// somebody who sets blocks in some stripes by turns might have the same of these
+	// looked at always.
+	tableSoon   = 61
+	tableLate   = 1021
+	tableLatest = 4 * tableLate
 )
 
 // table is a slot for each block of a stripe.
@@ -64,14 +69,16 @@ func slotOf(e extent) slot {
 
 // extent returns what the slot i of a table has.
 func (v slot) extent(i int) extent {
-	return extent{off: uint16(i * blockSectors), n: blockSectors, pos: uint16(v >> 32), flags: uint16((v & slotFlags) >> 48), seg: uint32(v)}
+	return extent{off: uint16(i * blockSectors), n: blockSectors, pos: v.pos(), flags: uint16((v & slotFlags) >> 48), seg: uint32(v)}
 }
+
+func (v slot) pos() uint16 { return uint16(v >> 32) }
 
 // blocks reports whether the span is of whole blocks.
 func (s span) blocks() bool { return (s.off|s.n)%blockSectors == 0 }
 
-// slots returns the first slot that has any of the span, and the first behind it.
-func (s span) slots() (from, to int) {
+// slotRange returns the first slot that has any of the span, and the first behind it.
+func (s span) slotRange() (from, to int) {
 	return int(s.off) / blockSectors, (int(s.end()) + blockSectors - 1) / blockSectors
 }
 
@@ -99,7 +106,7 @@ func (t *table) run(i, to int) extent {
 
 // coverTableLocked is coverLocked for a table.
 func (s span) coverTableLocked(t *table) (e extent, ok bool) {
-	i, to := s.slots()
+	i, to := s.slotRange()
 	v := t.slots[i]
 	if v == 0 {
 		return e, false
@@ -116,7 +123,7 @@ func (s span) coverTableLocked(t *table) (e extent, ok bool) {
 
 // partsTableLocked is partsLocked for a table.
 func (s span) partsTableLocked(t *table, parts []extent, keep func(extent) bool) []extent {
-	for i, to := s.slots(); i < to; {
+	for i, to := s.slotRange(); i < to; {
 		if t.slots[i] == 0 {
 			i++
 			continue
@@ -133,42 +140,47 @@ func (s span) partsTableLocked(t *table, parts []extent, keep func(extent) bool)
 // setTableLocked is setLocked for whole blocks of a table.
 func (s span) setTableLocked(t *table, e extent, over *overwritten) {
 	v := slotOf(e)
-	for i, to := s.slots(); i < to; i++ {
-		old := t.slots[i]
-		t.slots[i] = v
-		if old == 0 {
-			t.n++
-			s.sh.countLocked(v.extent(i), 1)
-		} else {
-			was := old.extent(i)
-			if over != nil {
-				over.add(was)
-			}
-			if (old^v)&slotFlags != 0 {
-				s.sh.sectorsLocked(was, -blockSectors)
-				s.sh.sectorsLocked(v.extent(i), blockSectors)
-			}
+	slots := t.slots[s.off/blockSectors : s.end()/blockSectors]
+	for i := range slots {
+		old := slots[i]
+		if (old^v)&(slotUsed|slotFlags) != 0 {
+			s.sh.countSlotLocked(t, old, v)
 		}
+		if old != 0 && over != nil {
+			over.addBlock(old)
+		}
+		slots[i] = v
 		v += slotNext
 	}
 }
 
+// countSlotLocked counts that a slot of a table has v in place of old.
+func (sh *shard) countSlotLocked(t *table, old, v slot) {
+	if old == 0 {
+		t.n++
+		sh.extents++
+	} else {
+		sh.sectorsLocked(old.extent(0), -blockSectors)
+	}
+	sh.sectorsLocked(v.extent(0), blockSectors)
+}
+
 // cutTableLocked is cutLocked for whole blocks of a table.
 func (s span) cutTableLocked(t *table, over *overwritten) {
-	for i, to := s.slots(); i < to; i++ {
+	for i, to := s.slotRange(); i < to; i++ {
 		if t.slots[i] == 0 {
 			continue
 		}
 		was := t.slots[i].extent(i)
 		if over != nil {
-			over.add(was)
+			over.addBlock(t.slots[i])
 		}
 		t.slots[i] = 0
 		t.n--
 		s.sh.countLocked(was, -1)
 	}
 	if t.n < tableKeeps {
-		s.treeLocked()
+		s.makeTreeLocked()
 	}
 }
 
@@ -177,8 +189,8 @@ func (s span) fetchTableLocked(t *table) { prefetch.Line(&t.slots[s.off/blockSec
 
 // splitTableLocked makes a tree of the stripe's table, for part of a block.
 func (s span) splitTableLocked() {
-	s.treeLocked()
-	s.sh.tableEvery = tableLate
+	s.makeTreeLocked()
+	s.sh.tableEvery = min(2*max(s.sh.tableEvery, tableLate), tableLatest) | 1
 }
 
 // tryTableLocked is called for each set in a tree, and makes a table of that when it is
@@ -189,18 +201,19 @@ func (s span) tryTableLocked() {
 		return
 	}
 	sh.sets = 0
-	if !sh.slab.leaves(s.root) {
+	sh.slab.trim()
+	if !sh.slab.hasLeaves(s.root) {
 		return
 	}
 	if s.makeTableLocked(tableLeast) {
-		sh.tableEvery /= 2
+		sh.tableEvery = (sh.tableEvery - sh.tableEvery/4) | 1
 	} else {
-		sh.tableEvery = tableLate
+		sh.tableEvery = max(sh.tableEvery, tableLate)
 	}
 }
 
-// leaves reports whether the tree of a stripe has tableFrom leaves.
-func (s *slab) leaves(stripe uint32) bool {
+// hasLeaves reports whether the tree of a stripe has tableFrom leaves.
+func (s *slab) hasLeaves(stripe uint32) bool {
 	id := s.roots[stripe]
 	if id == 0 {
 		return false
@@ -231,7 +244,7 @@ func (s span) makeTableLocked(least int) bool {
 	slab.eachLeaf(root, func(leaf []extent) bool {
 		for _, e := range leaf {
 			v := slotOf(e)
-			for i, to := s.sub(e).slots(); i < to; i++ {
+			for i, to := s.sub(e).slotRange(); i < to; i++ {
 				t.slots[i] = v
 				v += slotNext
 			}
@@ -241,13 +254,12 @@ func (s span) makeTableLocked(least int) bool {
 	slab.releaseTree(root)
 	slab.tables = append(slab.tables, t)
 	slab.roots[s.root] = tableClass<<classShift | uint32(len(slab.tables))
-	slab.trim()
 	s.sh.extents += int64(blocks - extents)
 	return true
 }
 
-// treeLocked makes a tree of the stripe's table.
-func (s span) treeLocked() {
+// makeTreeLocked makes a tree of the stripe's table.
+func (s span) makeTreeLocked() {
 	slab := &s.sh.slab
 	id := slab.roots[s.root]
 	t := *s.tableLocked()
@@ -257,17 +269,19 @@ func (s span) treeLocked() {
 	slab.roots[slab.tables[last].stripe] = id
 	slab.tables[last] = table{}
 	slab.tables = slab.tables[:last]
-	slab.roots[s.root] = 0
+	var extents [tableSlots]extent
+	n := 0
 	for i := 0; i < tableSlots; {
 		if t.slots[i] == 0 {
 			i++
 			continue
 		}
-		e := t.run(i, tableSlots)
-		insert(slab, s.root, e)
-		s.sh.extents++
-		i = int(e.end()) / blockSectors
+		extents[n] = t.run(i, tableSlots)
+		i = int(extents[n].end()) / blockSectors
+		n++
 	}
+	slab.build(s.root, extents[:n])
+	s.sh.extents += int64(n)
 }
 
 // tableBytes returns the memory that the tables take.

@@ -1,6 +1,9 @@
 package engine
 
-import "unsafe"
+import (
+	"slices"
+	"unsafe"
+)
 
 // The extents of one stripe, unless it has a table (table.go), form a B+tree whose
 // nodes live in a slab and name each other by number, so that the garbage
@@ -200,6 +203,35 @@ func (s *slab) unlink(id uint32) {
 	s.spare--
 }
 
+// build makes the tree of a stripe that had something else, of extents in order: as many
+// as a root of leaves can have at most.
+func (s *slab) build(stripe uint32, extents []extent) {
+	if len(extents) <= capacity[largest] {
+		s.roots[stripe] = s.newRoot(extents, false, stripe)
+		return
+	}
+	var leaves [tableSlots]extent
+	n := 0
+	for leaf := range slices.Chunk(extents, capacity[largest]) {
+		id := s.alloc(largest, false, stripe)
+		s.at(id).append(leaf)
+		leaves[n] = extent{off: leaf[0].off, seg: id}
+		n++
+	}
+	s.roots[stripe] = s.newRoot(leaves[:n], true, stripe)
+}
+
+// newRoot returns a root that has the entries, of the smallest class, or 0 for none.
+func (s *slab) newRoot(entries []extent, inner bool, stripe uint32) uint32 {
+	if len(entries) == 0 {
+		return 0
+	}
+	k := slices.IndexFunc(capacity[:], func(most int) bool { return most >= len(entries) })
+	id := s.alloc(k, inner, stripe)
+	s.at(id).append(entries)
+	return id
+}
+
 // eachLeaf visits the extents of all leaves below a node, in order, until visit returns
 // false, and reports whether it never did.
 func (s *slab) eachLeaf(id uint32, visit func(leaf []extent) bool) bool {
@@ -225,14 +257,15 @@ func (s *slab) releaseTree(id uint32) {
 	s.release(id)
 }
 
-// trim gives chunks of the largest nodes back when an eighth of these are free, and
-// more than a chunk: what is in use in the last one moves to free places. A tree that
-// became a table leaves a chunk or more, and nobody may want them.
+// trim gives a chunk or two of the largest nodes back when an eighth of these are free,
+// and more than a chunk: what is in use in the last one moves to free places. A tree that
+// becomes a table leaves a chunk or more, and nobody may want them.
 func (s *slab) trim() {
 	c := &s.class[largest]
-	for s.spare > max(slabNodes, int(c.n)/8) {
+	for i := 0; i < 2 && s.spare > max(slabNodes, int(c.n)/8); i++ {
 		base := uint32(len(c.chunks)-1) * slabNodes
-		var used []uint32
+		var room [slabNodes]uint32
+		used := room[:0]
 		for id := largest<<classShift | base + 1; id <= largest<<classShift|c.n; id++ {
 			if s.at(id).n() == 0 {
 				s.unlink(id)
