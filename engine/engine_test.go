@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"os"
 	"runtime"
 	"strings"
@@ -442,8 +443,9 @@ func TestSyncs(t *testing.T) {
 	}
 }
 
-// TestThreeFencesPerTurn: a batch of writes costs one kset and three fences.
-func TestThreeFencesPerTurn(t *testing.T) {
+// TestTwoFencesPerTurn: a batch of writes costs one kset and two fences, and one more
+// where the log leaves a segment or has just come to another.
+func TestTwoFencesPerTurn(t *testing.T) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	m := &countingMemory{Region: pmem.Heap(ondisk.MinSize), durable: true, thread: unix.Gettid()}
@@ -458,26 +460,77 @@ func TestThreeFencesPerTurn(t *testing.T) {
 	}
 	turn(t, c.Queue(0), batch...)
 	// Long enough for the log to leave its segment.
-	left := 0
-	for head, _ := c.journal.head(); left == 0; {
+	left, fresh := 0, false
+	for head, _ := c.journal.head(); left == 0 || fresh; {
 		fences, ksets := m.fences.Load(), c.journal.mu.written
 		turn(t, c.Queue(0), batch...)
 		was := head
 		head, _ = c.journal.head()
-		if head.Seg != was.Seg {
+		want, records := int32(2), uint64(1)
+		if fresh {
+			want = 3
+		}
+		if fresh = head.Seg != was.Seg; fresh {
 			left++
+			want, records = 3, 2
 		}
-		if n := m.fences.Load() - fences; n != 3 {
-			t.Fatalf("%d fences for a turn of %d writes at %v", n, len(batch), was)
+		if n := m.fences.Load() - fences; n != want {
+			t.Fatalf("%d fences for a turn of %d writes at %v, not %d", n, len(batch), was, want)
 		}
-		if n := c.journal.mu.written - ksets; n != 1+uint64(left) {
+		if n := c.journal.mu.written - ksets; n != records {
 			t.Fatalf("%d ksets for a turn of %d writes at %v", n, len(batch), was)
 		}
 	}
 }
 
+// TestEndMarks: of memory that is full of something else, what lies behind the log is
+// zero after each kset, in all segments that it comes to.
+func TestEndMarks(t *testing.T) {
+	const segments, size = 8, 64 << 20
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, segments, false, 50)
+	layout, err := ondisk.ReadLayout(mem, mem.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := bytes.Repeat([]byte{0xa5}, ondisk.SegmentData)
+	first := ondisk.Position{Seg: layout.Chain[0]}
+	for _, seg := range layout.Chain[1:] {
+		store(t, mem, other, layout.Offset(seg, 0))
+	}
+	store(t, mem, other[:ondisk.SegmentData-ondisk.KsetHeaderSize], layout.Offset(first.Seg, ondisk.KsetHeaderSize))
+	disk := backing.NewFake(size, sectorSize, 1)
+	defer disk.Close()
+	d, err := newDriver(mem, disk, Options{Queues: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dice := rand.New(rand.NewPCG(1, 1))
+	seen := map[uint32]bool{}
+	for more := 100; more > 0; {
+		rs := make([]*Request, 1+dice.IntN(ondisk.MaxKeys))
+		for i := range rs {
+			rs[i] = &Request{Op: Zero, Off: dice.Int64N(size/sectorSize) * sectorSize, Len: sectorSize}
+		}
+		if err := d.do(rs...); err != nil {
+			t.Fatal(err)
+		}
+		head, _ := d.journal.head()
+		if seen[head.Seg] = true; len(seen) > 1 {
+			more--
+		}
+		var mark, zero [ondisk.KsetHeaderSize]byte
+		if _, err := mem.ReadAt(mark[:], layout.Offset(head.Seg, head.Off)); err != nil || mark != zero {
+			t.Fatalf("behind the head at %v is %x, %v", head, mark, err)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestMoreKeysThanAKset: what does not fit comes with the next turns, each of
-// three fences, and each write is answered with its last key.
+// two fences, and each write is answered with its last key.
 func TestMoreKeysThanAKset(t *testing.T) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -493,14 +546,15 @@ func TestMoreKeysThanAKset(t *testing.T) {
 	for i := range int64(writes) {
 		q.Submit(&Request{Op: Write, Off: i * 4096, Buf: make([]byte, 512)})
 	}
+	fences := m.fences.Load() + 1 // the log has just begun
 	for _, want := range []int{ondisk.MaxKeys, ondisk.MaxKeys, 10} {
-		fences := m.fences.Load()
 		if got := len(q.Turn()); got != want {
 			t.Fatalf("%d writes are answered, want %d", got, want)
 		}
-		if n := m.fences.Load() - fences; n != 3 {
+		if n := m.fences.Load() - fences; n != 2 {
 			t.Errorf("%d fences for a turn", n)
 		}
+		fences = m.fences.Load()
 		if woken != (want == ondisk.MaxKeys) {
 			t.Errorf("woken: %t, after %d", woken, want)
 		}

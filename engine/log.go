@@ -20,8 +20,9 @@ import (
 // of the journal:
 //
 //	zero the end mark behind the kset to come
-//	fence                                      (1)
+//	fence                                      (1) if there was none yet
 //	store the kset
+//	zero more of what lies behind              now and then
 //	fence                                      (2)
 //	lock the index where its keys belong
 //
@@ -31,8 +32,12 @@ import (
 // never names bytes that are not there, and the log never runs on. (2) makes
 // the kset durable before any reader can find its keys, before the next kset is
 // begun, and before anybody is told. Because the index is locked under the same
-// lock, its order is the log's. The price is two fences for a few hundred bytes
-// under one lock for a whole turn of requests.
+// lock, its order is the log's.
+//
+// What is zeroed together with a kset are the end marks of many to come, durable with
+// it: they need no (1). Each is stored once more all the same, since memory that is
+// gone says so there, while the log can still be led away. The price of the log is then
+// one fence for a few hundred bytes under one lock for a whole turn of requests.
 //
 // Where the kset leaves no room for a full one behind it, the log goes on in
 // another segment, and there is no other fence for that: in place of
@@ -59,6 +64,7 @@ type journal struct {
 		seq     uint64 // of the kset to be written at head
 		written uint64 // ksets in front of the head since key_tail at Open
 		keys    uint64 // their keys
+		zeroed  uint32 // offset in the head's segment: from the head to there are durable zeros; 0 if that is not known
 		buf     [ondisk.MaxKsetSize]byte
 
 		// What the log holds from key_tail on: how many keys that name each
@@ -209,7 +215,7 @@ func (c *Cache) storeKsetLocked(keys []ondisk.Key, keep int) error {
 	j := &c.journal
 	at, size := j.mu.head, ondisk.KsetSize(len(keys))
 	behind := ondisk.Position{Seg: at.Seg, Off: at.Off + size}
-	end := behind
+	end, marked := behind, j.mu.zeroed >= behind.Off+ondisk.KsetHeaderSize
 	if roomAt(behind) < ondisk.MaxKsetSize {
 		switch next, err := c.beginSegmentLocked(keep); {
 		case err == nil:
@@ -222,20 +228,22 @@ func (c *Cache) storeKsetLocked(keys []ondisk.Key, keep int) error {
 			return err
 		}
 	}
-	if end == behind {
-		if err := c.mem.Zero(c.offset(behind), ondisk.KsetHeaderSize); err != nil {
-			c.badStore("log", behind.Seg, behind.Off, ondisk.KsetHeaderSize, err)
-			return errLeave
-		}
+	if end == behind && !c.zeroLocked(behind, ondisk.KsetHeaderSize) {
+		return errLeave
 	}
 	kset := ondisk.EncodeKset(j.mu.buf[:], j.mu.seq, keys)
-	c.mem.Fence()
+	if end != behind || !marked {
+		c.mem.Fence()
+	}
 	if _, err := c.mem.WriteAt(kset, c.offset(at)); err != nil {
 		c.badStore("log", at.Seg, at.Off, len(kset), err)
-		if end != behind {
+		if j.mu.zeroed = 0; end != behind {
 			c.giveBack(end.Seg)
 		}
 		return errLeave
+	}
+	if end == behind {
+		c.zeroAheadLocked(behind)
 	}
 	c.mem.Fence()
 	j.mu.keys += uint64(len(keys))
@@ -244,6 +252,31 @@ func (c *Cache) storeKsetLocked(keys []ondisk.Key, keep int) error {
 		j.movedLocked(end)
 	}
 	return nil
+}
+
+// zeroAhead is how many bytes are zeroed at a time, behind the end mark of the longest
+// kset that may come: those of a hundred ksets of one key each.
+const zeroAhead = 8 << 10
+
+// zeroAheadLocked makes end marks for ksets to come, if there is not one for the next,
+// however long. Where memory does not take them, the next goes to another segment.
+func (c *Cache) zeroAheadLocked(behind ondisk.Position) {
+	from := ondisk.Position{Seg: behind.Seg, Off: c.journal.mu.zeroed}
+	need := min(behind.Off+ondisk.MaxKsetSize+ondisk.KsetHeaderSize, ondisk.SegmentData)
+	if from.Off < need {
+		c.zeroLocked(from, min(need+zeroAhead, ondisk.SegmentData)-from.Off)
+	}
+}
+
+// zeroLocked zeroes n bytes of the head's segment, in front of which all is zero or
+// will be a kset, and reports whether that can be done.
+func (c *Cache) zeroLocked(from ondisk.Position, n uint32) bool {
+	if err := c.mem.Zero(c.offset(from), int64(n)); err != nil {
+		c.badStore("log", from.Seg, from.Off, int(n), err)
+		return false
+	}
+	c.journal.mu.zeroed = max(c.journal.mu.zeroed, from.Off+n)
+	return true
 }
 
 // leaveSegmentLocked lets the log go on in another segment at once, because of
@@ -310,6 +343,7 @@ func roomAt(p ondisk.Position) uint32 {
 // movedLocked: a kset has been written and the head is behind it.
 func (j *journal) movedLocked(head ondisk.Position) {
 	if head.Seg != j.mu.head.Seg {
+		j.mu.zeroed = 0
 		j.mu.path = append(j.mu.path, head.Seg)
 	}
 	j.mu.head = head
