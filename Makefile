@@ -100,10 +100,13 @@ bench:
 	done > bin/bench-profile-$$op.txt; done
 	rm -rf bin/first
 
-# Where the instructions of the engine are, by function.
+# Where the instructions are: those of the engine by function, and those of a request to each target in the test machine,
+# of its server, of the kernel and of fio.
 bench-count:
 	@$(call need,gcc,gcc libc6-dev); $(call need,qemu-x86_64,qemu-user)
+	@mkdir -p bin
 	go run ./tests/count -by-function
+	go run ./tests/vmbench -count | tee bin/bench-count.txt
 
 # More than half an hour on a quiet machine.
 bench-vm:

@@ -26,42 +26,99 @@ func main() {
 }
 
 const intro = "# Benchmarks\n\n" +
-	"`make bench` and `make bench-vm` measure, `make bench-report` writes this page and its plots from what they printed.\n" +
-	"A number is the median of all rounds. In a round everything takes its turn, so only numbers of one table compare.\n\n"
+	"`make bench-count`, `make bench` and `make bench-vm` measure, `make bench-report` writes this page and its plots from what they\n" +
+	"printed. A number is the median of all rounds. In a round everything takes its turn, so only numbers of one table compare. Each\n" +
+	"part says when it was measured.\n\n"
 
-// report writes nothing unless all results are there.
+// part is what results of some files become: sections of the page. Where a file is missing they stay as they are, since to
+// measure everything takes hours.
+type part struct {
+	files, titles []string
+	write         func(page *strings.Builder) error
+}
+
+// report writes nothing unless all results of the files that are there can be found.
 func report(results, folder string) error {
-	native, err := read(filepath.Join(results, "bench.txt"))
+	file := filepath.Join(folder, "benchmarks.md")
+	before, err := os.ReadFile(file)
 	if err != nil {
 		return err
 	}
-	machine, err := read(filepath.Join(results, "bench-vm.txt"))
-	if err != nil {
-		return err
-	}
-	var profiles [][]string // of a write at first and now, and of a read
-	for _, op := range []string{"Write", "Read"} {
-		both, err := readProfiles(filepath.Join(results, "bench-profile-"+op+".txt"))
-		if err != nil {
-			return err
-		}
-		profiles = append(profiles, both...)
-	}
+	in := func(name string) string { return filepath.Join(results, name) }
+	var counts *counted
+	var native, machine *measured
 	var page strings.Builder
 	page.WriteString(intro)
-	machine.machineReport(&page)
-	native.nativeReport(&page, profiles)
-	goals := goals{missed: map[string][]string{}}
-	machine.machineGoals(&goals)
-	native.nativeGoals(&goals)
-	goals.write(&page)
-	if missing := append(native.missing, machine.missing...); len(missing) > 0 {
-		return fmt.Errorf("no result of %s", strings.Join(missing, ", "))
+	for _, p := range []part{
+		{[]string{"bench-count.txt"}, []string{"Instructions"}, func(page *strings.Builder) (err error) {
+			if counts, err = readCounts(in("bench-count.txt")); err != nil {
+				return err
+			}
+			counts.report(page)
+			return missing(counts.missing)
+		}},
+		{[]string{"bench-vm.txt"}, []string{"On a real kernel"}, func(page *strings.Builder) (err error) {
+			if machine, err = read(in("bench-vm.txt")); err != nil {
+				return err
+			}
+			machine.machineReport(page)
+			if err := missing(machine.missing); err != nil {
+				return err
+			}
+			return machine.plot(folder)
+		}},
+		{[]string{"bench.txt"}, []string{"Hits, without a driver", "The index", "Opening and writing back"}, func(page *strings.Builder) (err error) {
+			if native, err = read(in("bench.txt")); err != nil {
+				return err
+			}
+			var profiles [][]string // of a write at first and now, and of a read
+			for _, op := range []string{"Write", "Read"} {
+				both, err := readProfiles(in("bench-profile-" + op + ".txt"))
+				if err != nil {
+					return err
+				}
+				profiles = append(profiles, both...)
+			}
+			native.nativeReport(page, profiles)
+			return missing(native.missing)
+		}},
+		{[]string{"bench-vm.txt", "bench.txt"}, []string{"Goals"}, func(page *strings.Builder) error {
+			goals := goals{missed: map[string][]string{}}
+			machine.machineGoals(&goals)
+			native.nativeGoals(&goals)
+			goals.write(page)
+			return missing(slices.Concat(machine.missing, native.missing))
+		}},
+	} {
+		if there := func(name string) bool { _, err := os.Stat(in(name)); return err == nil }; slices.ContainsFunc(p.files, func(name string) bool { return !there(name) }) {
+			page.WriteString(sections(string(before), p.titles))
+			fmt.Fprintf(os.Stderr, "bench: without %s, what follows from it stays as it was\n", strings.Join(p.files, " and "))
+			continue
+		}
+		if err := p.write(&page); err != nil {
+			return err
+		}
 	}
-	if err := machine.plot(folder); err != nil {
-		return err
+	return os.WriteFile(file, []byte(page.String()), 0o644)
+}
+
+// sections returns those of a page that have the titles.
+func sections(page string, titles []string) string {
+	var b strings.Builder
+	for _, s := range strings.SplitAfter("\n"+page, "\n## ")[1:] {
+		title, _, _ := strings.Cut(s, "\n")
+		if slices.Contains(titles, title) {
+			b.WriteString("## " + strings.TrimSuffix(s, "## "))
+		}
 	}
-	return os.WriteFile(filepath.Join(folder, "benchmarks.md"), []byte(page.String()), 0o644)
+	return b.String()
+}
+
+func missing(names []string) error {
+	if len(names) > 0 {
+		return fmt.Errorf("no result of %s", strings.Join(names, ", "))
+	}
+	return nil
 }
 
 // measured is what benchmarks said, by their names and then by unit.

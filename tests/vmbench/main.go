@@ -1,11 +1,15 @@
 // Command vmbench measures, in one boot of a test machine, the cache and what somebody would run instead of it, and
 // prints what it finds as the lines of Go benchmarks (golang.org/x/perf/benchfmt). What it does in there is in guest.
+//
+// Or it counts instructions: the emulator does (plugin), and guest says what a request takes of them. Then the machine's
+// time is instructions, too, so that nothing else that the host does can be seen in either.
 package main
 
 import (
 	"flag"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"time"
 
@@ -21,14 +25,15 @@ const limit = 4 * time.Hour
 func main() {
 	rounds := flag.Int("rounds", 5, "how often to measure each")
 	only := flag.String("only", "", "measure only targets that match this `regexp`")
+	count := flag.Bool("count", false, "count instructions")
 	flag.Parse()
-	if err := run(fmt.Sprintf("-rounds=%d", *rounds), "-only="+*only); err != nil {
+	if err := run(*count, fmt.Sprintf("-rounds=%d", *rounds), "-only="+*only, fmt.Sprintf("-count=%t", *count)); err != nil {
 		fmt.Fprintln(os.Stderr, "vmbench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(flags ...string) error {
+func run(count bool, flags ...string) error {
 	dir, err := os.MkdirTemp("", "ublk-pcache-bench-")
 	if err != nil {
 		return err
@@ -43,11 +48,20 @@ func run(flags ...string) error {
 	if err := fill(share); err != nil {
 		return err
 	}
-	m, err := vm.Boot(vm.Config{
+	config := vm.Config{
 		Suite: kernel, State: state, Share: share,
 		Pmem: 1<<30 - 2<<20, Measured: true,
 		Disks: []vm.Disk{{Size: 4 << 30, BlockSize: 512}},
-	})
+	}
+	if count {
+		plugin := dir + "/plugin.so"
+		gcc := exec.Command("gcc", "-O2", "-Wall", "-shared", "-fPIC", "-o", plugin, "tests/vmbench/plugin/plugin.c")
+		if out, err := gcc.CombinedOutput(); err != nil {
+			return fmt.Errorf("build the plugin: %w\n%s", err, out)
+		}
+		config.Plugin = plugin + ",out=" + share + "/counts"
+	}
+	m, err := vm.Boot(config)
 	if err != nil {
 		return err
 	}

@@ -28,8 +28,15 @@ func main() {
 	}
 	rounds := flag.Int("rounds", 5, "how often to measure each")
 	only := flag.String("only", "", "only targets that match this `regexp`")
+	instructions := flag.Bool("count", false, "count instructions")
 	flag.Parse()
-	if err := measure(*rounds, regexp.MustCompile(*only)); err != nil {
+	var err error
+	if *instructions {
+		err = count(regexp.MustCompile(*only))
+	} else {
+		err = measure(*rounds, regexp.MustCompile(*only))
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "measure:", err)
 		os.Exit(1)
 	}
@@ -39,7 +46,7 @@ func measure(rounds int, only *regexp.Regexp) error {
 	if err := prepare(); err != nil {
 		return err
 	}
-	fmt.Printf("date: %s\nkernel: %s\n", time.Now().UTC().Format(time.DateOnly), output("uname", "-sr"))
+	header()
 	for round := range rounds {
 		for i := range targets {
 			t := &targets[(i+round)%len(targets)] // nobody always comes after the same one
@@ -54,6 +61,11 @@ func measure(rounds int, only *regexp.Regexp) error {
 		}
 	}
 	return nil
+}
+
+// header prints when and where everything was measured.
+func header() {
+	fmt.Printf("date: %s\nkernel: %s\n", time.Now().UTC().Format(time.DateOnly), output("uname", "-sr"))
 }
 
 // prepare loads what is measured, and gives the fast disk data everywhere, so that reading it costs what it costs.
