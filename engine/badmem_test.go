@@ -598,3 +598,32 @@ func TestTruncatedFile(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestBadSegmentIsLeft: what a queue stores after its segment has turned out to be bad
+// goes to another.
+func TestBadSegmentIsLeft(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 8, false, 70)
+	disk := backing.NewFake(8<<20, sectorSize, 1)
+	defer disk.Close()
+	d, err := newDriver(mem, disk, Options{Queues: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	head := &d.Queue(0).head
+	for i := range int64(3) {
+		was := head.seg
+		if i > 0 {
+			d.retire(was)
+		}
+		if err := d.do(&Request{Op: Write, Off: i * 4096, Buf: make([]byte, 4096)}); err != nil {
+			t.Fatal(err)
+		}
+		if i > 0 && head.seg == was {
+			t.Errorf("write %d goes to segment %d, which is bad", i, was)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

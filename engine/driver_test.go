@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"time"
 
+	"pgregory.net/rapid"
+
 	"ublk-pcache/backing"
 	"ublk-pcache/ondisk"
 	"ublk-pcache/pmem"
@@ -44,6 +46,16 @@ func newDriver(mem Memory, disk *backing.Fake, o Options) (*driver, error) {
 func (d *driver) submit(queue int, r *Request) {
 	d.under[r] = true
 	d.Queue(queue % len(d.queues)).Submit(r)
+}
+
+// checkPins fails if a segment is pinned and nobody reads.
+func (d *driver) checkPins(t rapid.TB) {
+	t.Helper()
+	for i := range d.segments.all {
+		if n := d.segments.all[i].pins.Load(); n != 0 && len(d.under) == 0 {
+			t.Errorf("segment %d has %d pins", i, n)
+		}
+	}
 }
 
 // turn ends a turn of every queue.

@@ -76,7 +76,10 @@ func TestModel(t *testing.T) {
 			"spoil":      m.damageDirty,
 			"restart":    m.restart,
 			"check":      m.check,
-			"":           func(t *rapid.T) { m.cache.checkOverwritten(t) }, // after each of them
+			"": func(t *rapid.T) { // after each of them
+				m.cache.checkOverwritten(t)
+				m.cache.checkPins(t)
+			},
 		})
 		m.finish(t)
 	})

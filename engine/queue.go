@@ -574,12 +574,30 @@ func (q *Queue) readSome(batch []*Request) {
 		}
 	}
 	for i, r := range batch {
-		if found[i] {
-			q.answer(r, spans[i], hits[i:i+1])
-		} else {
+		switch {
+		case !found[i]:
 			q.read(r)
+		case !q.answerAtOnce(r, hits[i]):
+			q.answer(r, spans[i], hits[i:i+1])
 		}
 	}
+}
+
+// answerAtOnce does what answer is to do, for one pinned extent that has all of r, and
+// reports true, or nothing, where there is more to it: zeros, checksums, and memory that
+// fails.
+func (q *Queue) answerAtOnce(r *Request, e extent) bool {
+	c := q.c
+	if c.crc || e.flags&extZero != 0 {
+		return false
+	}
+	if _, err := c.mem.ReadAt(r.Buf, c.layout.Offset(e.seg, uint32(e.pos)<<sectorShift)); err != nil {
+		return false
+	}
+	c.unpin(e.seg)
+	q.counts.hits++
+	q.finished = append(q.finished, r)
+	return true
 }
 
 // pinWhole returns the part that the span is of the extent that it can be read
