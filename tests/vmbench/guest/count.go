@@ -42,7 +42,7 @@ var countJobs = func() (list []countJob) {
 		}
 	}
 	for _, rw := range []string{"read", "write"} {
-		list = append(list, countJob{job{name: "seq" + rw, rw: rw, block: "128k", depth: 8, jobs: 1, size: hot}, 2000})
+		list = append(list, countJob{job{name: "seq" + rw, rw: rw, block: "128k", depth: 8, jobs: 1, size: hot}, 500})
 	}
 	return list
 }()
@@ -96,6 +96,11 @@ func countTarget(t *target) error {
 	for _, j := range jobs {
 		if err := j.count(t, device); err != nil {
 			return err
+		}
+		if t.kind == cache {
+			if err := settle(t); err != nil {
+				return err
+			}
 		}
 	}
 	if t.kind == cache {
