@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -599,10 +600,23 @@ func TestTruncatedFile(t *testing.T) {
 	}
 }
 
+// onceBad is memory of which one store fails, and the next in the same place does not.
+type onceBad struct {
+	*pmem.Fake
+	fails atomic.Bool
+}
+
+func (m *onceBad) WriteAt(p []byte, off int64) (int, error) {
+	if len(p) == 4096 && m.fails.CompareAndSwap(true, false) {
+		return 0, &pmem.FaultError{Path: "a fake region", Off: off}
+	}
+	return m.Fake.WriteAt(p, off)
+}
+
 // TestBadSegmentIsLeft: what a queue stores after its segment has turned out to be bad
-// goes to another.
+// goes to another, and a store that fails has it turn out so.
 func TestBadSegmentIsLeft(t *testing.T) {
-	mem := pmem.Heap(ondisk.MinSize)
+	mem := &onceBad{Fake: pmem.NewFake(ondisk.MinSize)}
 	formatSmall(t, mem, 8, false, 70)
 	disk := backing.NewFake(8<<20, sectorSize, 1)
 	defer disk.Close()
@@ -613,14 +627,20 @@ func TestBadSegmentIsLeft(t *testing.T) {
 	head := &d.Queue(0).head
 	for i := range int64(3) {
 		was := head.seg
-		if i > 0 {
+		switch i {
+		case 1:
 			d.retire(was)
+		case 2:
+			mem.fails.Store(true)
 		}
 		if err := d.do(&Request{Op: Write, Off: i * 4096, Buf: make([]byte, 4096)}); err != nil {
 			t.Fatal(err)
 		}
 		if i > 0 && head.seg == was {
 			t.Errorf("write %d goes to segment %d, which is bad", i, was)
+		}
+		if i > 0 && !d.segments.all[was].bad.Load() {
+			t.Errorf("segment %d is not retired", was)
 		}
 	}
 	if err := d.Close(); err != nil {

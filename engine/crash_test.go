@@ -445,6 +445,11 @@ func (l *life) check(s *snapshot, region *pmem.Fake, sum uint64, window []byte, 
 	if cut == 0 && dice.IntN(128) == 0 {
 		return l.goOn(s, region, sum, dice)
 	}
+	if l.durable {
+		if err := endsForAll(region); err != nil {
+			return err
+		}
+	}
 	c, err := l.open(stillMemory{region, l.durable}, disk)
 	if err != nil {
 		return err
@@ -457,6 +462,31 @@ func (l *life) check(s *snapshot, region *pmem.Fake, sum uint64, window []byte, 
 	}
 	h := history{sectors: s.sectors}
 	return h.judge(window, false)
+}
+
+// endsForAll fails if the log ends only because the numbers of its ksets do: the kernel,
+// which knows none, would take what stands there for the next one.
+func endsForAll(region *pmem.Fake) error {
+	l, err := ondisk.ReadLayout(region, region.Size())
+	if err != nil {
+		return err
+	}
+	end, err := l.WalkLog(region, l.KeyTail, func(ondisk.Position, *ondisk.Kset) error { return nil })
+	if err != nil || end.Damage != nil {
+		return err
+	}
+	var buf [ondisk.MaxKsetSize]byte
+	p := buf[:min(ondisk.MaxKsetSize, ondisk.SegmentData-end.Pos.Off)]
+	if _, err := region.ReadAt(p, l.Offset(end.Pos.Seg, end.Pos.Off)); err != nil {
+		return nil // memory that has gone bad
+	}
+	var k ondisk.Kset
+	for n := range ondisk.MaxKeys + 1 {
+		if size := ondisk.KsetSize(n); size <= uint32(len(p)) && ondisk.DecodeKset(p[:size], &k) == nil {
+			return fmt.Errorf("the log ends at %v, where a kset numbered %d stands", end.Pos, k.Seq)
+		}
+	}
+	return nil
 }
 
 // goOn opens a state, with the power cut again now and then, and uses it.

@@ -37,10 +37,11 @@ import (
 // What is zeroed together with a kset are the end marks of many to come, durable with
 // it: they need no (1). Each is stored once more all the same, since memory that is
 // gone says so there, while the log can still be led away. The price of the log is then
-// one fence for a few hundred bytes under one lock for a whole turn of requests.
+// one fence for a few hundred bytes, now and then some KiB, under one lock for a whole
+// turn of requests.
 //
 // Where the kset leaves no room for a full one behind it, the log goes on in
-// another segment, and there is no other fence for that: in place of
+// another segment, and (1) is all the fence that there is for that: in place of
 // the end mark the first step stores the LAST record that leads on, and the
 // end mark at the start of the new segment. If the kset is lost, so is the way
 // to the LAST.

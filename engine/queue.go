@@ -493,9 +493,9 @@ func (q *Queue) write(r *Request) {
 	q.turn = append(q.turn, r)
 }
 
-// writeAtOnce does what write is to do and reports true, or nothing, where more is to be
-// done than mostly: where r has waited, its data does not fit into the segment that the
-// queue fills, or has checksums, or where memory fails.
+// writeAtOnce does what write is to do and reports true, or nothing that counts, where
+// more is to be done than mostly: where r has waited, its data does not fit into the
+// segment that the queue fills, or has checksums, or where memory fails.
 func (q *Queue) writeAtOnce(r *Request) bool {
 	c, n := q.c, uint32(len(r.Buf))
 	if c.crc || r.ticket != 0 || !q.head.open || n > ondisk.SegmentData-q.head.off {
@@ -506,6 +506,8 @@ func (q *Queue) writeAtOnce(r *Request) bool {
 		return false
 	}
 	if _, err := c.mem.WriteAt(r.Buf, c.layout.Offset(q.head.seg, q.head.off)); err != nil {
+		c.badStore("data to be stored", q.head.seg, q.head.off, len(r.Buf), err)
+		q.closeHead()
 		return false
 	}
 	q.keys = append(q.keys, ondisk.Key{Off: uint64(r.Off), Len: n, Seg: q.head.seg, SegOff: q.head.off, Gen: s.gen.Load()})

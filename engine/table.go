@@ -201,11 +201,12 @@ func (s span) tryTableLocked() {
 		return
 	}
 	sh.sets = 0
-	sh.slab.trim()
 	if !sh.slab.hasLeaves(s.root) {
+		sh.slab.trim(1)
 		return
 	}
 	if s.makeTableLocked(tableLeast) {
+		sh.slab.trim(trimTree) // of which there may be no other occasion
 		sh.tableEvery = (sh.tableEvery - sh.tableEvery/4) | 1
 	} else {
 		sh.tableEvery = max(sh.tableEvery, tableLate)

@@ -46,7 +46,6 @@ func TestTables(t *testing.T) {
 		if len(sh.slab.tables) != tables {
 			t.Errorf("%s: %d tables, not %d", when, len(sh.slab.tables), tables)
 		}
-		sh.slab.trim()
 		if free, most := sh.slab.spare, max(slabNodes, int(sh.slab.class[largest].n)/8); tables == stripes && free > most {
 			t.Errorf("%s: %d nodes are free, more than %d", when, free, most)
 		}

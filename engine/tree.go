@@ -210,7 +210,7 @@ func (s *slab) build(stripe uint32, extents []extent) {
 		s.roots[stripe] = s.newRoot(extents, false, stripe)
 		return
 	}
-	var leaves [tableSlots]extent
+	var leaves [tableSlots/mergeBelow + 1]extent // more than are full
 	n := 0
 	for leaf := range slices.Chunk(extents, capacity[largest]) {
 		id := s.alloc(largest, false, stripe)
@@ -257,12 +257,15 @@ func (s *slab) releaseTree(id uint32) {
 	s.release(id)
 }
 
-// trim gives a chunk or two of the largest nodes back when an eighth of these are free,
-// and more than a chunk: what is in use in the last one moves to free places. A tree that
-// becomes a table leaves a chunk or more, and nobody may want them.
-func (s *slab) trim() {
+// trimTree is how many chunks of nodes there are in a tree of blocks at most, which are
+// half full on average.
+const trimTree = (2*tableSlots/mergeBelow + slabNodes) / slabNodes
+
+// trim gives up to so many chunks of the largest nodes back, when an eighth of these are
+// free and more than a chunk: what is in use in the last one moves to free places.
+func (s *slab) trim(chunks int) {
 	c := &s.class[largest]
-	for i := 0; i < 2 && s.spare > max(slabNodes, int(c.n)/8); i++ {
+	for ; chunks > 0 && s.spare > max(slabNodes, int(c.n)/8); chunks-- {
 		base := uint32(len(c.chunks)-1) * slabNodes
 		var room [slabNodes]uint32
 		used := room[:0]
