@@ -47,11 +47,8 @@ var countJobs = func() (list []countJob) {
 	return list
 }()
 
-// missJobs come after them, and fullJobs when the log is full.
-var (
-	missJobs = []countJob{{job{name: "miss", rw: "randread", block: "4k", depth: 32, jobs: 1, more: []string{beyond}}, 8000}}
-	fullJobs = []countJob{{job{name: "full", rw: "randwrite", block: "4k", depth: 32, jobs: 1}, 16000}}
-)
+// miss comes after them, for caches.
+var miss = countJob{job{name: "miss", rw: "randread", block: "4k", depth: 32, jobs: 1, more: []string{beyond}}, 8000}
 
 type countJob struct {
 	job
@@ -91,7 +88,7 @@ func countTarget(t *target) error {
 	}
 	jobs := countJobs
 	if t.kind == cache {
-		jobs = append(jobs[:len(jobs):len(jobs)], missJobs...)
+		jobs = append(jobs[:len(jobs):len(jobs)], miss)
 	}
 	for _, j := range jobs {
 		if err := j.count(t, device); err != nil {
@@ -99,17 +96,6 @@ func countTarget(t *target) error {
 		}
 		if t.kind == cache {
 			if err := settle(t); err != nil {
-				return err
-			}
-		}
-	}
-	if t.kind == cache {
-		overflow := job{name: "overflow", rw: "write", block: "128k", depth: 8, jobs: 1, size: "1536M"}
-		if _, err := overflow.run(t, device); err != nil {
-			return err
-		}
-		for _, j := range fullJobs {
-			if err := j.count(t, device); err != nil {
 				return err
 			}
 		}
