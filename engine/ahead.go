@@ -5,12 +5,13 @@ import (
 	"ublk-pcache/ondisk"
 )
 
-// A search goes from the root of a stripe's tree down to a leaf, and where the
-// index is larger than the processor's caches it waits for memory at each of them.
-// Who has several places to search first has the processor fetch the nodes of all,
-// level by level: then it waits for all of them at once. With ten million extents
-// that is a quarter of the time of a read hit, copy included, and a third of what it
-// takes to enter a key. A smaller index comes faster than it can be asked for.
+// A search goes from the root of a stripe's tree down to a leaf, or to a slot of its
+// table, and where the index is larger than the processor's caches it waits for memory
+// at each of them. Who has several places to search first has the processor fetch the
+// nodes of all, level by level: then it waits for all of them at once. With ten million
+// extents in trees that is a quarter of the time of a read hit, copy included, and a
+// third of what it takes to enter a key. A smaller index comes faster than it can be
+// asked for.
 
 // aheadFrom is how many nodes of the largest size a shard has, or tables of as much
 // memory, if that is worth while: 8 MiB of them in the index.
