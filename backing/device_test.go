@@ -290,6 +290,16 @@ func TestClose(t *testing.T) {
 	}
 }
 
+// TestLateWake: whoever has handed an operation over, or closes the device, may come to
+// waking its thread when that has done everything and ended.
+func TestLateWake(t *testing.T) {
+	d := openDevice(t, tempFile(t, 1<<20))
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d.lane.wake()
+}
+
 // A callback may submit the next operation.
 func TestChain(t *testing.T) {
 	d := openDevice(t, tempFile(t, testSize))

@@ -117,8 +117,10 @@ func (l *lane) close() {
 	<-l.ended
 }
 
+// wake lets the thread look at the queue. Where it has ended meanwhile, because a completion
+// woke it and the lane is closed, it has done all that it was to be woken for.
 func (l *lane) wake() {
-	if err := l.waker.Post(wakeUp); err != nil {
+	if err := l.waker.Post(wakeUp); err != nil && err != uring.ErrClosed {
 		// A thread that cannot be woken is requests that hang for ever.
 		panic(fmt.Sprintf("backing: wake the thread of a ring: %v", err))
 	}
