@@ -68,16 +68,18 @@ func (c *Cache) lookAheadKeys(keys []ondisk.Key, without ondisk.KeyFlags) {
 	fetchNodes(spans[:n])
 }
 
-// fetchRootLocked fetches the root and reports that there may be more below it, or all
-// that there is of a table.
+// fetchRootLocked fetches the root and reports that there may be more below it, or the
+// slot of a table.
 func (s span) fetchRootLocked() (tree bool) {
 	if t := s.tableLocked(); t != nil {
 		s.fetchTableLocked(t)
 		return false
 	}
-	if id := s.sh.slab.roots[s.root]; id != 0 {
-		s.sh.slab.at(id).fetch()
+	id := s.sh.slab.roots[s.root]
+	if id == 0 {
+		return false
 	}
+	s.sh.slab.at(id).fetch()
 	return true
 }
 

@@ -117,6 +117,11 @@ func (s span) cutLocked(over *overwritten) {
 		}
 		s.splitTableLocked()
 	}
+	s.cutTreeLocked(over)
+}
+
+// cutTreeLocked is cutLocked for a tree.
+func (s span) cutTreeLocked(over *overwritten) {
 	for {
 		c := s.seekLocked(s.off)
 		if !c.ok() {
@@ -179,7 +184,7 @@ func (s span) setLocked(e extent, over *overwritten) {
 
 // setTreeLocked is setLocked for a tree.
 func (s span) setTreeLocked(e extent, over *overwritten) {
-	s.cutLocked(over)
+	s.cutTreeLocked(over)
 	s.sh.countLocked(e, 1)
 	c := s.seekLocked(s.end())
 	if c.ok() && e.abuts(*c.at()) {

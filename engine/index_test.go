@@ -15,7 +15,7 @@ import (
 func checkStripe(t interface{ Fatalf(string, ...any) }, s *slab, stripe uint32) (extents, nodes int) {
 	root := s.roots[stripe]
 	if classOf(root) == tableClass {
-		tab := &s.tables[root&(1<<classShift-1)-1]
+		tab := &s.tables[indexOf(root)]
 		for i, v := range tab.slots {
 			if v == 0 {
 				continue

@@ -216,7 +216,7 @@ func (c *Cache) storeKsetLocked(keys []ondisk.Key, keep int) error {
 	j := &c.journal
 	at, size := j.mu.head, ondisk.KsetSize(len(keys))
 	behind := ondisk.Position{Seg: at.Seg, Off: at.Off + size}
-	end, marked := behind, j.mu.zeroed >= behind.Off+ondisk.KsetHeaderSize
+	end := behind
 	if roomAt(behind) < ondisk.MaxKsetSize {
 		switch next, err := c.beginSegmentLocked(keep); {
 		case err == nil:
@@ -229,11 +229,12 @@ func (c *Cache) storeKsetLocked(keys []ondisk.Key, keep int) error {
 			return err
 		}
 	}
+	marked := end == behind && j.mu.zeroed >= behind.Off+ondisk.KsetHeaderSize
 	if end == behind && !c.zeroLocked(behind, ondisk.KsetHeaderSize) {
 		return errLeave
 	}
 	kset := ondisk.EncodeKset(j.mu.buf[:], j.mu.seq, keys)
-	if end != behind || !marked {
+	if !marked {
 		c.mem.Fence()
 	}
 	if _, err := c.mem.WriteAt(kset, c.offset(at)); err != nil {

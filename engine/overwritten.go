@@ -68,7 +68,7 @@ func (o *overwritten) add(e extent) {
 
 // addBlock does so for the extent of a slot.
 func (o *overwritten) addBlock(v slot) {
-	if v&((extLoading|extZero)<<48) != 0 {
+	if v&((extLoading|extZero)<<flagsShift) != 0 {
 		return
 	}
 	bits := o.of[uint32(v)].Load()

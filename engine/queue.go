@@ -158,7 +158,7 @@ func (c *Cache) covers(r *Request) bool {
 	if r.Op == Zero {
 		return n <= MaxZero
 	}
-	return off%ondisk.StripeSize+n <= ondisk.StripeSize
+	return int64(stripeLeft(off)) >= n
 }
 
 // stripeLeft returns the number of bytes from off to the end of its stripe.

@@ -14,7 +14,8 @@ type spinning struct{ sync.Mutex }
 
 const (
 	// spinFor is how long a thread tries before it sleeps: longer than any
-	// holder needs that has a processor.
+	// holder needs that has a processor, but for the few that make a tree of a
+	// table (table.go).
 	spinFor = 10 * time.Microsecond
 	// spinTries are made between two looks at the clock.
 	spinTries = 50

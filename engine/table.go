@@ -58,21 +58,24 @@ type table struct {
 type slot uint64
 
 const (
+	posShift   = 32
+	flagsShift = 48
+
 	slotUsed  slot = 1 << 63
-	slotFlags slot = (extDirty | extLoading | extZero) << 48
-	slotNext  slot = blockSectors << 32 // from a block's slot to that of the next of a run
+	slotFlags slot = (extDirty | extLoading | extZero) << flagsShift
+	slotNext  slot = blockSectors << posShift // from a block's slot to that of the next of a run
 )
 
 func slotOf(e extent) slot {
-	return slotUsed | slot(e.flags)<<48 | slot(e.pos)<<32 | slot(e.seg)
+	return slotUsed | slot(e.flags)<<flagsShift | slot(e.pos)<<posShift | slot(e.seg)
 }
 
 // extent returns what the slot i of a table has.
 func (v slot) extent(i int) extent {
-	return extent{off: uint16(i * blockSectors), n: blockSectors, pos: v.pos(), flags: uint16((v & slotFlags) >> 48), seg: uint32(v)}
+	return extent{off: uint16(i * blockSectors), n: blockSectors, pos: v.pos(), flags: uint16((v & slotFlags) >> flagsShift), seg: uint32(v)}
 }
 
-func (v slot) pos() uint16 { return uint16(v >> 32) }
+func (v slot) pos() uint16 { return uint16(v >> posShift) }
 
 // blocks reports whether the span is of whole blocks.
 func (s span) blocks() bool { return (s.off|s.n)%blockSectors == 0 }
@@ -88,37 +91,29 @@ func (s span) tableLocked() *table {
 	if classOf(id) != tableClass {
 		return nil
 	}
-	return &s.sh.slab.tables[id&(1<<classShift-1)-1]
+	return &s.sh.slab.tables[indexOf(id)]
 }
 
-// run returns the blocks from slot i on, up to another, that continue each other.
+// run returns the blocks from slot i on, up to another, that continue each other. So do those
+// that are loading, each of which has a place of its fill, although nobody looks at that.
 func (t *table) run(i, to int) extent {
-	e := t.slots[i].extent(i)
-	for i++; i < to && t.slots[i] != 0; i++ {
-		f := t.slots[i].extent(i)
-		if !e.abuts(f) {
-			break
-		}
-		e.n += f.n
+	v, n := t.slots[i], 1
+	for i+n < to && t.slots[i+n] == v+slot(n)*slotNext {
+		n++
 	}
+	e := v.extent(i)
+	e.n *= uint16(n)
 	return e
 }
 
 // coverTableLocked is coverLocked for a table.
 func (s span) coverTableLocked(t *table) (e extent, ok bool) {
 	i, to := s.slotRange()
-	v := t.slots[i]
-	if v == 0 {
+	if t.slots[i] == 0 {
 		return e, false
 	}
-	e = v.extent(i)
-	for i++; i < to; i++ {
-		if v += slotNext; t.slots[i] != v {
-			return e, false
-		}
-		e.n += blockSectors
-	}
-	return e, true
+	e = t.run(i, to)
+	return e, e.end() >= s.end()
 }
 
 // partsTableLocked is partsLocked for a table.
@@ -266,7 +261,7 @@ func (s span) makeTreeLocked() {
 	t := *s.tableLocked()
 	s.sh.extents -= int64(t.n)
 	last := len(slab.tables) - 1
-	slab.tables[id&(1<<classShift-1)-1] = slab.tables[last]
+	slab.tables[indexOf(id)] = slab.tables[last]
 	slab.roots[slab.tables[last].stripe] = id
 	slab.tables[last] = table{}
 	slab.tables = slab.tables[:last]

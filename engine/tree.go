@@ -118,9 +118,12 @@ const classShift = 29
 
 func classOf(id uint32) int { return int(id >> classShift) }
 
+// indexOf returns which of its class a number is for.
+func indexOf(id uint32) int { return int(id&(1<<classShift-1)) - 1 }
+
 func (s *slab) at(id uint32) node {
 	k := classOf(id)
-	i := int(id&(1<<classShift-1)) - 1
+	i := indexOf(id)
 	size := capacity[k] + 1
 	at := i % slabNodes * size
 	return s.class[k].chunks[i/slabNodes][at : at+size]
@@ -288,25 +291,22 @@ func (s *slab) trim(chunks int) {
 }
 
 // moved has whoever names a node of the largest name it by its new number. The way to it
-// is that to the first extent below it.
+// is that to the first extent below it, and goes by the old place, which is as it was.
 func (s *slab) moved(from, to uint32) {
 	nd := s.at(to)
-	root := &s.roots[nd[0].seg]
-	if *root == from {
-		*root = to
+	stripe := nd[0].seg
+	if s.roots[stripe] == from {
+		s.roots[stripe] = to
 		return
 	}
 	for nd.inner() {
 		nd = s.at(nd.at(0).seg)
 	}
-	off := nd.at(0).off
-	for up := s.at(*root); ; {
-		child := &up.at(max(up.search(off)-1, 0)).seg
-		if *child == from {
-			*child = to
-			return
+	c := descend(s, stripe, nd.at(0).off)
+	for d := 1; d < c.depth; d++ {
+		if up := c.path[d-1]; c.path[d].id == from {
+			s.at(up.id).at(up.i).seg = to
 		}
-		up = s.at(*child)
 	}
 }
 
