@@ -23,6 +23,8 @@ import (
 	"text/tabwriter"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-pcache/tests/plugin"
 )
 
 var (
@@ -134,13 +136,11 @@ type program struct {
 
 func build(dir string) (*program, error) {
 	p := &program{dir: dir, binary: filepath.Join(dir, "engine.test"), plugin: filepath.Join(dir, "count.so")}
-	for _, command := range [][]string{
-		{"go", "test", "-c", "-o", p.binary, "./engine"},
-		{"gcc", "-O2", "-Wall", "-shared", "-fPIC", "-o", p.plugin, "tests/count/plugin/plugin.c"},
-	} {
-		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
-			return nil, fmt.Errorf("%s: %w\n%s", strings.Join(command, " "), err, out)
-		}
+	if out, err := exec.Command("go", "test", "-c", "-o", p.binary, "./engine").CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build the engine's test binary: %w\n%s", err, out)
+	}
+	if err := plugin.Build("thread", p.plugin); err != nil {
+		return nil, err
 	}
 	f, err := elf.Open(p.binary)
 	if err != nil {
@@ -200,8 +200,8 @@ func (p *program) perOperation(name string, n int) (map[string]float64, error) {
 // count runs a part of BenchmarkCount and returns its counts by function.
 func (p *program) count(name string, n int) (map[string]uint64, error) {
 	file := filepath.Join(p.dir, "counters")
-	plugin := fmt.Sprintf("%s,out=%s,base=%#x,size=%#x,begin=%#x,end=%#x", p.plugin, file, p.base, p.size, p.begin, p.end)
-	cmd := exec.Command("qemu-x86_64", "-plugin", plugin, p.binary,
+	arguments := fmt.Sprintf("%s,out=%s,base=%#x,size=%#x,begin=%#x,end=%#x", p.plugin, file, p.base, p.size, p.begin, p.end)
+	cmd := exec.Command("qemu-x86_64", "-plugin", arguments, p.binary,
 		"-test.run=^$", "-test.bench=^BenchmarkCount$/^"+name+"$", fmt.Sprintf("-test.benchtime=%dx", n))
 	// The runtime does not come when it likes.
 	cmd.Env = append(os.Environ(), "GOGC=off", "GODEBUG=asyncpreemptoff=1")

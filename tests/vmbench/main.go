@@ -1,7 +1,7 @@
 // Command vmbench measures, in one boot of a test machine, the cache and what somebody would run instead of it, and
 // prints what it finds as the lines of Go benchmarks (golang.org/x/perf/benchfmt). What it does in there is in guest.
 //
-// Or it counts instructions: the emulator does (plugin), and guest says what a request takes of them. Then the machine's
+// Or it counts instructions: the emulator does (tests/plugin), and guest says what a request takes of them. Then the machine's
 // time is instructions, too, so that nothing else that the host does can be seen in either.
 package main
 
@@ -9,10 +9,10 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"time"
 
+	"ublk-pcache/tests/plugin"
 	"ublk-pcache/tests/vm"
 )
 
@@ -54,12 +54,11 @@ func run(count bool, flags ...string) error {
 		Disks: []vm.Disk{{Size: 4 << 30, BlockSize: 512}},
 	}
 	if count {
-		plugin := dir + "/plugin.so"
-		gcc := exec.Command("gcc", "-O2", "-Wall", "-shared", "-fPIC", "-o", plugin, "tests/vmbench/plugin/plugin.c")
-		if out, err := gcc.CombinedOutput(); err != nil {
-			return fmt.Errorf("build the plugin: %w\n%s", err, out)
+		so := dir + "/plugin.so"
+		if err := plugin.Build("machine", so); err != nil {
+			return err
 		}
-		config.Plugin = plugin + ",out=" + share + "/counts"
+		config.Plugin = so + ",out=" + share + "/counts"
 	}
 	m, err := vm.Boot(config)
 	if err != nil {

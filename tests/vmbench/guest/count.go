@@ -31,9 +31,6 @@ func readCounts() (c counts, err error) {
 	return c, nil
 }
 
-// beyond has the requests of a job begin behind the part that is in the cache.
-const beyond = "--offset=" + hot
-
 // countJobs are those of which instructions are counted, with the number of requests of the short run.
 var countJobs = func() (list []countJob) {
 	for _, rw := range []string{"randread", "randwrite"} {
@@ -47,8 +44,8 @@ var countJobs = func() (list []countJob) {
 	return list
 }()
 
-// miss comes after them, for caches.
-var miss = countJob{job{name: "miss", rw: "randread", block: "4k", depth: 32, jobs: 1, more: []string{beyond}}, 8000}
+// miss comes after them, for caches: behind the part that is in there.
+var miss = countJob{job{name: "miss", rw: "randread", block: "4k", depth: 32, jobs: 1, more: []string{"--offset=" + hot}}, 8000}
 
 type countJob struct {
 	job
@@ -73,18 +70,9 @@ func count(only *regexp.Regexp) error {
 }
 
 func countTarget(t *target) error {
-	device, err := t.start(disk)
+	device, err := startFilled(t)
 	if err != nil {
 		return err
-	}
-	if t.kind != nothing {
-		fill := job{name: "fill", rw: "write", block: "128k", depth: 8, jobs: 1, size: hot}
-		if _, err := fill.run(t, device); err != nil {
-			return err
-		}
-		if err := settle(t); err != nil {
-			return err
-		}
 	}
 	jobs := countJobs
 	if t.kind == cache {
@@ -94,10 +82,8 @@ func countTarget(t *target) error {
 		if err := j.count(t, device); err != nil {
 			return err
 		}
-		if t.kind == cache {
-			if err := settle(t); err != nil {
-				return err
-			}
+		if err := settle(t); err != nil {
+			return err
 		}
 	}
 	return t.stop()

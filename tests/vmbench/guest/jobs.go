@@ -122,20 +122,23 @@ func (m *measured) parse(out []byte) error {
 	return nil
 }
 
+// startFilled starts a target anew on the fast disk, with all that a hit hits in the cache and on the disk.
+func startFilled(t *target) (device string, err error) {
+	if device, err = t.start(disk); err != nil || t.kind == nothing {
+		return device, err
+	}
+	fill := job{name: "fill", rw: "write", block: "128k", depth: 8, jobs: 1, size: hot}
+	if _, err := fill.run(t, device); err != nil {
+		return "", err
+	}
+	return device, settle(t)
+}
+
 // hits measures a target on the fast disk while everything is in the cache.
 func hits(t *target) error {
-	device, err := t.start(disk)
+	device, err := startFilled(t)
 	if err != nil {
 		return err
-	}
-	if t.kind != nothing {
-		fill := job{name: "fill", rw: "write", block: "128k", depth: 8, jobs: 1, size: hot}
-		if _, err := fill.run(t, device); err != nil {
-			return err
-		}
-		if err := settle(t); err != nil {
-			return err
-		}
 	}
 	for _, j := range hitJobs {
 		m, err := j.run(t, device)

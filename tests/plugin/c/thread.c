@@ -1,29 +1,7 @@
-// A plugin of QEMU (its interface of version 1, include/qemu/qemu-plugin.h) that counts
-// instructions by address into a file that is mapped: those of the thread that has
-// called one function of the program, until it calls another. It declares what it needs
-// of the interface itself: Debian has no package for that.
+// A plugin that counts instructions by address into a file that is mapped: those of the
+// thread that has called one function of the program, until it calls another.
 
-#include <fcntl.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-#define EXPORT __attribute__((visibility("default")))
-
-typedef uint64_t qemu_plugin_id_t;
-struct qemu_plugin_tb;
-typedef struct qemu_info_t qemu_info_t;
-
-enum { WITHOUT_REGISTERS };
-
-void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t, void (*)(qemu_plugin_id_t, struct qemu_plugin_tb *));
-void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *, void (*)(unsigned, void *), int, void *);
-size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *);
-uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *);
-
-EXPORT int qemu_plugin_version = 1;
+#include "plugin.h"
 
 static uint64_t base, size, begin, end;
 static uint64_t *counters; // for each 16 bytes of the program, and a last one for what lies elsewhere
@@ -77,12 +55,7 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
 		else if (!strncmp(argv[i], "end=", 4))
 			end = strtoull(argv[i] + 4, NULL, 0);
 	}
-	size_t bytes = (size / 16 + 1) * sizeof(uint64_t);
-	int fd = file && size ? open(file, O_RDWR | O_CREAT | O_TRUNC, 0600) : -1;
-	if (fd < 0 || ftruncate(fd, bytes))
-		return 1;
-	counters = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	if (counters == MAP_FAILED)
+	if (!file || !size || !(counters = map_counters(file, size / 16 + 1)))
 		return 1;
 	qemu_plugin_register_vcpu_tb_trans_cb(id, translated);
 	return 0;
