@@ -3,7 +3,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
@@ -30,76 +32,86 @@ const intro = "# Benchmarks\n\n" +
 	"printed. A number is the median of all rounds. In a round everything takes its turn, so only numbers of one table compare. Each\n" +
 	"part says when it was measured.\n\n"
 
-// part is what results of some files become: sections of the page. Where a file is missing they stay as they are, since to
-// measure everything takes hours.
-type part struct {
-	files, titles []string
-	write         func(page *strings.Builder) error
-}
-
-// report writes nothing unless all results of the files that are there can be found.
+// report writes nothing unless all results of the files that are there can be found. What follows from one that is not
+// there stays as it is on the page, since to measure everything takes hours.
 func report(results, folder string) error {
 	file := filepath.Join(folder, "benchmarks.md")
 	before, err := os.ReadFile(file)
 	if err != nil {
 		return err
 	}
-	in := func(name string) string { return filepath.Join(results, name) }
-	var counts *counted
-	var native, machine *measured
+	counts, err := ifThere(readCounts, results, "bench-count.txt")
+	if err != nil {
+		return err
+	}
+	machine, err := ifThere(read, results, "bench-vm.txt")
+	if err != nil {
+		return err
+	}
+	native, err := ifThere(read, results, "bench.txt")
+	if err != nil {
+		return err
+	}
 	var page strings.Builder
 	page.WriteString(intro)
-	for _, p := range []part{
-		{[]string{"bench-count.txt"}, []string{"Instructions"}, func(page *strings.Builder) (err error) {
-			if counts, err = readCounts(in("bench-count.txt")); err != nil {
+	keep := func(titles ...string) { page.WriteString(sections(string(before), titles)) }
+	var missing []string
+	if counts != nil {
+		counts.report(&page)
+		missing = append(missing, counts.missing...)
+	} else {
+		keep("Instructions")
+	}
+	if machine != nil {
+		machine.machineReport(&page)
+	} else {
+		keep("On a real kernel")
+	}
+	if native != nil {
+		var profiles [][]string // of a write at first and now, and of a read
+		for _, op := range []string{"Write", "Read"} {
+			both, err := readProfiles(filepath.Join(results, "bench-profile-"+op+".txt"))
+			if err != nil {
 				return err
 			}
-			counts.report(page)
-			return missing(counts.missing)
-		}},
-		{[]string{"bench-vm.txt"}, []string{"On a real kernel"}, func(page *strings.Builder) (err error) {
-			if machine, err = read(in("bench-vm.txt")); err != nil {
-				return err
-			}
-			machine.machineReport(page)
-			if err := missing(machine.missing); err != nil {
-				return err
-			}
-			return machine.plot(folder)
-		}},
-		{[]string{"bench.txt"}, []string{"Hits, without a driver", "The index", "Opening and writing back"}, func(page *strings.Builder) (err error) {
-			if native, err = read(in("bench.txt")); err != nil {
-				return err
-			}
-			var profiles [][]string // of a write at first and now, and of a read
-			for _, op := range []string{"Write", "Read"} {
-				both, err := readProfiles(in("bench-profile-" + op + ".txt"))
-				if err != nil {
-					return err
-				}
-				profiles = append(profiles, both...)
-			}
-			native.nativeReport(page, profiles)
-			return missing(native.missing)
-		}},
-		{[]string{"bench-vm.txt", "bench.txt"}, []string{"Goals"}, func(page *strings.Builder) error {
-			goals := goals{missed: map[string][]string{}}
-			machine.machineGoals(&goals)
-			native.nativeGoals(&goals)
-			goals.write(page)
-			return missing(slices.Concat(machine.missing, native.missing))
-		}},
-	} {
-		if there := func(name string) bool { _, err := os.Stat(in(name)); return err == nil }; slices.ContainsFunc(p.files, func(name string) bool { return !there(name) }) {
-			page.WriteString(sections(string(before), p.titles))
-			fmt.Fprintf(os.Stderr, "bench: without %s, what follows from it stays as it was\n", strings.Join(p.files, " and "))
-			continue
+			profiles = append(profiles, both...)
 		}
-		if err := p.write(&page); err != nil {
+		native.nativeReport(&page, profiles)
+	} else {
+		keep("Hits, without a driver", "The index", "Opening and writing back")
+	}
+	if machine != nil && native != nil {
+		goals := goals{missed: map[string][]string{}}
+		machine.machineGoals(&goals)
+		native.nativeGoals(&goals)
+		goals.write(&page)
+	} else {
+		keep("Goals")
+	}
+	for _, m := range []*measured{machine, native} {
+		if m != nil {
+			missing = append(missing, m.missing...)
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("no result of %s", strings.Join(missing, ", "))
+	}
+	if machine != nil {
+		if err := machine.plot(folder); err != nil {
 			return err
 		}
 	}
 	return os.WriteFile(file, []byte(page.String()), 0o644)
+}
+
+// ifThere reads a file of results, and returns nil and says so if there is none.
+func ifThere[T any](read func(name string) (*T, error), results, name string) (*T, error) {
+	t, err := read(filepath.Join(results, name))
+	if errors.Is(err, fs.ErrNotExist) {
+		fmt.Fprintf(os.Stderr, "bench: without %s, what follows from it stays as it was\n", name)
+		return nil, nil
+	}
+	return t, err
 }
 
 // sections returns those of a page that have the titles.
@@ -112,13 +124,6 @@ func sections(page string, titles []string) string {
 		}
 	}
 	return b.String()
-}
-
-func missing(names []string) error {
-	if len(names) > 0 {
-		return fmt.Errorf("no result of %s", strings.Join(names, ", "))
-	}
-	return nil
 }
 
 // measured is what benchmarks said, by their names and then by unit.
