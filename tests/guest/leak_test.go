@@ -139,8 +139,8 @@ func TestServerStaysTheSame(t *testing.T) {
 			"threads": status["Threads"], "KiB of memory": status["RssAnon"], "KiB of locked memory": status["VmLck"]}
 	}
 	// The runtime starts a thread, or takes another arena, when it likes: it has 15 to 27 threads after the first rounds,
-	// and no more than 27 after 40. One that each round leaves is seen, since there are more rounds than that. Descriptors are ours
-	// alone.
+	// and no more than 27 after 40. One that each round leaves is seen, since there are more rounds than it may start.
+	// Descriptors are ours alone.
 	may := map[string]int{"mappings": 32, "threads": 16, "KiB of memory": 16 << 10, "KiB of locked memory": 128 << 10}
 	const settled = 3
 	var before map[string]int
