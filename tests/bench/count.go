@@ -72,9 +72,9 @@ func (c *counted) of(target, job string) count {
 
 const countIntro = "## Instructions\n\n" +
 	"In the test machine, whose emulator counts them, %s; %s. A job ran for n requests and for 3n, and the difference\n" +
-	"is what 2n took, with whatever went on beside them. Nothing else that the host does is in there, but how many requests a\n" +
-	"server finds at once is chance: two runs differ by 1 to 3 %% where it finds one or many, by up to 7 %% in between, and at\n" +
-	"depth 1 × 2, where processors sleep and wake, by up to a quarter. Writes are written back later, so that is not counted.\n" +
+	"is what 2n took, with whatever went on beside them. Nothing else that the host does is in there. Two runs of one program\n" +
+	"differ by less than 1 %% at depth 32, by 1 to 4 %% with 128K, by 8 %% in misses, and where processors sleep and wake between\n" +
+	"requests, at depth 1, by 3 to 11 %%, with two jobs by a quarter. Writes are written back later, so that is not counted.\n" +
 	"Instructions are not time: a copy of memory counts little, and a wait for memory nothing.\n\n" +
 	"### A request\n\n" +
 	"Of the server and the kernel together, all but fio's. The first jobs hit.\n\n"
