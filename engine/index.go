@@ -344,6 +344,10 @@ func (x *index) stripes(shard int) iter.Seq2[span, int64] {
 func (x *index) clean(s span, p place, scratch []extent) []extent {
 	s.sh.Lock()
 	defer s.sh.Unlock()
+	if t := s.tableLocked(); t != nil && s.blocks() {
+		s.cleanTableLocked(t, p)
+		return scratch
+	}
 	scratch = s.partsLocked(scratch[:0], p.holds)
 	for _, e := range scratch {
 		e.flags &^= extDirty

@@ -122,15 +122,22 @@ func TestIndexAgainstArray(t *testing.T) {
 		if rapid.Bool().Draw(t, "dense") {
 			for _, i := range rand.New(rand.NewPCG(1, 1)).Perm(tableSlots) {
 				s := x.span(at(1)+int64(i)*blockSectors, blockSectors)
-				s.setLocked(extent{seg: uint32(i%2) + 2, pos: s.off}, nil)
+				s.setLocked(extent{seg: uint32(i%2) + 2, pos: s.off, flags: extDirty}, nil)
 				for j := s.off; j < s.end(); j++ {
-					models[1][j] = sector{uint32(i%2) + 2, j, 0, true}
+					models[1][j] = sector{uint32(i%2) + 2, j, extDirty, true}
 				}
 			}
 			if x.span(at(1), 1).tableLocked() == nil {
 				t.Fatalf("a stripe of %d blocks has no table", tableSlots)
 			}
 			next = prefilled + 8
+		}
+		// Mostly one of a segment that is there.
+		segment := func(there sector) uint32 {
+			if there.set && rapid.IntRange(0, 3).Draw(t, "hit") > 0 {
+				return there.seg
+			}
+			return uint32(rapid.IntRange(0, int(next/4)).Draw(t, "seg"))
 		}
 		for range rapid.IntRange(1, ops).Draw(t, "ops") {
 			stripe := rapid.IntRange(0, stripes-1).Draw(t, "stripe")
@@ -159,7 +166,7 @@ func TestIndexAgainstArray(t *testing.T) {
 					model[i] = sector{}
 				}
 			case 2, 3:
-				seg := uint32(rapid.IntRange(0, int(next/4)).Draw(t, "seg"))
+				seg := segment(model[off])
 				x.forget(s, s.place(seg, s.off), nil)
 				for i := s.off; i < s.end(); i++ {
 					if model[i].set && model[i].seg == seg && model[i].flags&extDirty == 0 {
@@ -167,7 +174,7 @@ func TestIndexAgainstArray(t *testing.T) {
 					}
 				}
 			case 4:
-				seg := uint32(rapid.IntRange(0, int(next/4)).Draw(t, "seg"))
+				seg := segment(model[off])
 				x.clean(s, s.place(seg, s.off), nil)
 				for i := s.off; i < s.end(); i++ {
 					if model[i].seg == seg {

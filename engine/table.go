@@ -179,6 +179,17 @@ func (s span) cutTableLocked(t *table, over *overwritten) {
 	}
 }
 
+// cleanTableLocked marks what of the span still points at the place as written back.
+func (s span) cleanTableLocked(t *table, p place) {
+	for i, to := s.slotRange(); i < to; i++ {
+		v := t.slots[i]
+		if e := v.extent(i); v != 0 && e.flags&extDirty != 0 && p.holds(e) {
+			t.slots[i] = v &^ (extDirty << flagsShift)
+			s.sh.countSlotLocked(t, v, t.slots[i])
+		}
+	}
+}
+
 // fetchTableLocked fetches the slot of the span's first block.
 func (s span) fetchTableLocked(t *table) { prefetch.Line(&t.slots[s.off/blockSectors]) }
 

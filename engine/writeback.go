@@ -89,6 +89,7 @@ type writeback struct {
 	stuck    []stuck
 	skipped  skipped
 	parts    []part
+	order    []onDisk // scratch of sortParts
 	sweep    sweep
 	entering entering
 	age      expiry
@@ -138,6 +139,34 @@ type part struct {
 	wait time.Duration // how long it was put aside before this round, 0 if it was not
 	err  error         // why it is not written
 	lost bool          // that is because it cannot be read
+}
+
+// onDisk says where a part, by its index, goes on the disk.
+type onDisk struct {
+	off int64 // bytes
+	i   int
+}
+
+// sortParts sorts the parts of the round by where they go. A part is too large to be
+// moved more than once, so the order is found first, and then one hole after the
+// other filled.
+func (w *writeback) sortParts() {
+	w.order = w.order[:0]
+	for i := range w.parts {
+		w.order = append(w.order, onDisk{w.parts[i].off, i})
+	}
+	slices.SortFunc(w.order, func(a, b onDisk) int { return cmp.Compare(a.off, b.off) })
+	for first := range w.order {
+		hole, out := first, w.parts[first]
+		for w.order[hole].i != first {
+			from := w.order[hole].i
+			w.parts[hole] = w.parts[from]
+			w.order[hole].i = hole
+			hole = from
+		}
+		w.parts[hole] = out
+		w.order[hole].i = hole
+	}
 }
 
 func (p *part) len() int { return int(p.e.n) << sectorShift }
@@ -503,7 +532,7 @@ func (c *Cache) round(until uint64) error {
 		w.putBack(w.parts, err)
 		return err
 	}
-	slices.SortFunc(w.parts, func(a, b part) int { return cmp.Compare(a.off, b.off) })
+	w.sortParts()
 	if err := c.writeParts(); err != nil {
 		w.putBack(w.parts, err)
 		return err
