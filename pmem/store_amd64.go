@@ -1,6 +1,13 @@
 package pmem
 
-import "unsafe"
+import (
+	"unsafe"
+
+	"golang.org/x/sys/cpu"
+)
+
+// wide says that the processor has stores of 32 bytes.
+var wide = cpu.X86.HasAVX
 
 // store copies n bytes to dst with non-temporal stores. dst and n are
 // multiples of 8, src is not aligned.

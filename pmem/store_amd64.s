@@ -2,7 +2,9 @@
 
 // Both loops write 16 bytes at a time, for which the address must be a
 // multiple of 16: one 8-byte store at the front sees to that where needed, and
-// more of them do the rest that is no 64 bytes.
+// more of them do the rest that is no 64 bytes. What is data, and begins at a
+// multiple of 32, is written 32 bytes at a time if the processor can do that:
+// 320 instructions for 4 KiB in place of 790.
 
 // func store(dst, src unsafe.Pointer, n uintptr)
 TEXT ·store(SB), NOSPLIT, $0-24
@@ -20,6 +22,40 @@ TEXT ·store(SB), NOSPLIT, $0-24
 	SUBQ $8, CX
 
 aligned:
+	CMPQ CX, $256
+	JB   narrow
+	CMPB ·wide(SB), $0
+	JEQ  narrow
+	TESTQ $31, DI
+	JNZ  narrow
+	SUBQ $256, CX
+
+blocks:
+	VMOVDQU 0(SI), Y0
+	VMOVDQU 32(SI), Y1
+	VMOVDQU 64(SI), Y2
+	VMOVDQU 96(SI), Y3
+	VMOVDQU 128(SI), Y4
+	VMOVDQU 160(SI), Y5
+	VMOVDQU 192(SI), Y6
+	VMOVDQU 224(SI), Y7
+	VMOVNTDQ Y0, 0(DI)
+	VMOVNTDQ Y1, 32(DI)
+	VMOVNTDQ Y2, 64(DI)
+	VMOVNTDQ Y3, 96(DI)
+	VMOVNTDQ Y4, 128(DI)
+	VMOVNTDQ Y5, 160(DI)
+	VMOVNTDQ Y6, 192(DI)
+	VMOVNTDQ Y7, 224(DI)
+	ADDQ $256, SI
+	ADDQ $256, DI
+	SUBQ $256, CX
+	JAE  blocks
+	VZEROUPPER
+	ADDQ $256, CX
+	JZ   done
+
+narrow:
 	SUBQ $64, CX
 	JB   rest
 
