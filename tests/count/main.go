@@ -10,17 +10,13 @@ import (
 	"bufio"
 	"bytes"
 	"debug/elf"
-	"encoding/binary"
 	"flag"
 	"fmt"
-	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
-	"text/tabwriter"
 
 	"golang.org/x/sys/unix"
 
@@ -77,7 +73,7 @@ func run() error {
 		}
 		fmt.Printf("COUNT engine %-10s %6.0f\n", o.name, counts[o.name])
 		if *by {
-			list(functions)
+			plugin.List(functions)
 		}
 	}
 	switch {
@@ -108,30 +104,12 @@ func onOneCPU() error {
 	return nil
 }
 
-// list prints where the instructions are.
-func list(functions map[string]float64) {
-	names := slices.SortedFunc(maps.Keys(functions), func(a, b string) int {
-		switch x, y := functions[a], functions[b]; {
-		case x > y:
-			return -1
-		case x < y:
-			return 1
-		}
-		return strings.Compare(a, b)
-	})
-	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', tabwriter.AlignRight)
-	for _, name := range names[:min(len(names), 25)] {
-		fmt.Fprintf(w, "%.1f\t %s\n", functions[name], name)
-	}
-	w.Flush()
-}
-
 // program is the engine's test binary, and what counts it.
 type program struct {
 	dir, binary, plugin string
 	base, size          uint64
-	begin, end          uint64       // of what is counted
-	symbols             []elf.Symbol // of its functions, by address
+	begin, end          uint64 // of what is counted
+	functions           plugin.Functions
 }
 
 func build(dir string) (*program, error) {
@@ -152,25 +130,20 @@ func build(dir string) (*program, error) {
 		return nil, fmt.Errorf("%s has no text", p.binary)
 	}
 	p.base, p.size = text.Addr, (text.Size+15)&^15
-	all, err := f.Symbols()
-	if err != nil {
+	if p.functions, err = plugin.FunctionsOf(f); err != nil {
 		return nil, err
 	}
-	for _, s := range all {
-		if elf.ST_TYPE(s.Info) == elf.STT_FUNC {
-			p.symbols = append(p.symbols, s)
-			switch s.Name {
-			case "ublk-pcache/engine.countBegin":
-				p.begin = s.Value
-			case "ublk-pcache/engine.countEnd":
-				p.end = s.Value
-			}
+	for _, s := range p.functions {
+		switch s.Name {
+		case "ublk-pcache/engine.countBegin":
+			p.begin = s.Value
+		case "ublk-pcache/engine.countEnd":
+			p.end = s.Value
 		}
 	}
 	if p.begin == 0 || p.end == 0 {
 		return nil, fmt.Errorf("%s does not have countBegin and countEnd", p.binary)
 	}
-	slices.SortFunc(p.symbols, func(a, b elf.Symbol) int { return int(int64(a.Value) - int64(b.Value)) })
 	return p, nil
 }
 
@@ -216,23 +189,7 @@ func (p *program) count(name string, n int) (map[string]uint64, error) {
 	if want := int(p.size/16+1) * 8; len(data) != want {
 		return nil, fmt.Errorf("%s has %d bytes, not %d", file, len(data), want)
 	}
-	functions := map[string]uint64{}
-	next := 0
-	for i := range len(data) / 8 {
-		v := binary.LittleEndian.Uint64(data[i*8:])
-		at := p.base + uint64(i)*16 + 15
-		for next < len(p.symbols) && p.symbols[next].Value <= at {
-			next++
-		}
-		switch {
-		case v == 0:
-		case at >= p.base+p.size || next == 0:
-			functions["elsewhere"] += v
-		default:
-			functions[p.symbols[next-1].Name] += v
-		}
-	}
-	return functions, nil
+	return p.functions.Sum(p.base, data), nil
 }
 
 // save writes a file of counts.

@@ -26,8 +26,9 @@ func main() {
 	rounds := flag.Int("rounds", 5, "how often to measure each")
 	only := flag.String("only", "", "measure only targets that match this `regexp`")
 	count := flag.Bool("count", false, "count instructions")
+	byFunction := flag.Bool("by-function", false, "with -count: say where the cache's server executes them")
 	flag.Parse()
-	if err := run(*count, fmt.Sprintf("-rounds=%d", *rounds), "-only="+*only, fmt.Sprintf("-count=%t", *count)); err != nil {
+	if err := run(*count, fmt.Sprintf("-rounds=%d", *rounds), "-only="+*only, fmt.Sprintf("-count=%t", *count), fmt.Sprintf("-by-function=%t", *byFunction)); err != nil {
 		fmt.Fprintln(os.Stderr, "vmbench:", err)
 		os.Exit(1)
 	}

@@ -29,10 +29,11 @@ func main() {
 	rounds := flag.Int("rounds", 5, "how often to measure each")
 	only := flag.String("only", "", "only targets that match this `regexp`")
 	instructions := flag.Bool("count", false, "count instructions")
+	byFunction := flag.Bool("by-function", false, "say where the cache's server executes them")
 	flag.Parse()
 	var err error
 	if *instructions {
-		err = count(regexp.MustCompile(*only))
+		err = count(regexp.MustCompile(*only), *byFunction)
 	} else {
 		err = measure(*rounds, regexp.MustCompile(*only))
 	}
