@@ -83,11 +83,7 @@ func (s span) coverLocked() (e extent, ok bool) {
 	if t := s.tableLocked(); t != nil {
 		return s.coverTableLocked(t)
 	}
-	c := descend(&s.sh.slab, s.root, s.off)
-	if c.depth == 0 {
-		return e, false
-	}
-	e, ok = c.before()
+	e, ok = s.sh.slab.last(s.root, s.off)
 	return e, ok && e.end() >= s.end()
 }
 

@@ -606,12 +606,13 @@ func (q *Queue) answerAtOnce(r *Request, e extent) bool {
 // from, pinned, if there is one.
 func (c *Cache) pinWhole(s span) (e extent, ok bool) {
 	s.sh.Lock()
-	defer s.sh.Unlock()
-	if e, ok = s.coverLocked(); !ok || e.flags&extLoading != 0 {
-		return e, false
+	e, ok = s.coverLocked()
+	if ok = ok && e.flags&extLoading == 0; ok {
+		c.segments.all[e.seg].pins.Add(1)
+		e = s.clip(e)
 	}
-	c.segments.all[e.seg].pins.Add(1)
-	return s.clip(e), true
+	s.sh.Unlock()
+	return e, ok
 }
 
 // read answers r from the cache and asks the disk for what is not there. If

@@ -386,6 +386,26 @@ func descend(s *slab, root uint32, off uint16) cursor {
 	return c
 }
 
+// last returns the last extent that begins at off or before, if there is one: without a
+// cursor's way from the root, which nobody needs who only looks.
+func (s *slab) last(root uint32, off uint16) (e extent, ok bool) {
+	id := s.roots[root]
+	if id == 0 {
+		return e, false
+	}
+	nd := s.at(id)
+	i := nd.search(off)
+	for nd.inner() {
+		nd = s.at(nd.at(max(i-1, 0)).seg)
+		i = nd.search(off)
+	}
+	if i > 0 {
+		return *nd.at(i - 1), true
+	}
+	c := descend(s, root, off) // it may be in the leaf before, see seek
+	return c.before()
+}
+
 // seek places the cursor at the first extent that ends after off. The extent
 // that covers off may be the last of the leaf before the one that off belongs
 // to: separators bound where extents begin, not where they end.
