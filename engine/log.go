@@ -59,7 +59,8 @@ import (
 
 // journal is the log's writing end.
 type journal struct {
-	mu struct {
+	offers offers
+	mu     struct {
 		spinning
 		head    ondisk.Position
 		seq     uint64 // of the kset to be written at head
@@ -135,28 +136,35 @@ func (c *Cache) commit(q *Queue) error {
 		q.keys = q.keys[:copy(q.keys, q.keys[fills:])]
 		return err
 	}
-	q.entering.enter(c, q.keys[:n])
+	q.entering.enter(c, q.logged)
 	q.keys = q.keys[:copy(q.keys, q.keys[n:])]
 	q.committed += uint64(n - fills)
 	return nil
 }
 
-// logKeys writes a kset of the first n keys of the queue's batch, of which fills
-// are those of fills. Without an error it leaves the shards of the n locked.
+// logKeys writes a kset of the first n keys of the queue's batch, of which fills are those
+// of fills, and of those that others have offered. Without an error it leaves the shards of
+// q.logged locked, which is what is to be entered: nothing if another queue has done all
+// that.
 func (c *Cache) logKeys(q *Queue) (fills, n int, err error) {
 	j := &c.journal
+	q.logged = nil
 	c.mem.Fence() // for the data
-	j.mu.Lock()
+	if !j.lockFor(q) {
+		return 0, len(q.offer.keys), q.offer.err
+	}
 	defer j.mu.Unlock()
 	fills = q.fillKeysLocked()
 	if n = min(len(q.keys), ondisk.MaxKeys); n == 0 {
 		return 0, 0, nil
 	}
-	if err := c.appendLocked(q.keys[:n], relogReserve); err != nil {
-		return fills, 0, err
+	all, others := j.takeOffersLocked(q, q.keys[:n])
+	if err = c.appendLocked(all, relogReserve); err == nil {
+		q.logged = all
+		q.entering.lockShards(c.index, all)
 	}
-	q.entering.lockShards(c.index, q.keys[:n])
-	return fills, n, nil
+	others.finish(err)
+	return fills, n, err
 }
 
 // keyState returns the state of a key's extent; dirty says whether the key

@@ -36,7 +36,10 @@ type Queue struct {
 
 	reads    []*Request   // submitted, not looked up yet
 	keys     []ondisk.Key // stored, not committed yet; oldest first
-	entering entering     // those that have just been logged
+	entering entering     // those of logged
+	logged   []ondisk.Key // logged by this queue and not entered yet
+	offer    offer        // keys that another one may log
+	together []ondisk.Key // scratch: keys of this queue and of others
 	filled   []*fill      // read from the disk, waiting for the commit
 	turn     []*Request   // finished once their keys are committed
 

@@ -162,6 +162,7 @@ func (l *loop) run() {
 			return
 		}
 		l.q.c.toggleSome(dice)
+		l.q.c.jam(dice)
 		for _, r := range l.q.Turn() {
 			p := waiting[r]
 			delete(waiting, r)

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -22,15 +23,39 @@ const (
 )
 
 func (l *spinning) Lock() {
-	if l.TryLock() {
-		return
+	if !l.TryLock() && !l.spin(nil) {
+		l.Mutex.Lock()
 	}
+}
+
+// lockUnless locks, or reports false if done has been set, which who has the lock may do.
+func (l *spinning) lockUnless(done *atomic.Bool) (locked bool) {
+	if !l.spin(done) {
+		if done.Load() {
+			return false
+		}
+		l.Mutex.Lock()
+	}
+	// It may have been set when it had just been looked at.
+	if done.Load() {
+		l.Unlock()
+		return false
+	}
+	return true
+}
+
+// spin tries to lock for a while, unless there is a done and that is set, and reports
+// whether it has.
+func (l *spinning) spin(done *atomic.Bool) (locked bool) {
 	for begin := time.Now(); time.Since(begin) < spinFor; {
 		for range spinTries {
+			if done != nil && done.Load() {
+				return false
+			}
 			if l.TryLock() {
-				return
+				return true
 			}
 		}
 	}
-	l.Mutex.Lock()
+	return false
 }

@@ -1,0 +1,98 @@
+package engine
+
+import (
+	"sync/atomic"
+
+	"ublk-pcache/ondisk"
+)
+
+// A kset costs its fence, which takes longer than all else that is done under the
+// journal's lock, and one that names a single block costs as much as one of a hundred.
+// With one request under way at a time on each of many queues that is the limit: they
+// wait for each other's fences.
+//
+// So a queue that finds the journal locked offers its keys. Who has the lock next, which
+// may be the queue itself, takes all keys that are offered, as far as one kset has room,
+// puts them into it behind his own, and enters them with these. Then the ksets are as
+// large as the queues are many, and a fence is for all who have waited.
+//
+// The queue that has offered its keys waits all the while, for the lock or for the word
+// that it needs it no more. Its data is durable before it offers, as before a kset of its
+// own, and it is told once the shards of its keys are locked: what it acknowledges then
+// can be found, or is waited for, as after a kset of its own.
+//
+// Fills are not offered: which of them still count is seen under the lock, by their queue.
+
+// offer is what a queue has for whoever has the journal's lock.
+type offer struct {
+	keys []ondisk.Key
+	next *offer
+	err  error // of the commit, once that is done
+	done atomic.Bool
+}
+
+// offers are those that nobody has taken, or has had no room for: a stack. An offer that
+// is not done is there whenever nobody has the lock.
+type offers struct{ first atomic.Pointer[offer] }
+
+func (l *offers) push(o *offer) {
+	for {
+		o.next = l.first.Load()
+		if l.first.CompareAndSwap(o.next, o) {
+			return
+		}
+	}
+}
+
+// lockFor locks the journal for a commit of the queue, or reports that somebody else has
+// done that: the error is in the queue's offer.
+func (j *journal) lockFor(q *Queue) (locked bool) {
+	switch {
+	case len(q.filled) > 0:
+		j.mu.Lock()
+		return true
+	case j.mu.TryLock():
+		return true
+	}
+	o := &q.offer
+	o.keys = q.keys[:min(len(q.keys), ondisk.MaxKeys)]
+	o.done.Store(false)
+	j.offers.push(o)
+	return j.mu.lockUnless(&o.done)
+}
+
+// takeOffersLocked returns the offers for which a kset has room beside the keys of the
+// queue, whose own it drops, and the keys of all.
+func (j *journal) takeOffersLocked(q *Queue, keys []ondisk.Key) (all []ondisk.Key, taken *offer) {
+	all = keys
+	if j.offers.first.Load() == nil {
+		return all, nil
+	}
+	for o := j.offers.first.Swap(nil); o != nil; {
+		next := o.next
+		switch {
+		case o == &q.offer:
+		case len(all)+len(o.keys) > ondisk.MaxKeys:
+			j.offers.push(o)
+		default:
+			if taken == nil {
+				q.together = append(q.together[:0], keys...)
+			}
+			q.together = append(q.together, o.keys...)
+			all = q.together
+			o.next, taken = taken, o
+		}
+		o = next
+	}
+	return all, taken
+}
+
+// finish tells all of the list how their commit went. Each may be made anew at once.
+func (o *offer) finish(err error) {
+	for o != nil {
+		next := o.next
+		o.err = err
+		o.done.Store(true)
+		o = next
+	}
+}

@@ -1,0 +1,161 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"ublk-pcache/backing"
+	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
+)
+
+// jam has the journal locked for a moment, now and then, so that keys are offered.
+func (c *Cache) jam(dice *rand.Rand) {
+	if dice.IntN(16) == 0 {
+		long := spinFor * time.Duration(1+dice.IntN(4))
+		go func() {
+			c.journal.mu.Lock()
+			defer c.journal.mu.Unlock()
+			time.Sleep(long)
+		}()
+	}
+}
+
+// TestOffers has four queues write to the same place while the journal is locked. What
+// they write is in as few ksets as have room for it, and either all of it counts, in the
+// order of the log, or each of them is told.
+func TestOffers(t *testing.T) {
+	const queues = 4
+	for _, c := range []struct {
+		name   string
+		keys   int // of each write
+		ksets  uint64
+		broken bool // memory behind the head is gone
+	}{
+		{name: "for one kset", keys: 1, ksets: 1},
+		{name: "that just have room", keys: ondisk.MaxKeys / queues, ksets: 1},
+		{name: "for two", keys: ondisk.MaxKeys/3 + 1, ksets: 2},
+		{name: "with no way on", keys: 1, broken: true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			mem := pmem.NewFake(ondisk.MinSize)
+			formatSmall(t, mem, 16, true, 70)
+			disk := backing.NewFake(8<<20, 512, 1)
+			defer disk.Close()
+			r := newRig(t, mem, disk, queues)
+			for i := range queues { // to begin a segment takes the journal's lock
+				if err := r.do(i, &Request{Op: Write, Off: 4 << 20, Buf: stamped(8<<10, 1, 1)}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r.journal.mu.Lock()
+			if head := r.journal.mu.head; c.broken {
+				mem.Punch(r.offset(head), ondisk.KsetHeaderSize)
+			}
+			before := r.journal.mu.written
+			var waits []func() error
+			for i := range queues {
+				data := stamped(0, c.keys*maxSummed/sectorSize, uint64(i+1))
+				waits = append(waits, r.begin(i, &Request{Op: Write, Buf: data}))
+			}
+			for n := 0; n < queues; time.Sleep(time.Millisecond) {
+				n = 0
+				for o := r.journal.offers.first.Load(); o != nil; o = o.next {
+					n++
+				}
+			}
+			r.journal.mu.Unlock()
+			for i, wait := range waits {
+				err := wait()
+				if c.broken != errors.Is(err, ErrBadHead) || !c.broken && err != nil {
+					t.Errorf("the write of queue %d ended with: %v", i, err)
+				}
+			}
+			if c.broken {
+				r.kill()
+				return
+			}
+			if _, written := r.journal.head(); written != before+c.ksets {
+				t.Errorf("%d ksets, not %d", written-before, c.ksets)
+			}
+			is := func() (version uint64) {
+				t.Helper()
+				got := r.read(t, 0, c.keys*maxSummed)
+				for lba := range c.keys * maxSummed / sectorSize {
+					v, err := stamp(got[lba*sectorSize:][:sectorSize], int64(lba))
+					if err != nil || lba > 0 && v != version {
+						t.Fatalf("sector %d is of write %d (%v), those before of %d", lba, v, err, version)
+					}
+					version = v
+				}
+				return version
+			}
+			was := is()
+			if err := r.kill(); err != nil {
+				t.Fatal(err)
+			}
+			r = newRig(t, mem, disk, queues)
+			if now := is(); now != was {
+				t.Errorf("write %d was read, and %d after a restart", was, now)
+			}
+			r.kill()
+		})
+	}
+}
+
+// TestWritersInTurns has two queues write, one block in each turn, as fast as they can and
+// with nobody else at the processors, so that they meet at the journal all the time. A key
+// that were logged twice, or entered out of order, would be seen when all is collected: as
+// an extent that stays, or as a segment with fewer references than none.
+func TestWritersInTurns(t *testing.T) {
+	const queues, blocks, block, rounds = 2, 1 << 14, 4 << 10, 8
+	mem := benchMemory{pmem.Heap(ondisk.MinSize)}
+	if err := ondisk.Format(mem, ondisk.FormatOptions{GCPercent: 90}); err != nil {
+		t.Fatal(err)
+	}
+	disk := &benchDisk{size: blocks * block}
+	c, err := Open(mem, disk, Options{Queues: queues, Log: &testLog{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for range rounds {
+		disk.close()
+		var each []func(int)
+		for i := range queues {
+			each = append(each, func(n int) {
+				q, r := c.Queue(i), &Request{Op: Write, Buf: make([]byte, block)}
+				for ; n > 0; n-- {
+					r.Off = rand.Int64N(blocks) * block
+					q.Submit(r)
+					for len(q.Turn()) == 0 {
+					}
+				}
+			})
+		}
+		threads(300<<20/block, each)
+		disk.open()
+		if err := c.Flush(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.SetGCPercent(0); err != nil {
+			t.Fatal(err)
+		}
+		for begin := time.Now(); c.Status().Extents > 0; time.Sleep(time.Millisecond) {
+			if time.Since(begin) > time.Minute {
+				t.Fatalf("%d extents are never collected", c.Status().Extents)
+			}
+		}
+		for i := range c.segments.all {
+			if n := c.segments.all[i].refs.Load(); n < 0 {
+				t.Fatalf("segment %d has %d references", i, n)
+			}
+		}
+		if err := c.SetGCPercent(90); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
