@@ -474,3 +474,93 @@ func BenchmarkIndex(b *testing.B) {
 		runtime.KeepAlive(x)
 	}
 }
+
+// BenchmarkJournal has how long the journal is locked for a kset of so many keys, and from
+// that, and from what a write of one block takes in all, how many such writes a second queues
+// can make that each have one under way at a time: with a kset for each, and with one for
+// all that wait. For that each queue has a processor, and driver and client need
+// elsewhere microseconds for each request.
+func BenchmarkJournal(b *testing.B) {
+	held := map[int]float64{}
+	for _, n := range []int{1, 2, 4, 8, 16} {
+		b.Run(fmt.Sprintf("held/keys=%d", n), func(b *testing.B) {
+			x := newBench(b, benchSet, 1, false)
+			defer x.end(b)
+			if _, err := x.Rest(context.Background()); err != nil {
+				b.Fatal(err)
+			}
+			keys := make([]ondisk.Key, n)
+			e := &x.queues[0].entering
+			b.ResetTimer()
+			for i := range b.N {
+				for k := range keys {
+					keys[k] = ondisk.Key{Off: uint64(i*n+k) * 7919 % (benchSet >> 12) << 12, Len: 4096}
+				}
+				x.journal.mu.Lock()
+				if err := x.appendLocked(keys, 0); err != nil {
+					b.Fatal(err)
+				}
+				e.lockShards(x.index, keys)
+				x.journal.mu.Unlock()
+				for _, k := range e.first {
+					shard := shardOf(keys[k-1].Off)
+					e.last[shard] = 0
+					x.index.shards[shard].Unlock()
+				}
+				e.first = e.first[:0]
+			}
+			b.StopTimer()
+			held[n] = float64(b.Elapsed().Nanoseconds()) / float64(b.N)
+		})
+	}
+	if len(held) < 5 {
+		return // not all were asked for
+	}
+	each := (held[16] - held[1]) / 15
+	for _, elsewhere := range []time.Duration{0, 5 * time.Microsecond} {
+		for _, queues := range []int{1, 2, 4, 8, 16, 32} {
+			for _, together := range []bool{false, true} {
+				b.Run(fmt.Sprintf("simulated/elsewhere=%v/queues=%d/together=%t", elsewhere, queues, together), func(b *testing.B) {
+					most := 1
+					if together {
+						most = ondisk.MaxKeys
+					}
+					rate := simulate(queues, most, elsewhere+benchOutside, func(keys int) float64 { return held[1] + float64(keys-1)*each })
+					b.ReportMetric(0, "ns/op")
+					b.ReportMetric(rate/1e6, "Mwrites/s")
+				})
+			}
+		}
+	}
+}
+
+// benchOutside is what a write of one block takes its queue's thread beside the
+// journal's lock.
+const benchOutside = 500 * time.Nanosecond
+
+// simulate returns how many requests a second queues make that are outside for a while,
+// about, and then wait for a lock that is held for so many ns for up to most of them.
+func simulate(queues, most int, outside time.Duration, held func(keys int) float64) float64 {
+	const rounds = 100_000
+	dice := rand.New(rand.NewPCG(1, 0))
+	until := make([]float64, queues) // when each comes to the lock
+	think := func() float64 { return float64(outside) * (0.5 + dice.Float64()) }
+	for i := range until {
+		until[i] = think()
+	}
+	now, done := 0.0, 0
+	for range rounds {
+		slices.Sort(until)
+		now = max(now, until[0])
+		n := 0
+		for n < min(most, queues) && until[n] <= now {
+			n++
+		}
+		now += held(n)
+		for i := range n {
+			until[i] = now + think()
+		}
+		done += n
+	}
+	return float64(done) / now * 1e9
+}
