@@ -26,7 +26,8 @@ import (
 //	fence                                      (2)
 //	lock the index where its keys belong
 //
-// It then releases the journal and enters the keys (entering.go).
+// It then releases the journal and enters the keys (entering.go). Those of queues that wait
+// for the journal may be among them (offer.go).
 //
 // The first fence orders the data before the kset, and (1) the mark: a kset
 // never names bytes that are not there, and the log never runs on. (2) makes

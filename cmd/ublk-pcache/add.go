@@ -21,10 +21,19 @@ const (
 	// maxWriteback is as much as anything but an array of disks can use, and
 	// takes half as many MiB of memory.
 	maxWriteback = 256
-	// defaultQueues is what it takes to keep the memory busy; more than CPUs
-	// help nobody.
-	defaultQueues = 4
+	// defaultQueues is how many queues a device has at most unless more are asked for.
+	// They share the log, and come to the end of what that can do (docs/design.md).
+	defaultQueues = 16
+	// queueSegments is how many segments a cache has for each of them, since each
+	// fills one of its own.
+	queueSegments = 8
 )
+
+// queuesFor returns how many queues a cache of so many segments has at most, unless
+// more are asked for.
+func queuesFor(segments int) int {
+	return max(1, min(defaultQueues, (segments+queueSegments-1)/queueSegments))
+}
 
 func newAddCmd() *cobra.Command {
 	var a addOptions
@@ -84,7 +93,7 @@ func (a *addOptions) define(f *pflag.FlagSet) {
 	f.StringVarP(&o.Device.PMEM, "pmem", "p", "", "persistent memory: /dev/daxN.N, FILE, or FILE,size=SIZE; with ,volatile it may be in memory")
 	f.StringVarP(&o.Device.Backing, "backing", "b", "", "backing device or file")
 	f.IntVarP(&o.Device.ID, "id", "n", -1, "number of the device (default: the first free one)")
-	f.IntVarP(&o.Device.Queues, "queues", "q", min(defaultQueues, runtime.NumCPU()), "number of queues, each a thread")
+	f.IntVarP(&o.Device.Queues, "queues", "q", min(defaultQueues, runtime.NumCPU()), "number of queues, each a thread; by default fewer in front of a cache of less than 2 GiB")
 	f.IntVarP(&o.Device.Depth, "depth", "d", 128, "requests in flight per queue")
 	f.IntVar(&o.Device.Writeback, "writeback-depth", engine.DefaultWritebackDepth, "writes of up to 512 KiB in flight to the disk when dirty data is written back")
 	f.BoolVar(&a.crc, "data-crc", false, "keep checksums of the data (new caches; default: on for plain files)")
@@ -94,6 +103,7 @@ func (a *addOptions) define(f *pflag.FlagSet) {
 // options returns what was given.
 func (a *addOptions) options(f *pflag.FlagSet) (serveOptions, error) {
 	o := a.o
+	o.AnyQueues = !f.Changed("queues")
 	if f.Changed("data-crc") {
 		o.DataCRC = &a.crc
 	}

@@ -12,7 +12,7 @@ import (
 )
 
 // plan looks at the region and refuses what does not fit. It returns how to make a
-// new cache, nil if there is one. It changes nothing.
+// new cache, nil if there is one. It changes nothing on media.
 func (s *server) plan(o *serveOptions) (*ondisk.FormatOptions, error) {
 	s.logDoubts()
 	layout, err := ondisk.ReadLayout(s.region, s.region.Size())
@@ -22,6 +22,7 @@ func (s *server) plan(o *serveOptions) (*ondisk.FormatOptions, error) {
 	if err != nil {
 		return nil, s.gone()
 	}
+	s.chooseQueues(o, len(layout.Chain))
 	if crc := layout.Info.Flags.DataCRC(); o.DataCRC != nil && *o.DataCRC != crc {
 		return nil, fmt.Errorf("cache %s was formatted with --data-crc=%t, not %t (leave the option out, or make a new cache with --format)", s.dev.PMEM, crc, *o.DataCRC)
 	}
@@ -40,6 +41,13 @@ func (s *server) plan(o *serveOptions) (*ondisk.FormatOptions, error) {
 		}
 	}
 	return nil, nil
+}
+
+// chooseQueues has a small cache do with fewer queues, if nobody asked for more.
+func (s *server) chooseQueues(o *serveOptions, segments int) {
+	if o.AnyQueues {
+		s.dev.Queues = min(s.dev.Queues, queuesFor(segments))
+	}
 }
 
 // mustHave refuses a cache that is not the one that the device began with: an
@@ -183,6 +191,7 @@ func (s *server) planNew(o *serveOptions) (*ondisk.FormatOptions, error) {
 		return nil, fmt.Errorf("%s is blank and holds no cache (if it is to begin with a new one: ublk-pcache format %s)", s.dev.PMEM, s.dev.PMEM)
 	}
 	segments := int(ondisk.SegmentsIn(s.region.Size()))
+	s.chooseQueues(o, segments)
 	switch most := engine.MaxQueues(segments); {
 	case s.dev.Queues > most:
 		return nil, fmt.Errorf("--queues %d: a cache on %s, of %d segments, can have 1 to %d", s.dev.Queues, s.dev.PMEM, segments, most)

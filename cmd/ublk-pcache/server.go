@@ -33,6 +33,7 @@ type serveOptions struct {
 	Format     bool   `json:"format"`
 	Force      bool   `json:"force"`
 	Existing   bool   `json:"existing"`             // make no new cache
+	AnyQueues  bool   `json:"any_queues,omitempty"` // their number was not asked for
 	DataCRC    *bool  `json:"data_crc,omitempty"`   // nil: as it is, or the default for the kind of region
 	GCPercent  *int   `json:"gc_percent,omitempty"` // nil: as it is, or the kernel's default
 
