@@ -124,7 +124,7 @@ func (j *journal) last() uint64 {
 }
 
 // commit makes the oldest keys of the queue's batch part of the log and of the
-// index: one kset of them, fills in front of writes, since a fill holds what
+// index, or has them entered by who holds the locks of their shards: one kset of them, fills in front of writes, since a fill holds what
 // the disk had before any of these writes. After errLogFull the batch is as it
 // was, without the fills.
 func (c *Cache) commit(q *Queue) error {
@@ -159,8 +159,18 @@ func (c *Cache) logKeys(q *Queue) (fills, n int, err error) {
 	if n = min(len(q.keys), ondisk.MaxKeys); n == 0 {
 		return 0, 0, nil
 	}
-	all, others := j.takeOffersLocked(q, q.keys[:n])
-	if err = c.appendLocked(all, relogReserve); err == nil {
+	all, others := q.keys[:n], (*offer)(nil)
+	if j.offers.first.Load() != nil {
+		all, others = j.takeOffersLocked(q, all)
+	}
+	err = c.appendLocked(all, relogReserve)
+	if err == errLogFull && others != nil {
+		// There may be room for less. Nobody is to wait for what others wanted, too.
+		j.offers.pushAll(others)
+		all, others = q.keys[:n], nil
+		err = c.appendLocked(all, relogReserve)
+	}
+	if err == nil {
 		q.logged = all
 		q.entering.lockShards(c.index, all)
 	}

@@ -11,17 +11,19 @@ import (
 // With one request under way at a time on each of many queues that is the limit: they
 // wait for each other's fences.
 //
-// So a queue that finds the journal locked offers its keys. Who has the lock next, which
-// may be the queue itself, takes all keys that are offered, as far as one kset has room,
-// puts them into it behind his own, and enters them with these. Then the ksets are as
-// large as the queues are many, and a fence is for all who have waited.
+// So a queue that finds the journal locked offers its keys. The queue that commits next,
+// which may be the same, takes all keys that are offered, as far as one kset has room, puts
+// them into it behind its own, and enters them with these. Then the ksets are as large as
+// the queues are many, and a fence is for all who have waited.
 //
 // The queue that has offered its keys waits all the while, for the lock or for the word
-// that it needs it no more. Its data is durable before it offers, as before a kset of its
-// own, and it is told once the shards of its keys are locked: what it acknowledges then
-// can be found, or is waited for, as after a kset of its own.
+// that it needs it no more, which it hears at once only while it spins. Its data is durable
+// before it offers, as before a kset of its own, and it is told once the kset is durable and
+// the shards of its keys are locked: what it acknowledges then can be found, or is waited
+// for, as after a kset of its own.
 //
 // Fills are not offered: which of them still count is seen under the lock, by their queue.
+// And what is offered is left alone where the log has no room for all of it together.
 
 // offer is what a queue has for whoever has the journal's lock.
 type offer struct {
@@ -31,8 +33,8 @@ type offer struct {
 	done atomic.Bool
 }
 
-// offers are those that nobody has taken, or has had no room for: a stack. An offer that
-// is not done is there whenever nobody has the lock.
+// offers are those that nobody has taken, or has had no room for: a stack. Whenever nobody
+// has the lock, the offer of each queue that waits in lockFor is there, or done.
 type offers struct{ first atomic.Pointer[offer] }
 
 func (l *offers) push(o *offer) {
@@ -41,6 +43,14 @@ func (l *offers) push(o *offer) {
 		if l.first.CompareAndSwap(o.next, o) {
 			return
 		}
+	}
+}
+
+func (l *offers) pushAll(list *offer) {
+	for list != nil {
+		o := list
+		list = o.next
+		l.push(o)
 	}
 }
 
@@ -65,9 +75,6 @@ func (j *journal) lockFor(q *Queue) (locked bool) {
 // queue, whose own it drops, and the keys of all.
 func (j *journal) takeOffersLocked(q *Queue, keys []ondisk.Key) (all []ondisk.Key, taken *offer) {
 	all = keys
-	if j.offers.first.Load() == nil {
-		return all, nil
-	}
 	for o := j.offers.first.Swap(nil); o != nil; {
 		next := o.next
 		switch {

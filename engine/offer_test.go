@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"sync"
 	"testing"
 	"time"
 
@@ -22,6 +23,20 @@ func (c *Cache) jam(dice *rand.Rand) {
 			time.Sleep(long)
 		}()
 	}
+}
+
+// unlockOnceOffered unlocks the journal when so many have offered keys.
+func (r *rig) unlockOnceOffered(t *testing.T, want int) {
+	t.Helper()
+	defer r.journal.mu.Unlock()
+	within(t, "offering keys", func() {
+		for n := 0; n < want; time.Sleep(time.Millisecond) {
+			n = 0
+			for o := r.journal.offers.first.Load(); o != nil; o = o.next {
+				n++
+			}
+		}
+	})
 }
 
 // TestOffers has four queues write to the same place while the journal is locked. What
@@ -61,13 +76,7 @@ func TestOffers(t *testing.T) {
 				data := stamped(0, c.keys*maxSummed/sectorSize, uint64(i+1))
 				waits = append(waits, r.begin(i, &Request{Op: Write, Buf: data}))
 			}
-			for n := 0; n < queues; time.Sleep(time.Millisecond) {
-				n = 0
-				for o := r.journal.offers.first.Load(); o != nil; o = o.next {
-					n++
-				}
-			}
-			r.journal.mu.Unlock()
+			r.unlockOnceOffered(t, queues)
 			for i, wait := range waits {
 				err := wait()
 				if c.broken != errors.Is(err, ErrBadHead) || !c.broken && err != nil {
@@ -106,10 +115,67 @@ func TestOffers(t *testing.T) {
 	}
 }
 
+// TestOffersWithoutRoom has the log come to where its segment has room for one more key
+// but not for those of all, and no other segment is free. One of them is logged all the
+// same, and the others when there is room.
+func TestOffersWithoutRoom(t *testing.T) {
+	const queues = 4
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 16, false, 70)
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	r := newRig(t, mem, disk, queues)
+	defer r.kill()
+	write := func(queue, lba int) func() error {
+		return r.begin(queue, &Request{Op: Write, Off: int64(lba) * sectorSize, Buf: stamped(int64(lba), 1, 1)})
+	}
+	for i := range queues {
+		if err := write(i, i)(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.mustRest(t)
+	keys := []ondisk.Key{{Len: sectorSize, Seg: r.loops[0].q.head.seg, Flags: ondisk.KeyClean}}
+	keys[0].Gen = r.segments.all[keys[0].Seg].gen.Load() + 1 // a dead one
+	r.journal.mu.Lock()
+	for roomAt(r.journal.mu.head) >= 2*ondisk.KsetSize(1)+ondisk.MaxKsetSize {
+		if err := r.appendLocked(keys, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.segments.mu.Lock()
+	free := r.segments.mu.freeList
+	r.segments.mu.freeList = nil
+	r.segments.mu.Unlock()
+	var wait sync.WaitGroup
+	ended := make(chan error, queues)
+	for i := range queues {
+		w := write(i, queues+i)
+		wait.Go(func() { ended <- w() })
+	}
+	r.unlockOnceOffered(t, queues)
+	within(t, "the write that there is room for", func() {
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	r.segments.mu.Lock()
+	r.segments.mu.freeList = append(r.segments.mu.freeList, free...)
+	r.segments.mu.Unlock()
+	r.Resume()
+	r.gc.kick()
+	within(t, "the other writes", wait.Wait)
+	for range queues - 1 {
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestWritersInTurns has two queues write, one block in each turn, as fast as they can and
 // with nobody else at the processors, so that they meet at the journal all the time. A key
-// that were logged twice, or entered out of order, would be seen when all is collected: as
-// an extent that stays, or as a segment with fewer references than none.
+// that were logged twice would be seen when all is collected: as an extent that stays, or
+// as a segment with fewer references than none.
 func TestWritersInTurns(t *testing.T) {
 	const queues, blocks, block, rounds = 2, 1 << 14, 4 << 10, 8
 	mem := benchMemory{pmem.Heap(ondisk.MinSize)}

@@ -28,7 +28,8 @@ func (l *spinning) Lock() {
 	}
 }
 
-// lockUnless locks, or reports false if done has been set, which who has the lock may do.
+// lockUnless locks, or reports false if done has been set. Only who has the lock may do
+// that, so once it is locked that is known for good.
 func (l *spinning) lockUnless(done *atomic.Bool) (locked bool) {
 	if !l.spin(done) {
 		if done.Load() {
