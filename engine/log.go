@@ -123,10 +123,10 @@ func (j *journal) last() uint64 {
 	return ondisk.PrevSeq(j.mu.seq)
 }
 
-// commit makes the oldest keys of the queue's batch part of the log and of the
-// index, or has them entered by who holds the locks of their shards: one kset of them, fills in front of writes, since a fill holds what
-// the disk had before any of these writes. After errLogFull the batch is as it
-// was, without the fills.
+// commit makes the oldest keys of the queue's batch part of the log and of the index,
+// where another queue may still have their shards locked to enter them: one kset of
+// them, fills in front of writes, since a fill holds what the disk had before any of
+// these writes. After errLogFull the batch is as it was, without the fills.
 func (c *Cache) commit(q *Queue) error {
 	c.lookAheadKeys(q.keys[:min(len(q.keys), ondisk.MaxKeys)], 0) // while nobody waits for the locks
 	fills, n, err := c.logKeys(q)

@@ -14,10 +14,10 @@
 // region: 380 ns against 1280 ns), fills the cache with data that nobody is
 // about to read, and needs one of three instructions depending on the CPU.
 // Non-temporal stores are part of SSE2, which every amd64 CPU has. They come
-// in 4, 8, 16 and, with AVX, 32 bytes only, so an odd byte at an edge would need a write-back
-// after all. Nothing stored here is smaller than 8 bytes or off the 8-byte
-// grid; hence offsets and lengths must be multiples of 8, and anything else is
-// an error. Each aligned 8 bytes arrive whole or not at all. On arm64, which
+// in 4, 8 and 16 bytes, and in 32 with AVX, so an odd byte at an edge would need
+// a write-back after all. Nothing stored here is smaller than 8 bytes or off the
+// 8-byte grid; hence offsets and lengths must be multiples of 8, and anything else
+// is an error. Each aligned 8 bytes arrive whole or not at all. On arm64, which
 // has no store that reaches persistence by itself, lines are copied and then
 // cleaned.
 //
