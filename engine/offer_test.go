@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"context"
 	"errors"
 	"math/rand/v2"
 	"sync"
@@ -179,51 +178,29 @@ func TestOffersWithoutRoom(t *testing.T) {
 // that were logged twice would be seen when all is collected: as an extent that stays, or
 // as a segment with fewer references than none.
 func TestWritersInTurns(t *testing.T) {
-	const queues, blocks, block, rounds = 2, 1 << 14, 4 << 10, 4
+	const queues, block, rounds = 2, 4 << 10, 4
 	mem := benchMemory{pmem.Heap(ondisk.MinSize)}
 	if err := ondisk.Format(mem, ondisk.FormatOptions{GCPercent: 90}); err != nil {
 		t.Fatal(err)
 	}
-	disk := &benchDisk{size: blocks * block}
-	c, err := Open(mem, disk, Options{Queues: queues, Log: &testLog{}})
-	if err != nil {
+	x := &bench{disk: &benchDisk{size: benchSet}}
+	var err error
+	if x.Cache, err = Open(mem, x.disk, Options{Queues: queues, Log: &testLog{}}); err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
+	defer x.end(t)
+	var each []func(int)
+	for i := range queues {
+		each = append(each, newClient(x, i, 1, block, Write).run)
+	}
 	for range rounds {
-		disk.close()
-		var each []func(int)
-		for i := range queues {
-			each = append(each, func(n int) {
-				q, r := c.Queue(i), &Request{Op: Write, Buf: make([]byte, block)}
-				for ; n > 0; n-- {
-					r.Off = rand.Int64N(blocks) * block
-					q.Submit(r)
-					for len(q.Turn()) == 0 {
-					}
-				}
-			})
-		}
+		x.disk.close()
 		threads(300<<20/block, each)
-		disk.open()
-		if err := c.Flush(context.Background()); err != nil {
-			t.Fatal(err)
-		}
-		if err := c.SetGCPercent(0); err != nil {
-			t.Fatal(err)
-		}
-		for begin := time.Now(); c.Status().Extents > 0; time.Sleep(time.Millisecond) {
-			if time.Since(begin) > time.Minute {
-				t.Fatalf("%d extents are never collected", c.Status().Extents)
-			}
-		}
-		for i := range c.segments.all {
-			if n := c.segments.all[i].refs.Load(); n < 0 {
+		x.empty(t)
+		for i := range x.segments.all {
+			if n := x.segments.all[i].refs.Load(); n < 0 {
 				t.Fatalf("segment %d has %d references", i, n)
 			}
-		}
-		if err := c.SetGCPercent(90); err != nil {
-			t.Fatal(err)
 		}
 	}
 }
