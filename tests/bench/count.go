@@ -73,9 +73,9 @@ func (c *counted) of(target, job string) count {
 const countIntro = "## Instructions\n\n" +
 	"In the test machine, whose emulator counts them, %s; %s. A job ran for n requests and for 3n, and the difference\n" +
 	"is what 2n took, with whatever went on beside them. Nothing else that the host does is in there. Two runs of one program\n" +
-	"differ by 1 %% in the server at depth 32 and mostly in the kernel, too. There it is as much as 15 %% where more requests come\n" +
-	"to a turn in one of them. They differ by 1 to 4 %% with 128K, by 8 %% in misses, and where processors sleep and wake between\n" +
-	"requests, at depth 1, by 3 to 11 %%, with two jobs by a quarter. Writes are written back later, so that is not counted.\n" +
+	"differ at depth 32 by 1 %% in the server for reads and 5 %% for writes, and in the kernel by as much as 15 %% where more requests\n" +
+	"come to a turn in one of them; by 8 %% in misses; and where processors sleep and wake between requests, at depth 1, by 3 to 11 %%,\n" +
+	"with two jobs by a quarter, with 128K by a third and more. Most of what is written is written back later and not counted.\n" +
 	"Instructions are not time: a copy of memory counts little, and a wait for memory nothing.\n\n" +
 	"### A request\n\n" +
 	"Of the server and the kernel together, all but fio's. The first jobs hit.\n\n"
