@@ -406,12 +406,11 @@ func BenchmarkIndex(b *testing.B) {
 		for i := range places {
 			places[i] = rand.Int64N(int64(n)) * 16
 		}
-		find := func(i int) extent {
+		find := func(i int) slot {
 			s := x.span(places[i%len(places)], 8)
 			s.sh.Lock()
 			defer s.sh.Unlock()
-			e, _ := s.coverLocked()
-			return e
+			return s.coverLocked()
 		}
 		sub := func(name string, op func(i int)) {
 			b.Run(fmt.Sprintf("%s/extents=%d", name, n), func(b *testing.B) {
@@ -425,7 +424,7 @@ func BenchmarkIndex(b *testing.B) {
 		m, buf := benchRegion(), make([]byte, 4096)
 		hit := func(i int) {
 			e := find(i)
-			if _, err := m.ReadAt(buf, int64(e.seg)*ondisk.SegmentSize+int64(e.pos)<<sectorShift); err != nil {
+			if _, err := m.ReadAt(buf, int64(e.seg())*ondisk.SegmentSize+int64(e.pos())<<sectorShift); err != nil {
 				panic(err)
 			}
 		}

@@ -169,6 +169,8 @@ func (m *medium) ReadAt(p []byte, off int64) (int, error) {
 	return m.Fake.ReadAt(p, off)
 }
 
+func (m *medium) ReadEach(bufs [][]byte, offs []int64) (int, error) { return readEach(m, bufs, offs) }
+
 // poison makes a sector unreadable.
 func (m *medium) poison(off int64) {
 	m.mu.Lock()

@@ -75,6 +75,13 @@ type Memory interface {
 	Size() int64
 }
 
+// eachReader is what a Memory may be, too, for which many reads together are less work.
+type eachReader interface {
+	// ReadEach reads each buffer from its offset, in order, as ReadAt does, and
+	// returns how many it has: with an error, all before the one that this is of.
+	ReadEach(bufs [][]byte, offs []int64) (n int, err error)
+}
+
 // Disk is the backing device. Its methods are safe for concurrent use, do not
 // block for the transfer, and call done exactly once, from any goroutine;
 // done does not block. Buffers come from Buffer or from a Request.

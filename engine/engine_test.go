@@ -695,6 +695,10 @@ func (m *slowMemory) ReadAt(p []byte, off int64) (int, error) {
 	return m.Region.ReadAt(p, off)
 }
 
+func (m *slowMemory) ReadEach(bufs [][]byte, offs []int64) (int, error) {
+	return readEach(m, bufs, offs)
+}
+
 // TestReaderPinsSegment: while one queue is in the middle of a copy, the other
 // writes the whole cache several times over.
 func TestReaderPinsSegment(t *testing.T) {

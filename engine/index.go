@@ -78,13 +78,20 @@ func (s span) end() uint16 { return s.off + s.n }
 // seekLocked places a cursor at the first extent of a tree that ends after off.
 func (s span) seekLocked(off uint16) cursor { return seek(&s.sh.slab, s.root, off) }
 
-// coverLocked returns the extent that has all of the span, if one has.
-func (s span) coverLocked() (e extent, ok bool) {
+// coverLocked returns the span as the extent has it that has all of it, 0 if none has.
+func (s span) coverLocked() slot {
 	if t := s.tableLocked(); t != nil {
 		return s.coverTableLocked(t)
 	}
-	e, ok = s.sh.slab.last(s.root, s.off)
-	return e, ok && e.end() >= s.end()
+	if e, ok := s.sh.slab.last(s.root, s.off); ok && e.end() >= s.end() {
+		return slotOf(e.from(s.off))
+	}
+	return 0
+}
+
+// extent returns the span's extent, of which v is the rest.
+func (s span) extent(v slot) extent {
+	return extent{off: s.off, n: s.n, pos: v.pos(), flags: v.flags(), seg: v.seg()}
 }
 
 func (sh *shard) countLocked(e extent, sign int64) {

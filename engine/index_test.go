@@ -219,8 +219,9 @@ func TestIndexAgainstArray(t *testing.T) {
 				}
 			}
 			for i := 0; i < stripeSectors; i += 61 {
-				if e, ok := x.span(at(stripe)+int64(i), 1).coverLocked(); ok != model[i].set || ok && !(int(e.off) <= i && i < int(e.end())) {
-					t.Fatalf("sector %d is covered by %+v, %t", i, e, ok)
+				v := x.span(at(stripe)+int64(i), 1).coverLocked()
+				if (sector{v.seg(), v.pos(), v.flags(), v != 0}) != model[i] {
+					t.Fatalf("sector %d is covered by %#x, want %+v", i, v, model[i])
 				}
 				if s.tableLocked() != nil {
 					continue

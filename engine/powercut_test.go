@@ -52,6 +52,12 @@ func (m *pageCache) ReadAt(p []byte, off int64) (int, error) {
 	return m.Region.ReadAt(p, off)
 }
 
+func (m *pageCache) ReadEach(bufs [][]byte, offs []int64) (int, error) {
+	m.power.RLock()
+	defer m.power.RUnlock()
+	return m.Region.ReadEach(bufs, offs)
+}
+
 func (m *pageCache) WriteAt(p []byte, off int64) (int, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

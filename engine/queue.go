@@ -48,6 +48,10 @@ type Queue struct {
 
 	finished, returned []*Request
 
+	copies struct { // scratch of readSome
+		bufs [readBatch][]byte
+		offs [readBatch]int64
+	}
 	pieces   []extent // scratch of a read
 	whole    []byte   // likewise
 	freeFill *fill
@@ -563,59 +567,62 @@ func (q *Queue) leaveLine(r *Request) {
 const readBatch = 8
 
 // readSome answers up to readBatch reads. Those that one extent covers, as is
-// usual, are looked up first, all of them: the memory that their data is in is
-// waited for longest, and the index meanwhile would leave the processor's cache.
+// usual, are looked up first, all of them, and then copied, all of them: the memory
+// that their data is in is waited for longest, and the index meanwhile would leave
+// the processor's cache.
 func (q *Queue) readSome(batch []*Request) {
 	var spans [readBatch]span
-	var hits [readBatch]extent
-	var found [readBatch]bool
+	var hits [readBatch]slot
+	bufs, offs := q.copies.bufs[:0], q.copies.offs[:0]
 	if q.c.failure() != ErrAborted {
 		for i, r := range batch {
 			spans[i] = q.c.index.spanOf(r)
 		}
 		lookAhead(spans[:len(batch)])
-		for i := range batch {
-			hits[i], found[i] = q.c.pinWhole(spans[i])
+		for i, r := range batch {
+			v := q.c.pinWhole(spans[i])
+			if hits[i] = v; v != 0 && q.c.justCopied(v) {
+				bufs = append(bufs, r.Buf)
+				offs = append(offs, q.c.layout.Offset(v.seg(), uint32(v.pos())<<sectorShift))
+			}
 		}
+	}
+	copied := 0
+	if m, ok := q.c.mem.(eachReader); ok && len(bufs) > 0 {
+		copied, _ = m.ReadEach(bufs, offs) // answer meets an error again
 	}
 	for i, r := range batch {
-		switch {
-		case !found[i]:
+		switch v := hits[i]; {
+		case v == 0:
 			q.read(r)
-		case !q.answerAtOnce(r, hits[i]):
-			q.answer(r, spans[i], hits[i:i+1])
+		case copied > 0 && q.c.justCopied(v):
+			copied--
+			q.c.unpin(v.seg())
+			q.counts.hits++
+			q.finished = append(q.finished, r)
+		default:
+			e := [1]extent{spans[i].extent(v)}
+			q.answer(r, spans[i], e[:])
 		}
 	}
 }
 
-// answerAtOnce does what answer is to do, for one pinned extent that has all of r, and
-// reports true, or nothing, where there is more to it: zeros, checksums, and memory that
-// fails.
-func (q *Queue) answerAtOnce(r *Request, e extent) bool {
-	c := q.c
-	if c.crc || e.flags&extZero != 0 {
-		return false
-	}
-	if _, err := c.mem.ReadAt(r.Buf, c.layout.Offset(e.seg, uint32(e.pos)<<sectorShift)); err != nil {
-		return false
-	}
-	c.unpin(e.seg)
-	q.counts.hits++
-	q.finished = append(q.finished, r)
-	return true
-}
+// justCopied reports whether to read an extent is to copy it, and no more.
+func (c *Cache) justCopied(v slot) bool { return !c.crc && v.flags()&extZero == 0 }
 
-// pinWhole returns the part that the span is of the extent that it can be read
-// from, pinned, if there is one.
-func (c *Cache) pinWhole(s span) (e extent, ok bool) {
+// pinWhole returns the span as one extent has it that can be read, whose segment it
+// pins, and 0 if there is none.
+func (c *Cache) pinWhole(s span) slot {
 	s.sh.Lock()
-	e, ok = s.coverLocked()
-	if ok = ok && e.flags&extLoading == 0; ok {
-		c.segments.all[e.seg].pins.Add(1)
-		e = s.clip(e)
+	v := s.coverLocked()
+	if v.flags()&extLoading != 0 {
+		v = 0
+	}
+	if v != 0 {
+		c.segments.all[v.seg()].pins.Add(1)
 	}
 	s.sh.Unlock()
-	return e, ok
+	return v
 }
 
 // read answers r from the cache and asks the disk for what is not there. If

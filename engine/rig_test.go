@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"sync"
 	"testing"
@@ -19,6 +20,16 @@ import (
 type fakeDisk struct{ *backing.Fake }
 
 func (fakeDisk) Buffer(n int) []byte { return make([]byte, n) }
+
+// readEach is a region's ReadEach where its ReadAt is watched.
+func readEach(m io.ReaderAt, bufs [][]byte, offs []int64) (n int, err error) {
+	for n < len(bufs) && err == nil {
+		if _, err = m.ReadAt(bufs[n], offs[n]); err == nil {
+			n++
+		}
+	}
+	return n, err
+}
 
 // testLog collects what the engine reports.
 type testLog struct {

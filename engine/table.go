@@ -53,8 +53,8 @@ type table struct {
 	n      uint16 // slots in use
 }
 
-// A slot is 0, or a block's extent: from the lowest bit, seg, pos, flags, and a bit that
-// is set.
+// A slot is 0, or what an extent says but for its bounds: from the lowest bit, seg, pos,
+// flags, and a bit that is set.
 type slot uint64
 
 const (
@@ -72,10 +72,12 @@ func slotOf(e extent) slot {
 
 // extent returns what the slot i of a table has.
 func (v slot) extent(i int) extent {
-	return extent{off: uint16(i * blockSectors), n: blockSectors, pos: v.pos(), flags: uint16((v & slotFlags) >> flagsShift), seg: uint32(v)}
+	return extent{off: uint16(i * blockSectors), n: blockSectors, pos: v.pos(), flags: v.flags(), seg: v.seg()}
 }
 
-func (v slot) pos() uint16 { return uint16(v >> posShift) }
+func (v slot) seg() uint32   { return uint32(v) }
+func (v slot) pos() uint16   { return uint16(v >> posShift) }
+func (v slot) flags() uint16 { return uint16((v & slotFlags) >> flagsShift) }
 
 // blocks reports whether the span is of whole blocks.
 func (s span) blocks() bool { return (s.off|s.n)%blockSectors == 0 }
@@ -107,13 +109,13 @@ func (t *table) run(i, to int) extent {
 }
 
 // coverTableLocked is coverLocked for a table.
-func (s span) coverTableLocked(t *table) (e extent, ok bool) {
+func (s span) coverTableLocked(t *table) slot {
 	i, to := s.slotRange()
-	if t.slots[i] == 0 {
-		return e, false
+	v := t.slots[i]
+	if v == 0 || to > i+1 && t.run(i, to).end() < s.end() {
+		return 0
 	}
-	e = t.run(i, to)
-	return e, e.end() >= s.end()
+	return v + slot(s.off%blockSectors)<<posShift
 }
 
 // partsTableLocked is partsLocked for a table.

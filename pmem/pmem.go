@@ -125,6 +125,22 @@ func (r *Region) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, err
 }
 
+// ReadEach does what ReadAt does for each of the buffers, from its offset, in order, with
+// one guard for all of them, and returns how many it has read, whole: all before the one
+// that an error is of.
+func (r *Region) ReadEach(bufs [][]byte, offs []int64) (n int, err error) {
+	defer r.guard(armGuard(), &err)
+	for i, p := range bufs {
+		off := offs[i]
+		if off < 0 || off > r.Size()-int64(len(p)) {
+			return n, r.outside(off, len(p))
+		}
+		copy(p, r.mem[off:])
+		n++
+	}
+	return n, nil
+}
+
 // WriteAt copies p into the region. off and len(p) are multiples of 8. What
 // it wrote is in order with other stores, and durable, only after Fence (and
 // Sync). After a *FaultError any part of p may have been written.

@@ -102,6 +102,27 @@ func TestBounds(t *testing.T) {
 	if _, err := r.ReadAt(p, 4097); !errors.Is(err, ErrRange) {
 		t.Errorf("read behind the end: %v", err)
 	}
+	for _, off := range []int64{-1, 4090, 4097, 1<<63 - 8} {
+		if n, err := r.ReadEach([][]byte{p, p, p}, []int64{0, off, 0}); n != 1 || !errors.Is(err, ErrRange) {
+			t.Errorf("reads at 0, %d and 0: %d, %v", off, n, err)
+		}
+	}
+}
+
+func TestReadEach(t *testing.T) {
+	r := Heap(4096)
+	for i := range r.mem {
+		r.mem[i] = byte(i * 7 >> 3)
+	}
+	bufs, offs := [][]byte{make([]byte, 512), {}, make([]byte, 100)}, []int64{1024, 4096, 3}
+	if n, err := r.ReadEach(bufs, offs); n != len(bufs) || err != nil {
+		t.Fatalf("%d, %v", n, err)
+	}
+	for i, p := range bufs {
+		if want := r.mem[offs[i]:][:len(p)]; !bytes.Equal(p, want) {
+			t.Errorf("at %d there is %x, want %x", offs[i], p, want)
+		}
+	}
 }
 
 // TestFault takes away the file under the mapping.
@@ -129,6 +150,12 @@ func TestFault(t *testing.T) {
 		if err := call(bad - 8192); err != nil {
 			t.Errorf("%s before the hole: %v", name, err)
 		}
+	}
+	first := make([]byte, 8192)
+	n, err := r.ReadEach([][]byte{first, p, first}, []int64{0, bad - 4096, 0})
+	var fault *FaultError
+	if n != 1 || !errors.As(err, &fault) || fault.Off < bad || fault.Off >= bad+4096 {
+		t.Errorf("reads before the hole, into it and before it: %d, %v", n, err)
 	}
 	if debug.SetPanicOnFault(false) {
 		t.Error("faults of the goroutine still panic")
@@ -173,10 +200,12 @@ func TestForeignFault(t *testing.T) {
 func TestNoAllocations(t *testing.T) {
 	r := open(t)
 	p := make([]byte, 4096)
+	bufs, offs := [][]byte{p, p}, []int64{0, 4096}
 	if n := testing.AllocsPerRun(100, func() {
 		r.WriteAt(p, 4096)
 		r.Zero(8192, 24)
 		r.ReadAt(p, 4096)
+		r.ReadEach(bufs, offs)
 		r.Fence()
 	}); n != 0 {
 		t.Errorf("%v allocations", n)
