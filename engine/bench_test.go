@@ -344,27 +344,34 @@ func BenchmarkDrain(b *testing.B) {
 	})
 }
 
-// BenchmarkReplay opens a cache of a million keys; an operation is a key.
+// BenchmarkReplay opens a cache whose log has a GiB of the device in random order, in whole
+// blocks, or every second sector of it; an operation is a key.
 func BenchmarkReplay(b *testing.B) {
 	withAndWithoutSums(b, func(b *testing.B, crc bool) {
-		const keys, batch = 1 << 20, 128
-		x := newBench(b, keys*1024, 1, crc)
-		c := newClient(x, 0, batch, sectorSize, Write)
-		c.offs = make([]int64, keys)
-		for i, k := range rand.Perm(keys) {
-			c.offs[i] = int64(k) * 1024
+		for _, size := range []int{sectorSize, 4096} {
+			b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
+				const device, batch = 1 << 30, 128
+				apart := max(size, 2*sectorSize)
+				keys := device / apart
+				x := newBench(b, device, 1, crc)
+				c := newClient(x, 0, batch, size, Write)
+				c.offs = make([]int64, keys)
+				for i, k := range rand.Perm(keys) {
+					c.offs[i] = int64(k * apart)
+				}
+				c.run(keys)
+				x.end(b)
+				b.ResetTimer()
+				for left := b.N; left > 0; left -= keys {
+					x.start(b, 1)
+					b.StopTimer()
+					x.end(b)
+					b.StartTimer()
+				}
+				b.StopTimer()
+				b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(whole(b.N, keys, 1)), "ns/key")
+			})
 		}
-		c.run(keys)
-		x.end(b)
-		b.ResetTimer()
-		for left := b.N; left > 0; left -= keys {
-			x.start(b, 1)
-			b.StopTimer()
-			x.end(b)
-			b.StartTimer()
-		}
-		b.StopTimer()
-		b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(whole(b.N, keys, 1)), "ns/key")
 	})
 }
 
@@ -421,10 +428,14 @@ func BenchmarkIndex(b *testing.B) {
 			})
 		}
 		sub("lookup", func(i int) { find(i) })
+		// However few extents there are, what is copied is from all of the GiB, or it would
+		// be in the processor's cache with few and not with many.
 		m, buf := benchRegion(), make([]byte, 4096)
+		const apart = 7919 * 4096
 		hit := func(i int) {
-			e := find(i)
-			if _, err := m.ReadAt(buf, int64(e.seg())*ondisk.SegmentSize+int64(e.pos())<<sectorShift); err != nil {
+			v := find(i)
+			at := (int64(v.seg())*ondisk.SegmentSize + int64(v.pos())<<sectorShift + int64(i)*apart) % benchFull
+			if _, err := m.ReadAt(buf, at); err != nil {
 				panic(err)
 			}
 		}

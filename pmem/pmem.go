@@ -85,10 +85,19 @@ type Region struct {
 
 // Heap returns a region of size bytes, a multiple of 8, on the Go heap. The
 // race detector follows accesses to it, as it does not for a mapping; they are
-// the same otherwise.
+// the same otherwise. A large one is on huge pages, if there are any, as a
+// device-dax is.
 func Heap(size int64) *Region {
-	return &Region{mem: make([]byte, size), kind: HeapMemory, persistence: Volatile, doubt: "it is on the heap"}
+	mem := make([]byte, size)
+	if size >= hugeHeap {
+		unix.Madvise(mem, unix.MADV_HUGEPAGE)
+	}
+	return &Region{mem: mem, kind: HeapMemory, persistence: Volatile, doubt: "it is on the heap"}
 }
+
+// hugeHeap is from how many bytes on a region on the heap is on huge pages. A smaller one
+// is a test's, which touches little of it.
+const hugeHeap = 1 << 30
 
 // Size returns the usable size in bytes.
 func (r *Region) Size() int64 { return int64(len(r.mem)) }
