@@ -19,8 +19,9 @@ type listed struct {
 	Device  string `json:"device"`
 	PMEM    string `json:"pmem"`
 	Backing string `json:"backing"`
-	State   string `json:"state"` // starting, live, dead (recover it), gone or damaged (del it)
-	PID     int    `json:"pid"`   // 0 without a server
+	State   string `json:"state"`   // starting, live, dead (recover it), gone or damaged (del it)
+	PID     int    `json:"pid"`     // 0 without a server
+	Version string `json:"version"` // of the server, or of the last one; empty of one that does not tell
 }
 
 func newListCmd() *cobra.Command {
@@ -47,9 +48,9 @@ func newListCmd() *cobra.Command {
 				return printJSON(all)
 			}
 			w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
-			fmt.Fprintln(w, "ID\tDEVICE\tPMEM\tBACKING\tSTATE\tPID")
+			fmt.Fprintln(w, "ID\tDEVICE\tPMEM\tBACKING\tSTATE\tPID\tVERSION")
 			for _, l := range all {
-				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%d\n", l.ID, l.Device, l.PMEM, l.Backing, l.State, l.PID)
+				fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%d\t%s\n", l.ID, l.Device, l.PMEM, l.Backing, l.State, l.PID, orUnknown(l.Version))
 			}
 			return w.Flush()
 		},
@@ -82,7 +83,7 @@ func look(d *device) (listed, error) {
 		}
 		return listed{ID: b.ID, Device: b.Device, State: "damaged", PID: b.PID}, nil
 	}
-	l := listed{ID: d.ID, Device: d.Device, PMEM: d.PMEM, Backing: d.Backing, PID: d.PID}
+	l := listed{ID: d.ID, Device: d.Device, PMEM: d.PMEM, Backing: d.Backing, PID: d.PID, Version: d.Version}
 	alive := d.alive()
 	if !alive {
 		l.PID = 0

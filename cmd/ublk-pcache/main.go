@@ -38,6 +38,7 @@ func main() {
 	root := &cobra.Command{
 		Use:           "ublk-pcache",
 		Short:         "A persistent-memory cache in front of a slow disk, served in user space",
+		Version:       longVersion(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		PersistentPreRunE: func(*cobra.Command, []string) error {

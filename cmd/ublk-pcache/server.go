@@ -165,7 +165,7 @@ func start(o serveOptions) (_ *server, err error) {
 		return nil, err
 	}
 	s.accept()
-	s.log.Info("serving", zap.Any("device", s.dev), zap.Bool("recovered", o.Recover))
+	s.log.Info("serving", zap.String("version", longVersion()), zap.Any("device", s.dev), zap.Bool("recovered", o.Recover))
 	return s, nil
 }
 

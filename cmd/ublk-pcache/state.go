@@ -39,6 +39,7 @@ type device struct {
 	Backing   string `json:"backing"`
 	Cache     string `json:"cache"`          // UUID of the cache on PMEM; empty before it is known
 	Unit      string `json:"unit,omitempty"` // of systemd's, in which the server is
+	Version   string `json:"version"`        // of the server; empty of one that does not tell
 	Mark      uint64 `json:"mark"`           // see newMark; 0 of a server that drew none
 	PID       int    `json:"pid"`
 	Started   uint64 `json:"started"` // when PID was, in clock ticks since boot
@@ -319,6 +320,7 @@ func lockStates() (unlock func(), err error) {
 
 // servedByUs makes this process the server of d.
 func (d *device) servedByUs() {
+	d.Version = version
 	d.PID = os.Getpid()
 	d.Started = startOf(d.PID)
 }

@@ -152,7 +152,7 @@ func (l *listed) rows() (row func(name, format string, args ...any), flush func(
 	}
 	server := "no server"
 	if l.PID != 0 {
-		server = fmt.Sprintf("server %d", l.PID)
+		server = fmt.Sprintf("server %d, version %s", l.PID, orUnknown(l.Version))
 	}
 	row("device", "%s, %s, %s", l.Device, l.State, server)
 	row("pmem", "%s", l.PMEM)

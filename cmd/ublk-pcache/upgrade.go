@@ -87,11 +87,13 @@ why. If it fails after that, the device waits for 'ublk-pcache recover'.`,
 			if err != nil {
 				return err
 			}
+			from := versionServing(id)
 			r, err := ask(id, command{Do: "upgrade"})
 			if err != nil {
 				return err
 			}
-			fmt.Printf("device %d is served by process %d, requests waited for %v\n", id, r.Upgrade.PID, r.Upgrade.Pause.Round(time.Millisecond))
+			fmt.Printf("device %d is served by process %d, version %s in place of %s, requests waited for %v\n",
+				id, r.Upgrade.PID, versionServing(id), from, r.Upgrade.Pause.Round(time.Millisecond))
 			return nil
 		},
 	}
@@ -359,7 +361,7 @@ func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
 	if _, err := daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", os.Getpid())); err != nil {
 		s.log.Error("systemd does not hear of the new server, and does not start another when it dies", zap.Error(err))
 	}
-	s.log.Info("serving, in place of another server", zap.Any("device", s.dev))
+	s.log.Info("serving, in place of another server", zap.String("version", longVersion()), zap.Any("device", s.dev))
 	return s, nil
 }
 

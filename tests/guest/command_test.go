@@ -116,6 +116,7 @@ type entry struct {
 	Backing string `json:"backing"`
 	State   string `json:"state"`
 	PID     int    `json:"pid"`
+	Version string `json:"version"`
 }
 
 func list(t *testing.T) []entry {

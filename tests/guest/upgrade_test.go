@@ -24,6 +24,8 @@ var upgrades = flag.Int("upgrades", 3, "how often the server is replaced")
 func TestUpgrade(t *testing.T) {
 	const good = "/share/ublk-pcache"
 	rnd := rand.New(rand.NewPCG(*seed, 0))
+	version := strings.Fields(pcache(t, "--version"))[2]
+	said := fmt.Sprintf("version %s in place of %[1]s, requests waited for ", version)
 	pause := func() { time.Sleep(time.Duration(500+rnd.IntN(1500)) * time.Millisecond) }
 	underLoad(t, func(d device) {
 		for range *upgrades {
@@ -31,7 +33,8 @@ func TestUpgrade(t *testing.T) {
 			before := d.entry(t).PID
 			out := pcache(t, "upgrade", d.id)
 			t.Log(strings.TrimSpace(out))
-			if after := d.entry(t); after.PID == before || after.State != "live" || !strings.Contains(out, "requests waited for ") {
+			after := d.entry(t)
+			if after.PID == before || after.State != "live" || after.Version != version || !strings.Contains(out, said) {
 				t.Errorf("upgrade printed %q, process %d became %+v", out, before, after)
 			}
 			requireEnd(t, before)
