@@ -7,7 +7,7 @@ SHELL := /bin/bash
 # The race detector is linked by gcc; the program itself never is.
 export CGO_ENABLED = 0
 
-.PHONY: build install demo test vet unit count race arm64 vm soak bench bench-count bench-vm bench-report
+.PHONY: build install demo check test vet unit count race arm64 vm soak bench bench-count bench-vm bench-report
 
 build:
 	go build -o bin/ublk-pcache ./cmd/ublk-pcache
@@ -40,9 +40,18 @@ vet:
 	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "not gofmt-ed: $$unformatted"; exit 1; fi
 	go vet -tags vm ./...
 	go tool staticcheck -tags vm ./...
+	go run ./tests/walls
 
 unit:
 	go test -count=1 ./...
+
+# The engine's random tests with small budgets.
+brief = -storm.ops=40 -storm.rounds=1 -hostile.execs=1000 -crash.states=1000 -model.cases=5 -meta.cases=5 -linear.rounds=2
+
+# For every commit: what takes a minute or two.
+check: vet
+	go test -count=1 $$(go list ./... | grep -vx ublk-pcache/engine)
+	go test -count=1 ./engine $(brief)
 
 # need installs packages for a program that is missing.
 need = command -v $(1) >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends $(2); }
@@ -55,9 +64,7 @@ count:
 race:
 	@$(call need,gcc,gcc libc6-dev)
 	CGO_ENABLED=1 go test -count=1 -race -skip '^TestRepair' $$(go list ./... | grep -vx ublk-pcache/engine)
-	CGO_ENABLED=1 go test -count=1 -race -timeout 40m ./engine -skip 'TestBadMemoryUnderLoad/durable=false|^TestIndexBytes$$' \
-	  -storm.ops=40 -storm.rounds=1 \
-	  -hostile.execs=1000 -crash.states=1000 -model.cases=5 -meta.cases=5 -linear.rounds=2
+	CGO_ENABLED=1 go test -count=1 -race -timeout 40m ./engine -skip 'TestBadMemoryUnderLoad/durable=false|^TestIndexBytes$$' $(brief)
 
 arm64:
 	GOARCH=arm64 go build ./...
