@@ -115,6 +115,7 @@ type Options struct {
 // Cache is an open cache.
 type Cache struct {
 	mem    Memory
+	each   eachReader // mem, nil if it is none
 	disk   Disk
 	size   int64 // of the disk
 	layout *ondisk.Layout
@@ -188,6 +189,7 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 		crc:  layout.Info.Flags.DataCRC(),
 		stop: make(chan struct{}), aborted: make(chan struct{}),
 	}
+	c.each, _ = mem.(eachReader)
 	c.index = newIndex(c.size)
 	for _, n := range layout.Notes {
 		c.log.Error(n.String(), nil)

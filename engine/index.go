@@ -83,10 +83,11 @@ func (s span) coverLocked() slot {
 	if t := s.tableLocked(); t != nil {
 		return s.coverTableLocked(t)
 	}
-	if e, ok := s.sh.slab.last(s.root, s.off); ok && e.end() >= s.end() {
-		return slotOf(e.from(s.off))
+	e := s.sh.slab.last(s.root, s.off)
+	if e == nil || e.end() < s.end() {
+		return 0
 	}
-	return 0
+	return slotOf(*e) + slot(s.off-e.off)<<posShift
 }
 
 // extent returns the span's extent, of which v is the rest.

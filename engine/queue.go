@@ -48,9 +48,11 @@ type Queue struct {
 
 	finished, returned []*Request
 
-	copies struct { // scratch of readSome
-		bufs [readBatch][]byte
-		offs [readBatch]int64
+	found struct { // scratch of readSome
+		spans [readBatch]span
+		hits  [readBatch]slot
+		bufs  [readBatch][]byte
+		offs  [readBatch]int64
 	}
 	pieces   []extent // scratch of a read
 	whole    []byte   // likewise
@@ -571,14 +573,15 @@ const readBatch = 8
 // that their data is in is waited for longest, and the index meanwhile would leave
 // the processor's cache.
 func (q *Queue) readSome(batch []*Request) {
-	var spans [readBatch]span
-	var hits [readBatch]slot
-	bufs, offs := q.copies.bufs[:0], q.copies.offs[:0]
-	if q.c.failure() != ErrAborted {
+	spans, hits := q.found.spans[:len(batch)], q.found.hits[:len(batch)]
+	bufs, offs := q.found.bufs[:0], q.found.offs[:0]
+	if q.c.failure() == ErrAborted {
+		clear(hits)
+	} else {
 		for i, r := range batch {
 			spans[i] = q.c.index.spanOf(r)
 		}
-		lookAhead(spans[:len(batch)])
+		lookAhead(spans)
 		for i, r := range batch {
 			v := q.c.pinWhole(spans[i])
 			if hits[i] = v; v != 0 && q.c.justCopied(v) {
@@ -588,8 +591,8 @@ func (q *Queue) readSome(batch []*Request) {
 		}
 	}
 	copied := 0
-	if m, ok := q.c.mem.(eachReader); ok && len(bufs) > 0 {
-		copied, _ = m.ReadEach(bufs, offs) // answer meets an error again
+	if q.c.each != nil && len(bufs) > 0 {
+		copied, _ = q.c.each.ReadEach(bufs, offs) // answer meets an error again
 	}
 	for i, r := range batch {
 		switch v := hits[i]; {

@@ -386,12 +386,12 @@ func descend(s *slab, root uint32, off uint16) cursor {
 	return c
 }
 
-// last returns the last extent that begins at off or before, if there is one: without a
-// cursor's way from the root, which nobody needs who only looks.
-func (s *slab) last(root uint32, off uint16) (e extent, ok bool) {
+// last returns the last extent that begins at off or before, nil if there is none: without
+// a cursor's way from the root, which nobody needs who only looks.
+func (s *slab) last(root uint32, off uint16) *extent {
 	id := s.roots[root]
 	if id == 0 {
-		return e, false
+		return nil
 	}
 	nd := s.at(id)
 	i := nd.search(off)
@@ -400,10 +400,13 @@ func (s *slab) last(root uint32, off uint16) (e extent, ok bool) {
 		i = nd.search(off)
 	}
 	if i > 0 {
-		return *nd.at(i - 1), true
+		return nd.at(i - 1)
 	}
 	c := descend(s, root, off) // it may be in the leaf before, see seek
-	return c.before()
+	if !c.prev() {
+		return nil
+	}
+	return c.at()
 }
 
 // seek places the cursor at the first extent that ends after off. The extent
