@@ -11,10 +11,10 @@ import (
 // Memory fails in places, and accesses of those are errors. What comes of it
 // depends on what is there:
 //
-//	clean data     is forgotten, and asked of the disk (queue.go)
+//	clean data     is forgotten, and asked of the disk (read.go)
 //	dirty data     is an error until it is overwritten, and write-back goes
 //	               round it (stuck.go)
-//	a store of it  is made in another segment (queue.go)
+//	a store of it  is made in another segment (write.go)
 //	a kset         is never read again: everything is written back by the
 //	               index, and the tails pass it (detour.go)
 //	a store of it  is made in another segment, if the head can still be left

@@ -371,3 +371,18 @@ func (j *journal) movedLocked(head ondisk.Position) {
 	j.mu.seq = ondisk.NextSeq(j.mu.seq)
 	j.mu.written++
 }
+
+// errStopWalk ends a walk of the log that has come far enough.
+var errStopWalk = errors.New("far enough")
+
+// walk visits the ksets of [from, to), both of which are places that the log
+// came through, until visit returns false. after is where the kset ends.
+func (c *Cache) walk(w *ondisk.Walker, from, to ondisk.Position, visit func(k *ondisk.Kset, after ondisk.Position) bool) *ondisk.Damage {
+	damage, _ := w.WalkTo(c.layout, c.mem, from, to, func(k *ondisk.Kset, after ondisk.Position) error {
+		if !visit(k, after) {
+			return errStopWalk
+		}
+		return nil
+	})
+	return damage
+}

@@ -1,0 +1,160 @@
+package engine
+
+import (
+	"fmt"
+	"time"
+	"ublk-pcache/ondisk"
+)
+
+// A round goes to the disk in transfers, several at a time: neighbours in one, what was put
+// aside before alone, so that only what is really wrong fails again.
+
+// transfer is one write to the disk.
+type transfer struct {
+	buf   []byte
+	n     int // bytes, 0 while nothing is under way
+	off   int64
+	parts []part // what it writes
+	err   error
+	done  func(error)
+	begun time.Time
+	took  time.Duration
+}
+
+// transferParts writes parts in order, neighbours joined, and returns once
+// nothing is under way any more, or everything was given up. What was put aside
+// before goes alone, so that only what is really wrong fails again. From time to
+// time shorten, if there is one, says how many parts are left, of which i have gone.
+func (c *Cache) transferParts(parts []part, shorten func(i int) []part) error {
+	w := &c.writeback
+	take := func() *transfer {
+		var t *transfer
+		select {
+		case t = <-w.free:
+		case <-c.aborted:
+			return nil
+		}
+		if t.err != nil {
+			err := fmt.Errorf("write %d bytes at %d of the backing device: %w", t.n, t.off, t.err)
+			for i := range t.parts {
+				t.parts[i].err = err
+			}
+		} else if len(t.parts) > 0 {
+			if t.parts[0].zero() {
+				w.zeroesTook(t.n, t.took)
+			} else {
+				w.inRound.Add(int64(t.n))
+			}
+		}
+		t.err, t.n, t.parts = nil, 0, nil
+		return t
+	}
+	late := time.Now().Add(w.step)
+	for i := 0; i < len(parts); {
+		t, from := take(), i
+		if t == nil {
+			return ErrAborted
+		}
+		if c.stopping() {
+			w.free <- t
+			break
+		}
+		if now := time.Now(); shorten != nil && now.After(late) {
+			parts, late = shorten(i), now.Add(w.step)
+			if i == len(parts) {
+				w.free <- t
+				break
+			}
+		}
+		t.off = parts[i].off
+		zero, unread := parts[i].zero(), 0
+		for ; unread == 0 && i < len(parts) && t.joins(parts[from:i], &parts[i], w.zeroes); i++ {
+			p := &parts[i]
+			p.err, p.lost = nil, false // of the round before
+			if !zero {
+				p.err = c.load(t.buf[t.n:t.n+p.len()], p)
+			}
+			if p.err != nil {
+				unread = 1 // what lies before it goes; behind it a new transfer begins
+			} else {
+				t.n += p.len()
+			}
+		}
+		t.parts, t.begun = parts[from:i-unread], time.Now()
+		switch b := int64(c.disk.BlockSize()); {
+		case t.n == 0:
+			w.free <- t
+		case t.off%b != 0 || int64(t.n)%b != 0:
+			t.done(fmt.Errorf("%w: blocks of %d", ErrUnaligned, b))
+		case zero:
+			c.disk.Zero(t.off, int64(t.n), t.done)
+		default:
+			w.written.Add(uint64(t.n))
+			c.disk.Write(t.buf[:t.n], t.off, t.done)
+		}
+	}
+	all := make([]*transfer, w.depth)
+	for i := range all {
+		if all[i] = take(); all[i] == nil {
+			return ErrAborted
+		}
+	}
+	for _, t := range all {
+		w.free <- t
+	}
+	if c.stopping() {
+		return errRest
+	}
+	return nil
+}
+
+// zeroesTook adapts the size of transfers of zeros to how long one of n bytes took. Many disks
+// make any number of zeros at once, and some have to write them.
+func (w *writeback) zeroesTook(n int, d time.Duration) {
+	switch {
+	case d > w.step/4:
+		w.zeroes = max(w.zeroes/2, ondisk.StripeSize)
+	case d < w.step/40 && n >= w.zeroes:
+		w.zeroes = min(w.zeroes*2, MaxZero)
+	}
+}
+
+// joins reports whether p can go with what the transfer has. zeroes is how many of
+// those may go together.
+func (t *transfer) joins(has []part, p *part, zeroes int) bool {
+	switch {
+	case len(has) == 0:
+		return true
+	case p.off != t.off+int64(t.n) || p.wait > 0 || has[0].wait > 0 || p.zero() != has[0].zero():
+		return false
+	case p.zero():
+		return t.n < zeroes
+	default:
+		return t.n+p.len() <= len(t.buf)
+	}
+}
+
+// load copies a part out of the region and verifies it.
+func (c *Cache) load(buf []byte, p *part) error {
+	if err := c.readExtent(buf, p.e, &c.writeback.whole); err != nil {
+		p.lost = true
+		c.badData(p.e, p.off, err, &c.writeback.whole)
+		return fmt.Errorf("dirty data of offset %d, length %d cannot be read: %w", p.off, p.len(), err)
+	}
+	return nil
+}
+
+// flushDisk flushes the disk, or does not wait for that any longer when nobody
+// relies on it: a closed channel says so.
+func (c *Cache) flushDisk(rest <-chan struct{}) error {
+	done := make(chan error, 1)
+	c.disk.Flush(func(err error) { done <- err })
+	select {
+	case err := <-done:
+		return err
+	case <-rest:
+		return errRest
+	case <-c.aborted:
+		return ErrAborted
+	}
+}
