@@ -7,6 +7,8 @@ import (
 	"io"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -293,4 +295,44 @@ func (r *rig) read(t testing.TB, off int64, n int) []byte {
 		t.Fatal(err)
 	}
 	return p
+}
+
+// turn submits requests as one turn and fails unless all of them finish in it.
+func turn(t *testing.T, q *Queue, rs ...*Request) {
+	t.Helper()
+	for _, r := range rs {
+		q.Submit(r)
+	}
+	done := q.Turn()
+	if len(done) != len(rs) {
+		t.Fatalf("%d of %d requests finished", len(done), len(rs))
+	}
+	for _, r := range done {
+		if r.Err != nil {
+			t.Fatal(r.Err)
+		}
+	}
+}
+
+// open opens a cache without threads, for tests that are the thread.
+func open(t *testing.T, mem Memory, disk *backing.Fake) *Cache {
+	t.Helper()
+	c, err := Open(mem, fakeDisk{disk}, Options{Queues: 1, Log: &testLog{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// stuckDisk returns a disk that fails all writes until it is told not to.
+func stuckDisk(size int64) (disk *backing.Fake, heal func()) {
+	disk = backing.NewFake(size, 512, 1)
+	var healed atomic.Bool
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if op.Kind == backing.OpWrite && !healed.Load() {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
+	return disk, func() { healed.Store(true) }
 }

@@ -1,6 +1,10 @@
 package engine
 
 import (
+	"bytes"
+	"context"
+	"errors"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -135,5 +139,73 @@ func TestSweepAfterFailedFlush(t *testing.T) {
 		if v, err := stamp(p[:sectorSize], i*block/sectorSize); v != 1 || err != nil {
 			t.Errorf("after a flush the disk has version %d of MiB %d, %v", v, i, err)
 		}
+	}
+}
+
+// TestFailedFlushKeepsDirtyTail: what was written before a flush that failed is
+// written again, and only then counts as written.
+func TestFailedFlushKeepsDirtyTail(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 8, false, 70)
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	var failing atomic.Bool
+	failing.Store(true)
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if op.Kind == backing.OpFlush && failing.Load() {
+			f.Err = syscall.EIO
+		}
+		return f
+	})
+	r := newRig(t, mem, disk, 1)
+	data := make([]byte, 1<<20)
+	fillStamp(data, 0, 1)
+	r.write(t, 0, data)
+	before, _ := r.tails.dirtyTail()
+	if err := r.Flush(context.Background()); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("flush over a failing flush of the disk: %v", err)
+	}
+	if after, _ := r.tails.dirtyTail(); after != before {
+		t.Fatalf("dirty_tail moved from %v to %v", before, after)
+	}
+	if s := r.Status(); s.State != Degraded {
+		t.Errorf("state %q after a failed flush", s.State)
+	}
+	failing.Store(false)
+	if err := r.Flush(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if s := r.Status(); s.State != Healthy || s.DirtyBytes != 0 {
+		t.Errorf("state %q with %d dirty bytes after the disk healed", s.State, s.DirtyBytes)
+	}
+	r.kill()
+	got := make([]byte, len(data))
+	crashed := disk.Crash()
+	defer crashed.Close()
+	crashed.ReadAt(got, 0)
+	if !bytes.Equal(got, data) {
+		t.Error("the disk does not have what the second flush confirmed")
+	}
+}
+
+// TestKeyLongerThanTransfer: the kernel makes keys of up to 4 MiB.
+func TestKeyLongerThanTransfer(t *testing.T) {
+	mem := pmem.Heap(ondisk.MinSize)
+	formatSmall(t, mem, 8, false, 70)
+	disk := backing.NewFake(8<<20, 512, 1)
+	defer disk.Close()
+	r := newRig(t, mem, disk, 1)
+	data := stamped(0, 4<<20/sectorSize, 1)
+	r.write(t, 0, data)
+	within(t, "a flush", func() {
+		if err := r.Flush(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	r.kill()
+	got := make([]byte, len(data))
+	disk.ReadAt(got, 0)
+	if !bytes.Equal(got, data) {
+		t.Error("the disk does not have what was flushed")
 	}
 }
