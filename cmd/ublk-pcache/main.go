@@ -9,9 +9,10 @@
 // socket per device takes requests while the server lives, and a log, where
 // the server is in the background and in no unit.
 //
-// There is one file per command; server.go is what a server does, launch.go
-// how it becomes one, files.go what it opens, state.go, ask.go and control.go
-// where the two roles meet.
+// What a command does is in the file that has its name. What a server does is in
+// server.go and the files whose names begin so. Between them are launch.go and unit.go,
+// by which a command becomes, or starts, a server, and state.go and ask.go, by which
+// commands know of servers and talk to them.
 package main
 
 import (

@@ -40,7 +40,7 @@ type serveOptions struct {
 	Changed engine.Choice `json:"changed,omitempty"`
 
 	// Upgrade makes the new server follow the one that starts it, at this end of
-	// the log (see upgrade.go).
+	// the log (see server_upgrade.go).
 	Upgrade *engine.Head `json:"upgrade,omitempty"`
 	Socket  bool         `json:"socket,omitempty"` // it is handed over, too
 
