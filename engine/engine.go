@@ -218,15 +218,15 @@ func (c *Cache) start() {
 	c.workLocked()
 }
 
-// Queue returns queue i. All of its methods but the ones that say otherwise
-// are for the one thread that serves it.
+// Queue returns queue i, from 0 to Options.Queues - 1. Any goroutine may ask for it; all
+// of its methods but the ones that say otherwise are for the one thread that serves it.
 func (c *Cache) Queue(i int) *Queue { return c.queues[i] }
 
 // Close ends the cache's own work and leaves the region such that Open finds
 // everything acknowledged. The queues must have ended: no request may be
 // under way. Dirty data stays where it is. Close waits for what write-back has
 // under way, unless Abort is called before or meanwhile; then its error is
-// ErrAborted.
+// ErrAborted. Any goroutine, once. Each Flush that is under way ends with ErrStopped.
 func (c *Cache) Close() error {
 	close(c.stop)
 	c.rest(context.Background())

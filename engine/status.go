@@ -148,7 +148,8 @@ func (c *Cache) Status() Status {
 }
 
 // SetGCPercent makes garbage collection keep the cache at most n percent full,
-// 0 to 90, now and after a restart.
+// 0 to 90, now and after a restart. Its error is ErrOptions for another n, or what keeps
+// it from being stored; then the old one stays. Any goroutine.
 func (c *Cache) SetGCPercent(n int) error {
 	if n < 0 || n > ondisk.MaxGCPercent {
 		return fmt.Errorf("%w: gc_percent %d is not within 0 to %d", ErrOptions, n, ondisk.MaxGCPercent)

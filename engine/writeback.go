@@ -211,7 +211,8 @@ func (x *expiry) expired(now time.Time, written uint64) uint64 {
 // Flush writes all data back that is dirty now, and returns when the disk has
 // confirmed its flush. It returns the error of the first round that fails from
 // now on, or, when everything has been tried, that of what could not be written.
-// It stays dirty, and write-back goes on trying.
+// It stays dirty, and write-back goes on trying. It returns ErrStopped where the cache
+// is closed, and ctx's error where that ends first. Any goroutine, any number at a time.
 func (c *Cache) Flush(ctx context.Context) error {
 	w := flushWaiter{done: make(chan error, 1)}
 	select {

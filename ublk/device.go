@@ -273,7 +273,7 @@ type Successor struct {
 
 // Prepare does what a recovery can do while the old server is there: it makes
 // the queues' memory, threads and rings. TakeOver, or the end of the process,
-// must follow.
+// must follow. fatal is as for Create.
 func Prepare(id int, fatal func(error)) (*Successor, error) {
 	if err := checkID(id); err != nil {
 		return nil, err
@@ -316,7 +316,8 @@ func (d *Device) CanLetGo() error {
 	return checkChar(d.info.devID)
 }
 
-// TakeOver waits for the old server to let go, or to be dead, and continues.
+// TakeOver waits for the old server to let go, or to be dead, and continues. It is
+// called once.
 func (s *Successor) TakeOver(newHandler NewHandler) (*Device, error) {
 	defer s.control.close()
 	d, id := s.d, s.d.info.devID
@@ -335,7 +336,8 @@ func (s *Successor) TakeOver(newHandler NewHandler) (*Device, error) {
 
 // LetGo ends the queues after the turn they are at, and gives the device to
 // the next server as if this one had died. What the handlers hold is submitted
-// there again; what they returned has been answered.
+// there again; what they returned has been answered. It returns when the queues have
+// ended. Either LetGo or Stop is called, once; afterwards only Done, ID and Path may be.
 func (d *Device) LetGo() { d.leave() }
 
 // waitForDeath starts the recovery as soon as the driver lets go of the old
@@ -520,8 +522,8 @@ func (d *Device) Path() string { return diskPath(d.info.devID) }
 // Queues is how many queues the driver gave the device.
 func (d *Device) Queues() int { return int(d.info.nrHwQueues) }
 
-// Done is closed when all queues have ended cleanly: after Stop, or when
-// another process has stopped or quiesced the device.
+// Done is closed when all queues have ended cleanly: after Stop or LetGo, or when
+// another process has stopped or quiesced the device. Any goroutine.
 func (d *Device) Done() <-chan struct{} { return d.ended }
 
 // Stop removes the disk, after the requests in flight, and ends the queues; no
@@ -548,8 +550,9 @@ func (d *Device) Stop(force bool) error {
 	return nil
 }
 
-// Delete frees the device's number after Stop. It waits until the last of
-// those who have the disk open closes it.
+// Delete frees the device's number after Stop. It waits until the last of those who
+// have the disk open closes it, without an end to that. Any goroutine; called again, it
+// finds no device.
 func (d *Device) Delete() error {
 	c, err := openControl()
 	if err != nil {
