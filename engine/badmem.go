@@ -16,7 +16,7 @@ import (
 //	               round it (stuck.go)
 //	a store of it  is made in another segment (write.go)
 //	a kset         is never read again: everything is written back by the
-//	               index, and the tails pass it (detour.go)
+//	               index, and the tails pass it (logdamage.go)
 //	a store of it  is made in another segment, if the head can still be left
 //	               for one (log.go)
 //	a generation   costs its segment, which is not used again

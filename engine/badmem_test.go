@@ -468,7 +468,7 @@ func TestBadMemoryUnderLoad(t *testing.T) {
 					for head := r.Status().Writes; ; time.Sleep(time.Millisecond) {
 						st := r.Status()
 						named := c.names == "" || slices.ContainsFunc(st.BadPlaces, func(p BadPlace) bool { return strings.Contains(p.What, c.names) })
-						if st.State == c.want && named && r.hurt.Load() == nil && (c.want == Failed || st.Writes > head+300) {
+						if st.State == c.want && named && r.logDamage.Load() == nil && (c.want == Failed || st.Writes > head+300) {
 							return
 						}
 						if len(ended) > 0 && c.want != Failed {

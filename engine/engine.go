@@ -138,7 +138,7 @@ type Cache struct {
 	failed    atomic.Pointer[failure]
 	errs      errorCounts
 	badMemory badMemory
-	hurt      atomic.Pointer[hurt] // of the log, nil while it can be read
+	logDamage atomic.Pointer[logDamage] // of the log, nil while it can be read
 
 	workers workers
 	stop    chan struct{}

@@ -106,7 +106,7 @@ func (c *Cache) gcLoop() {
 			more = false
 			// A cache that has failed still has its tails pass what cannot be
 			// read, or it would not open again.
-			if c.failure() == nil || c.hurt.Load() != nil {
+			if c.failure() == nil || c.logDamage.Load() != nil {
 				var err error
 				if more, err = c.gcStep(); err != nil {
 					c.fail(err)
@@ -142,9 +142,9 @@ func (c *Cache) gcStep() (changed bool, err error) {
 	from := c.tails.keyTail()
 	to, cleaned := c.tails.dirtyTail()
 	if from == to {
-		c.logHealed(cleaned)
+		c.clearLogDamage(cleaned)
 	}
-	needed := c.gcNeeded() || c.hurt.Load() != nil
+	needed := c.gcNeeded() || c.logDamage.Load() != nil
 	dead := c.raiseDying()
 	if needed && from == to && len(dead) == 0 {
 		c.pressWriteback(cleaned)
@@ -202,7 +202,7 @@ func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dro
 	if damage == nil || end != from {
 		return end, dropped
 	}
-	c.logHurt(damage, 0)
+	c.noteLogDamage(damage, 0)
 	if dropped, damage = c.skip(to); damage != nil {
 		return from, nil
 	}

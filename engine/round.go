@@ -250,7 +250,7 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
 		return !c.stopping() && end.ksets < until && bytes < roundBytes && len(w.parts)-first < roundParts
 	})
 	if damage != nil && end == w.at {
-		c.logHurt(damage, end.ksets)
+		c.noteLogDamage(damage, end.ksets)
 		return c.collectIndex()
 	}
 	return end

@@ -135,7 +135,7 @@ func (c *Cache) Status() Status {
 	c.writeback.mu.Lock()
 	degraded = cmp.Or(c.writeback.mu.err, degraded)
 	c.writeback.mu.Unlock()
-	if h := c.hurt.Load(); h != nil {
+	if h := c.logDamage.Load(); h != nil {
 		degraded = h.err
 	}
 	if degraded != nil {

@@ -250,7 +250,7 @@ func (c *Cache) relogPays(n int) bool {
 	for i := range w.stuck {
 		oldest = min(oldest, w.stuck[i].key.keys)
 	}
-	return end-oldest > uint64(n) || n > 0 && c.hurt.Load() != nil && !w.sweep.on
+	return end-oldest > uint64(n) || n > 0 && c.logDamage.Load() != nil && !w.sweep.on
 }
 
 // leftBehind returns the runs, with their keys, that hold segments of the log behind

@@ -27,19 +27,19 @@ import (
 // number of such places. A crash before that finds a damaged log and says so;
 // hence it is done at once, whether or not anybody needs the room.
 
-// hurt is the part of the log that cannot be read.
-type hurt struct {
+// logDamage is the part of the log that cannot be read.
+type logDamage struct {
 	ksets uint64 // in front of it, as journal counts them, or fewer
 	err   error
 }
 
-// logHurt takes note of a place that walk did not get past, with so many ksets
+// noteLogDamage takes note of a place that walk did not get past, with so many ksets
 // in front.
-func (c *Cache) logHurt(d *ondisk.Damage, ksets uint64) {
-	h := &hurt{ksets, fmt.Errorf("the log cannot be read at %v, so everything is written back and it begins anew behind that: %w", d.At, d.Cause)}
-	if !c.hurt.CompareAndSwap(nil, h) {
+func (c *Cache) noteLogDamage(d *ondisk.Damage, ksets uint64) {
+	h := &logDamage{ksets, fmt.Errorf("the log cannot be read at %v, so everything is written back and it begins anew behind that: %w", d.At, d.Cause)}
+	if !c.logDamage.CompareAndSwap(nil, h) {
 		// Both are passed when the later one is.
-		if old := c.hurt.Load(); old == nil || old.ksets >= ksets || !c.hurt.CompareAndSwap(old, h) {
+		if old := c.logDamage.Load(); old == nil || old.ksets >= ksets || !c.logDamage.CompareAndSwap(old, h) {
 			return
 		}
 	}
@@ -47,10 +47,10 @@ func (c *Cache) logHurt(d *ondisk.Damage, ksets uint64) {
 	c.log.Error("a part of the log is gone", h.err)
 }
 
-// logHealed is called when key_tail has come to dirty_tail, which has passed so
+// clearLogDamage is called when key_tail has come to dirty_tail, which has passed so
 // many ksets.
-func (c *Cache) logHealed(passed uint64) {
-	if h := c.hurt.Load(); h != nil && passed > h.ksets && c.hurt.CompareAndSwap(h, nil) {
+func (c *Cache) clearLogDamage(passed uint64) {
+	if h := c.logDamage.Load(); h != nil && passed > h.ksets && c.logDamage.CompareAndSwap(h, nil) {
 		c.log.Info("the part of the log that was gone is needed no more", nil)
 	}
 }
