@@ -189,7 +189,7 @@ func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dro
 		most = gcKsetsSync
 	}
 	damage := c.walk(&c.gc.walker, from, to, func(k *ondisk.Kset, after ondisk.Position) bool {
-		c.lookAheadKeys(k.Keys, 0)
+		c.prefetchKeys(k.Keys, 0)
 		for i := range k.Keys {
 			if c.forgetKey(&k.Keys[i]) {
 				dropped = append(dropped, references{k.Keys[i].Seg, 1})

@@ -128,7 +128,7 @@ func (j *journal) last() uint64 {
 // them, fills in front of writes, since a fill holds what the disk had before any of
 // these writes. After errLogFull the batch is as it was, without the fills.
 func (c *Cache) commit(q *Queue) error {
-	c.lookAheadKeys(q.keys[:min(len(q.keys), ondisk.MaxKeys)], 0) // while nobody waits for the locks
+	c.prefetchKeys(q.keys[:min(len(q.keys), ondisk.MaxKeys)], 0) // while nobody waits for the locks
 	fills, n, err := c.logKeys(q)
 	if err != nil {
 		for i := range q.keys[:fills] {

@@ -24,7 +24,7 @@ func (q *Queue) readSome(batch []*Request) {
 		for i, r := range batch {
 			spans[i] = q.c.index.spanOf(r)
 		}
-		lookAhead(spans)
+		prefetchSpans(spans)
 		for i, r := range batch {
 			v := q.c.pinWhole(spans[i])
 			if hits[i] = v; v != 0 && q.c.justCopied(v) {

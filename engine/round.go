@@ -240,7 +240,7 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
 	known := w.known()
 	bytes, first := 0, len(w.parts)
 	damage := c.walk(&w.walker, w.at.pos, to, func(k *ondisk.Kset, after ondisk.Position) bool {
-		c.lookAheadKeys(k.Keys, ondisk.KeyClean)
+		c.prefetchKeys(k.Keys, ondisk.KeyClean)
 		for i := range k.Keys {
 			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {
 				bytes += c.collectKey(key, end, known)

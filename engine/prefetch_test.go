@@ -8,9 +8,9 @@ import (
 	"ublk-pcache/pmem"
 )
 
-// TestLookAheadOfDeadKeys: a key that does not count any more may be for a place
+// TestPrefetchOfDeadKeys: a key that does not count any more may be for a place
 // that the disk does not have.
-func TestLookAheadOfDeadKeys(t *testing.T) {
+func TestPrefetchOfDeadKeys(t *testing.T) {
 	mem := pmem.Heap(ondisk.MinSize)
 	formatSmall(t, mem, 8, false, 70)
 	disk := backing.NewFake(8<<20, 512, 1)
@@ -25,10 +25,10 @@ func TestLookAheadOfDeadKeys(t *testing.T) {
 	}
 	sh.Unlock()
 	if !sh.large() {
-		t.Fatal("the index is too small to look ahead")
+		t.Fatal("the index is too small to be prefetched")
 	}
 	gen := c.segments.all[1].gen.Load()
-	c.lookAheadKeys([]ondisk.Key{
+	c.prefetchKeys([]ondisk.Key{
 		{Off: 0, Len: 512, Seg: 1, Gen: gen},
 		{Off: 1 << 40, Len: 512, Seg: 1, Gen: gen + 1},
 		{Off: 1 << 20, Len: 512, Seg: 1, Gen: gen},
