@@ -123,7 +123,7 @@ type replayer struct {
 	ksets   uint64 // so far
 	keys    uint64 // likewise
 	clean   mark   // before dirty_tail
-	index   spread
+	index   bulkLoad
 	fill    []uint32
 	log     []bool
 	sums    map[uint32][]named

@@ -10,24 +10,24 @@ import (
 	"ublk-pcache/pmem"
 )
 
-// TestSpread: keys that are spread, more of them than all lanes hold at once,
+// TestBulkLoad: keys that are loaded in bulk, more of them than all loaders hold at once,
 // make the index that they make one after the other.
-func TestSpread(t *testing.T) {
+func TestBulkLoad(t *testing.T) {
 	const stripes, sectors = 600, 1024
 	seed := rand.Uint64()
 	dice := rand.New(rand.NewPCG(seed, 0))
 	parallel, plain := newIndex(stripes*ondisk.StripeSize), newIndex(stripes*ondisk.StripeSize)
-	var sp spread
-	for i := range uint32(20 * spreadBatch) {
+	var load bulkLoad
+	for i := range uint32(20 * bulkBatch) {
 		lba := dice.Int64N(stripes)*stripeSectors + dice.Int64N(sectors)
 		n := 1 + dice.IntN(64)
 		p := placed{e: extent{seg: i}, dead: dice.IntN(8) == 0}
 		p.s = parallel.span(lba, n)
-		sp.add(&ondisk.Key{Off: uint64(lba * sectorSize)}, p)
+		load.add(&ondisk.Key{Off: uint64(lba * sectorSize)}, p)
 		p.s = plain.span(lba, n)
 		enterAll([]placed{p})
 	}
-	sp.finish()
+	load.finish()
 	if got, want := parallel.all(), plain.all(); !slices.Equal(got, want) {
 		t.Fatalf("seed %d: there are %d extents, which are not the %d that there should be", seed, len(got), len(want))
 	}
