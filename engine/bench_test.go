@@ -506,7 +506,7 @@ func BenchmarkJournal(b *testing.B) {
 				b.Fatal(err)
 			}
 			keys := make([]ondisk.Key, n)
-			e := &x.queues[0].entering
+			e := &x.queues[0].publisher
 			b.ResetTimer()
 			for i := range b.N {
 				for k := range keys {

@@ -241,7 +241,7 @@ func (c *Cache) enterCopy(r *run) (done bool, err error) {
 	if err != nil || !ok {
 		return false, err
 	}
-	w.entering.enter(c, r.keys)
+	w.publisher.publish(c, r.keys)
 	for i := r.from; i < r.to; i++ {
 		p := &w.stuck[i].part
 		p.e.seg, p.e.pos, p.key = r.keys[0].Seg, uint16(r.keys[0].SegOff>>sectorShift)+p.e.off-r.e.off, at
@@ -269,6 +269,6 @@ func (c *Cache) logCopy(r *run) (at mark, ok bool, err error) {
 	for i := range r.keys {
 		c.segments.all[r.keys[i].Seg].refs.Add(1)
 	}
-	c.writeback.entering.lockShards(c.index, r.keys)
+	c.writeback.publisher.lockShards(c.index, r.keys)
 	return at, true, nil
 }

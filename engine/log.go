@@ -26,7 +26,7 @@ import (
 //	fence                                      (2)
 //	lock the index where its keys belong
 //
-// It then releases the journal and enters the keys (entering.go). Those of queues that wait
+// It then releases the journal and enters the keys (publish.go). Those of queues that wait
 // for the journal may be among them (offer.go).
 //
 // The first fence orders the data before the kset, and (1) the mark: a kset
@@ -137,7 +137,7 @@ func (c *Cache) commit(q *Queue) error {
 		q.keys = q.keys[:copy(q.keys, q.keys[fills:])]
 		return err
 	}
-	q.entering.enter(c, q.logged)
+	q.publisher.publish(c, q.logged)
 	q.keys = q.keys[:copy(q.keys, q.keys[n:])]
 	q.committed += uint64(n - fills)
 	return nil
@@ -172,7 +172,7 @@ func (c *Cache) logKeys(q *Queue) (fills, n int, err error) {
 	}
 	if err == nil {
 		q.logged = all
-		q.entering.lockShards(c.index, all)
+		q.publisher.lockShards(c.index, all)
 	}
 	others.finish(err)
 	return fills, n, err

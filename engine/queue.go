@@ -33,14 +33,14 @@ type Queue struct {
 	line []*Request // those of the queue that wait in space, in order
 	left bool       // one of them has gone, and nobody else was looked after since
 
-	reads    []*Request   // submitted, not looked up yet
-	keys     []ondisk.Key // stored, not committed yet; oldest first
-	entering entering     // those of logged
-	logged   []ondisk.Key // logged by this queue and not entered yet
-	offer    offer        // keys that another one may log
-	together []ondisk.Key // scratch: keys of this queue and of others
-	filled   []*fill      // read from the disk, waiting for the commit
-	turn     []*Request   // finished once their keys are committed
+	reads     []*Request   // submitted, not looked up yet
+	keys      []ondisk.Key // stored, not committed yet; oldest first
+	publisher publisher    // those of logged
+	logged    []ondisk.Key // logged by this queue and not entered yet
+	offer     offer        // keys that another one may log
+	together  []ondisk.Key // scratch: keys of this queue and of others
+	filled    []*fill      // read from the disk, waiting for the commit
+	turn      []*Request   // finished once their keys are committed
 
 	// Keys of writes, ever. The batch holds stored - committed of them.
 	stored, committed uint64

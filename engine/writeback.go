@@ -69,24 +69,24 @@ type writeback struct {
 
 	// The goroutine's own. Everything before at is on the disk, but for what
 	// is stuck. end is where the round under way will bring it.
-	at       mark
-	end      mark
-	stuck    []stuck
-	skipped  skipped
-	parts    []part
-	order    []onDisk // scratch of sortParts
-	sweep    sweep
-	entering entering
-	age      expiry
-	idle     time.Duration // idleAfter
-	step     time.Duration // roundTime
-	zeroes   int           // bytes of a transfer of zeros
-	key      []extent
-	whole    []byte
-	walker   ondisk.Walker
-	depth    int
-	most     int // maxStuck
-	free     chan *transfer
+	at        mark
+	end       mark
+	stuck     []stuck
+	skipped   skipped
+	parts     []part
+	order     []onDisk // scratch of sortParts
+	sweep     sweep
+	publisher publisher
+	age       expiry
+	idle      time.Duration // idleAfter
+	step      time.Duration // roundTime
+	zeroes    int           // bytes of a transfer of zeros
+	key       []extent
+	whole     []byte
+	walker    ondisk.Walker
+	depth     int
+	most      int // maxStuck
+	free      chan *transfer
 
 	backlog backlog
 

@@ -2,7 +2,7 @@ package engine
 
 import "ublk-pcache/ondisk"
 
-// entering brings the keys of a kset into the index after the journal's lock has
+// publisher brings the keys of a kset into the index after the journal's lock has
 // been released.
 //
 // The obvious way, to enter them while that is held, has every queue wait for
@@ -19,7 +19,7 @@ import "ublk-pcache/ondisk"
 // but that of the fills, under which nobody asks for any.
 //
 // A queue has one, since it does one commit at a time.
-type entering struct {
+type publisher struct {
 	// The keys of each shard form a list in the order of the log. Numbers are
 	// those of keys in the kset plus 1, and 0 is none.
 	first []uint8 // one key for each shard
@@ -28,30 +28,30 @@ type entering struct {
 }
 
 // lockShards locks the shards of the keys. The caller holds the journal's lock.
-func (e *entering) lockShards(x *index, keys []ondisk.Key) {
+func (p *publisher) lockShards(x *index, keys []ondisk.Key) {
 	for i := range keys {
 		shard, k := shardOf(keys[i].Off), uint8(i+1)
-		if last := e.last[shard]; last != 0 {
-			e.next[last-1] = k
+		if last := p.last[shard]; last != 0 {
+			p.next[last-1] = k
 		} else {
 			x.shards[shard].Lock()
-			e.first = append(e.first, k)
+			p.first = append(p.first, k)
 		}
-		e.next[i], e.last[shard] = 0, k
+		p.next[i], p.last[shard] = 0, k
 	}
 }
 
-// enter makes the index point at the keys, and unlocks the shards.
-func (e *entering) enter(c *Cache, keys []ondisk.Key) {
-	for _, k := range e.first {
+// publish makes the index point at the keys, and unlocks the shards.
+func (p *publisher) publish(c *Cache, keys []ondisk.Key) {
+	for _, k := range p.first {
 		shard := shardOf(keys[k-1].Off)
-		for ; k != 0; k = e.next[k-1] {
+		for ; k != 0; k = p.next[k-1] {
 			key := &keys[k-1]
-			s, p := c.keySpan(key)
-			s.setLocked(extent{seg: p.seg, pos: s.off + p.delta, flags: keyState(key, true)}, &c.overwritten)
+			s, at := c.keySpan(key)
+			s.setLocked(extent{seg: at.seg, pos: s.off + at.delta, flags: keyState(key, true)}, &c.overwritten)
 		}
-		e.last[shard] = 0
+		p.last[shard] = 0
 		c.index.shards[shard].Unlock()
 	}
-	e.first = e.first[:0]
+	p.first = p.first[:0]
 }
