@@ -121,13 +121,13 @@ type Cache struct {
 	log    Logger
 	crc    bool // keys carry a checksum of their data
 
-	index       *index
-	overwritten overwritten
-	segments    segments
-	journal     journal
-	space       space
-	tails       tails
-	queues      []*Queue
+	index    *index
+	stale    staleSectors
+	segments segments
+	journal  journal
+	space    space
+	tails    tails
+	queues   []*Queue
 
 	writeback   writeback
 	fingerprint fingerprint
@@ -198,7 +198,7 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 	}
 	c.queues = make([]*Queue, o.Queues)
 	c.segments.init(layout, o.Queues)
-	c.overwritten.init(len(layout.Chain))
+	c.stale.init(len(layout.Chain))
 	c.space.init()
 	c.tails.init(layout)
 	c.gc.init(layout.Info.Flags.GCPercent())

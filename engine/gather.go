@@ -140,7 +140,7 @@ func (c *Cache) gather(runs []run) (moved bool, err error) {
 	}
 	c.segments.all[seg].refs.Store(1)
 	defer c.drop(seg)
-	c.overwritten.begin(seg)
+	c.stale.begin(seg)
 	if c.crc {
 		c.sumsOf(seg).clear()
 	}

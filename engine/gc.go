@@ -215,7 +215,7 @@ func (c *Cache) forgetKey(k *ondisk.Key) bool {
 	if c.dead(k) {
 		return false
 	}
-	if c.overwritten.has(k) {
+	if c.stale.has(k) {
 		return true
 	}
 	s, p := c.keySpan(k)

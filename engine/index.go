@@ -112,20 +112,20 @@ func (sh *shard) sectorsLocked(e extent, n int64) {
 
 // cutLocked takes every extent, or part of one, out of the span. An extent
 // may stick out on the left, on the right, on both sides, or lie inside. Where
-// over is not nil, it is told what has been taken out.
-func (s span) cutLocked(over *overwritten) {
+// stale is not nil, it is told what has been taken out.
+func (s span) cutLocked(stale *staleSectors) {
 	if t := s.tableLocked(); t != nil {
 		if s.blocks() {
-			s.cutTableLocked(t, over)
+			s.cutTableLocked(t, stale)
 			return
 		}
 		s.splitTableLocked()
 	}
-	s.cutTreeLocked(over)
+	s.cutTreeLocked(stale)
 }
 
 // cutTreeLocked is cutLocked for a tree.
-func (s span) cutTreeLocked(over *overwritten) {
+func (s span) cutTreeLocked(stale *staleSectors) {
 	for {
 		c := s.seekLocked(s.off)
 		if !c.ok() {
@@ -135,8 +135,8 @@ func (s span) cutTreeLocked(over *overwritten) {
 		if e.off >= s.end() {
 			return
 		}
-		if over != nil {
-			over.add(s.clip(e))
+		if stale != nil {
+			stale.add(s.clip(e))
 		}
 		head, tail := e.off < s.off, e.end() > s.end()
 		switch {
@@ -165,30 +165,30 @@ func (s span) cutTreeLocked(over *overwritten) {
 
 // setLocked makes the span point at e, which has the span's bounds, over
 // whatever was there, and joins it with its neighbours where they continue
-// each other. Where over is not nil, it is told what was there: only if e is at a
+// each other. Where stale is not nil, it is told what was there: only if e is at a
 // place that the index does not have yet.
-func (s span) setLocked(e extent, over *overwritten) {
+func (s span) setLocked(e extent, stale *staleSectors) {
 	e.off, e.n = s.off, s.n
 	if t := s.tableLocked(); t != nil {
 		switch {
 		case !s.blocks():
 			s.splitTableLocked()
 		case s.n > tableLongest:
-			s.cutTableLocked(t, over) // so little is left that it becomes a tree
+			s.cutTableLocked(t, stale) // so little is left that it becomes a tree
 		default:
-			s.setTableLocked(t, e, over)
+			s.setTableLocked(t, e, stale)
 			return
 		}
 	}
-	if !s.setAtOnceLocked(e, over) {
-		s.setTreeLocked(e, over)
+	if !s.setAtOnceLocked(e, stale) {
+		s.setTreeLocked(e, stale)
 	}
 	s.tryTableLocked()
 }
 
 // setTreeLocked is setLocked for a tree.
-func (s span) setTreeLocked(e extent, over *overwritten) {
-	s.cutTreeLocked(over)
+func (s span) setTreeLocked(e extent, stale *staleSectors) {
+	s.cutTreeLocked(stale)
 	s.sh.countLocked(e, 1)
 	c := s.seekLocked(s.end())
 	if c.ok() && e.abuts(*c.at()) {
@@ -212,7 +212,7 @@ func (s span) setTreeLocked(e extent, over *overwritten) {
 // one way down the tree is not enough: where extents are cut, or joined with the
 // one behind. Writers and replay mostly overwrite the same blocks, come to new
 // ones, or go on where they left off.
-func (s span) setAtOnceLocked(e extent, over *overwritten) bool {
+func (s span) setAtOnceLocked(e extent, stale *staleSectors) bool {
 	c := descend(&s.sh.slab, s.root, s.off)
 	if c.depth == 0 {
 		return false
@@ -220,7 +220,7 @@ func (s span) setAtOnceLocked(e extent, over *overwritten) bool {
 	before, follows := c.before()
 	if follows && before.off == e.off && before.n == e.n {
 		c.prev()
-		return s.replaceLocked(c, e, over)
+		return s.replaceLocked(c, e, stale)
 	}
 	if follows && before.end() > e.off {
 		return false
@@ -241,7 +241,7 @@ func (s span) setAtOnceLocked(e extent, over *overwritten) bool {
 
 // replaceLocked puts e in the place of an extent with the same bounds, unless it
 // is to be joined with a neighbour.
-func (s span) replaceLocked(c cursor, e extent, over *overwritten) bool {
+func (s span) replaceLocked(c cursor, e extent, stale *staleSectors) bool {
 	if before, ok := c.before(); ok && before.abuts(e) {
 		return false
 	}
@@ -249,8 +249,8 @@ func (s span) replaceLocked(c cursor, e extent, over *overwritten) bool {
 		return false
 	}
 	old := c.at()
-	if over != nil {
-		over.add(*old)
+	if stale != nil {
+		stale.add(*old)
 	}
 	s.sh.sectorsLocked(*old, -int64(old.n))
 	s.sh.sectorsLocked(e, int64(e.n))

@@ -99,10 +99,10 @@ func TestIndexAgainstArray(t *testing.T) {
 		maxLen := rapid.SampledFrom([]int{1, 4, 64, 2048}).Draw(t, "maxLen")
 		var next uint32
 		const ops, prefilled = 600, 8 // keys, four to a segment
-		var over overwritten
-		over.init((prefilled+8+ops)/4 + 1)
-		for seg := range over.of {
-			over.begin(uint32(seg))
+		var stale staleSectors
+		stale.init((prefilled+8+ops)/4 + 1)
+		for seg := range stale.of {
+			stale.begin(uint32(seg))
 		}
 		type place struct {
 			seg uint32
@@ -150,7 +150,7 @@ func TestIndexAgainstArray(t *testing.T) {
 				e := extent{seg: next / 4, pos: s.off, flags: rapid.SampledFrom([]uint16{0, extDirty, extZero, extZero | extDirty}).Draw(t, "state")}
 				next++
 				s.sh.Lock()
-				s.setLocked(e, &over)
+				s.setLocked(e, &stale)
 				s.sh.Unlock()
 				for i := s.off; i < s.end(); i++ {
 					if old := model[i]; old.set && old.flags&extZero == 0 {
@@ -242,13 +242,13 @@ func TestIndexAgainstArray(t *testing.T) {
 			t.Fatalf("counted %v sectors, kept %v", count, sh.sectors)
 		}
 		told := 0
-		for seg := range over.of {
-			for i := range over.of[seg].Load() {
-				told += bits.OnesCount64(over.of[seg].Load()[i].Load())
+		for seg := range stale.of {
+			for i := range stale.of[seg].Load() {
+				told += bits.OnesCount64(stale.of[seg].Load()[i].Load())
 			}
 		}
 		for p := range lost {
-			if !over.has(&ondisk.Key{Seg: p.seg, SegOff: uint32(p.pos) << sectorShift, Len: sectorSize}) {
+			if !stale.has(&ondisk.Key{Seg: p.seg, SegOff: uint32(p.pos) << sectorShift, Len: sectorSize}) {
 				t.Fatalf("what was set over %d of segment %d has not been told", p.pos, p.seg)
 			}
 		}

@@ -60,7 +60,7 @@ func (c *Cache) prefetchKeys(keys []ondisk.Key, without ondisk.KeyFlags) {
 	var spans [ondisk.MaxKeys]span
 	n := 0
 	for i := range keys {
-		if k := &keys[i]; k.Flags&without == 0 && !c.dead(k) && !c.overwritten.has(k) {
+		if k := &keys[i]; k.Flags&without == 0 && !c.dead(k) && !c.stale.has(k) {
 			spans[n], _ = c.keySpan(k)
 			n++
 		}

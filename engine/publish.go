@@ -48,7 +48,7 @@ func (p *publisher) publish(c *Cache, keys []ondisk.Key) {
 		for ; k != 0; k = p.next[k-1] {
 			key := &keys[k-1]
 			s, at := c.keySpan(key)
-			s.setLocked(extent{seg: at.seg, pos: s.off + at.delta, flags: keyState(key, true)}, &c.overwritten)
+			s.setLocked(extent{seg: at.seg, pos: s.off + at.delta, flags: keyState(key, true)}, &c.stale)
 		}
 		p.last[shard] = 0
 		c.index.shards[shard].Unlock()

@@ -259,7 +259,7 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
 // collectKey adds what the index still has of a key, whose kset is at a place of the
 // log, and returns its size. It leaves out what is known to be stuck.
 func (c *Cache) collectKey(k *ondisk.Key, at mark, known map[where][]extent) (bytes int) {
-	if c.dead(k) || c.overwritten.has(k) {
+	if c.dead(k) || c.stale.has(k) {
 		return 0
 	}
 	s, p := c.keySpan(k)

@@ -17,7 +17,7 @@ import (
 //
 // A pin is taken under the lock of the shard whose extent leads to the
 // segment, and extents of a key go before its reference does, or are about to
-// go under that lock (overwritten.go), so no pin is taken of a dying segment.
+// go under that lock (stale.go), so no pin is taken of a dying segment.
 type segment struct {
 	refs    atomic.Int64 // a log of 86 GB may have 2^31 keys of zeros that all name one
 	pins    atomic.Int32
@@ -157,7 +157,7 @@ func (c *Cache) takeData(q *Queue, r *Request) (uint32, bool) {
 	if c.crc {
 		c.sumsOf(seg).clear()
 	}
-	c.overwritten.begin(seg)
+	c.stale.begin(seg)
 	_, written := c.journal.head()
 	c.took(written)
 	return seg, true

@@ -100,7 +100,7 @@ func (c *Cache) Status() Status {
 		CleanBytes:      u.clean,
 		ZeroBytes:       u.zero,
 		Extents:         u.extents,
-		IndexBytes:      u.bytes + c.segments.sumBytes() + c.overwritten.bytes(),
+		IndexBytes:      u.bytes + c.segments.sumBytes() + c.stale.bytes(),
 		WrittenBack:     c.writeback.written.Load(),
 		Tried:           c.writeback.tried.Load(),
 		RoundBytes:      c.writeback.inRound.Load(),

@@ -135,7 +135,7 @@ func (s span) partsTableLocked(t *table, parts []extent, keep func(extent) bool)
 }
 
 // setTableLocked is setLocked for whole blocks of a table.
-func (s span) setTableLocked(t *table, e extent, over *overwritten) {
+func (s span) setTableLocked(t *table, e extent, stale *staleSectors) {
 	v := slotOf(e)
 	slots := t.slots[s.off/blockSectors : s.end()/blockSectors]
 	for i := range slots {
@@ -143,8 +143,8 @@ func (s span) setTableLocked(t *table, e extent, over *overwritten) {
 		if (old^v)&(slotUsed|slotFlags) != 0 {
 			s.sh.countSlotLocked(t, old, v)
 		}
-		if old != 0 && over != nil {
-			over.addBlock(old)
+		if old != 0 && stale != nil {
+			stale.addBlock(old)
 		}
 		slots[i] = v
 		v += slotNext
@@ -163,14 +163,14 @@ func (sh *shard) countSlotLocked(t *table, old, v slot) {
 }
 
 // cutTableLocked is cutLocked for whole blocks of a table.
-func (s span) cutTableLocked(t *table, over *overwritten) {
+func (s span) cutTableLocked(t *table, stale *staleSectors) {
 	for i, to := s.slotRange(); i < to; i++ {
 		if t.slots[i] == 0 {
 			continue
 		}
 		was := t.slots[i].extent(i)
-		if over != nil {
-			over.addBlock(t.slots[i])
+		if stale != nil {
+			stale.addBlock(t.slots[i])
 		}
 		t.slots[i] = 0
 		t.n--

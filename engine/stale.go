@@ -30,19 +30,19 @@ import (
 // after the last one of an extent nothing is done to them any more: as soon as that
 // can be seen, the last key may be passed, and the segment begun anew.
 
-// overwritten knows which sectors of the data segments are overwritten. A segment
+// staleSectors knows which sectors of the data segments are overwritten. A segment
 // that was begun before Open has no bits.
-type overwritten struct {
+type staleSectors struct {
 	of []atomic.Pointer[sectorBits]
 }
 
 // sectorBits are 4 KiB for a segment of 16 MiB.
 type sectorBits [(segmentSectors + 63) / 64]atomic.Uint64
 
-func (o *overwritten) init(segments int) { o.of = make([]atomic.Pointer[sectorBits], segments) }
+func (o *staleSectors) init(segments int) { o.of = make([]atomic.Pointer[sectorBits], segments) }
 
 // begin is called for a segment that gets data, before any of it is in the index.
-func (o *overwritten) begin(seg uint32) {
+func (o *staleSectors) begin(seg uint32) {
 	bits := o.of[seg].Load()
 	if bits == nil {
 		o.of[seg].Store(new(sectorBits))
@@ -55,7 +55,7 @@ func (o *overwritten) begin(seg uint32) {
 
 // add notes that a key has been entered over an extent. The caller holds the lock
 // of its shard.
-func (o *overwritten) add(e extent) {
+func (o *staleSectors) add(e extent) {
 	if e.flags&(extLoading|extZero) != 0 {
 		return
 	}
@@ -67,7 +67,7 @@ func (o *overwritten) add(e extent) {
 }
 
 // addBlock does so for the extent of a slot.
-func (o *overwritten) addBlock(v slot) {
+func (o *staleSectors) addBlock(v slot) {
 	if v&((extLoading|extZero)<<flagsShift) != 0 {
 		return
 	}
@@ -90,7 +90,7 @@ func (b *sectorBits) add(e extent) {
 }
 
 // has reports whether all data of a key has been overwritten.
-func (o *overwritten) has(k *ondisk.Key) bool {
+func (o *staleSectors) has(k *ondisk.Key) bool {
 	bits := o.of[k.Seg].Load()
 	if bits == nil || k.Flags&ondisk.KeyZero != 0 {
 		return false
@@ -118,7 +118,7 @@ func sectorMasks(pos, n uint) iter.Seq2[uint, uint64] {
 }
 
 // bytes returns the memory that the bits take.
-func (o *overwritten) bytes() (n int64) {
+func (o *staleSectors) bytes() (n int64) {
 	for i := range o.of {
 		if o.of[i].Load() != nil {
 			n += int64(unsafe.Sizeof(sectorBits{}))

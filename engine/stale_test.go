@@ -17,7 +17,7 @@ import (
 func (c *Cache) checkOverwritten(t rapid.TB) {
 	t.Helper()
 	c.eachSector(func(lba int64, seg uint32, pos uint16) {
-		if c.overwritten.has(&ondisk.Key{Seg: seg, SegOff: uint32(pos) << sectorShift, Len: sectorSize}) {
+		if c.stale.has(&ondisk.Key{Seg: seg, SegOff: uint32(pos) << sectorShift, Len: sectorSize}) {
 			t.Errorf("sector %d is in the index, at %d of segment %d, and overwritten", lba, pos, seg)
 		}
 	})
@@ -40,7 +40,7 @@ func (c *Cache) checkPlaces(t rapid.TB) {
 		if other, ok := has[at{seg, pos}]; ok {
 			t.Errorf("sectors %d and %d are both at %d of segment %d", other, lba, pos, seg)
 		}
-		if c.overwritten.of[seg].Load() != nil {
+		if c.stale.of[seg].Load() != nil {
 			has[at{seg, pos}] = lba
 		}
 	})
@@ -65,7 +65,7 @@ func (c *Cache) eachSector(f func(lba int64, seg uint32, pos uint16)) {
 // TestSectorBits compares the bits of a segment with a list of its sectors.
 func TestSectorBits(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 1))
-	var o overwritten
+	var o staleSectors
 	o.init(2)
 	o.begin(1)
 	var want [segmentSectors]bool
@@ -123,7 +123,7 @@ func TestOverwritten(t *testing.T) {
 	write := func(lba int64, sectors int) { r.write(t, lba*sectorSize, make([]byte, sectors*sectorSize)) }
 	is := func(k *ondisk.Key, want bool, when string) {
 		t.Helper()
-		if got := r.overwritten.has(k); got != want {
+		if got := r.stale.has(k); got != want {
 			t.Errorf("%s: %t", when, got)
 		}
 		r.checkOverwritten(t)
