@@ -57,7 +57,7 @@ func ask(id int, cmd command) (*reply, error) {
 func askOnce(id int, cmd command) (r *reply, pid int, err error) {
 	conn, pid, err := dial(id)
 	if err != nil {
-		return nil, 0, silence(id, err)
+		return nil, 0, unreachableError(id, err)
 	}
 	defer conn.Close()
 	type answer struct {
@@ -90,7 +90,7 @@ func askOnce(id int, cmd command) (r *reply, pid int, err error) {
 			if !halted(pid) && showsLife(id) {
 				continue
 			}
-			return nil, pid, stuck(id, pid)
+			return nil, pid, unansweredError(id, pid)
 		}
 	}
 }
@@ -123,8 +123,8 @@ func showsLife(id int) bool {
 	return n > 0 || !errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// stuck says what to do about a server that says nothing.
-func stuck(id, pid int) error {
+// unansweredError says what to do about a server that says nothing.
+func unansweredError(id, pid int) error {
 	if pid == 0 { // in a process namespace that is not ours
 		return fmt.Errorf("the server of device %d does not answer (end it with 'kill -KILL', where it runs, then 'ublk-pcache recover %d' or 'ublk-pcache del %d')", id, id, id)
 	}
@@ -158,14 +158,14 @@ func stateOf(pid int) byte {
 	return rest[0]
 }
 
-// silence says why a server cannot be reached.
-func silence(id int, err error) error {
+// unreachableError says why a server cannot be reached.
+func unreachableError(id int, err error) error {
 	d, broken := readState(id)
 	switch {
 	case broken != nil:
 		return broken
 	case d.alive() && (halted(d.PID) || errors.Is(err, unix.EAGAIN)):
-		return stuck(id, d.PID)
+		return unansweredError(id, d.PID)
 	case d.alive():
 		return fmt.Errorf("the server of device %d (pid %d) does not answer: %w", id, d.PID, err)
 	}

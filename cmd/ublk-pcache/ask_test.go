@@ -29,7 +29,7 @@ func hasty(t *testing.T) {
 }
 
 // served makes this process the server of device 3, which obeys like that until the test ends.
-func served(t *testing.T, obey func(context.Context, command) (reply, error)) {
+func served(t *testing.T, execute func(context.Context, command) (reply, error)) {
 	t.Helper()
 	d := someDevice(3)
 	d.servedByUs()
@@ -47,7 +47,7 @@ func served(t *testing.T, obey func(context.Context, command) (reply, error)) {
 			if err != nil {
 				return
 			}
-			go converse(conn, obey)
+			go serveClient(conn, execute)
 		}
 	}()
 }
@@ -211,7 +211,7 @@ func TestFlushOfTheNext(t *testing.T) {
 	}
 	answered := make(chan error, 1)
 	go func() {
-		_, err := s.obey(t.Context(), command{Do: "flush"})
+		_, err := s.execute(t.Context(), command{Do: "flush"})
 		answered <- err
 	}()
 	select {
@@ -234,7 +234,7 @@ func TestClientThatGaveUp(t *testing.T) {
 			client.Close()
 		}
 		obeyed := false
-		converse(server, func(context.Context, command) (reply, error) {
+		serveClient(server, func(context.Context, command) (reply, error) {
 			obeyed = true
 			return reply{Status: &engine.Status{}}, nil
 		})

@@ -31,7 +31,7 @@ open is not removed. A backing device that does not answer is not waited for.`,
 			d, err := readState(id)
 			foreign := errors.Is(err, errForeign)
 			if errors.Is(err, errDamaged) || foreign && force {
-				d, err = bare(id, force)
+				d, err = deviceOfDriver(id, force)
 			}
 			if err != nil {
 				return err
@@ -69,7 +69,7 @@ open is not removed. A backing device that does not answer is not waited for.`,
 // finds that out and ends.
 func (d *device) removeByDriver(force bool) error {
 	if d.alive() && halted(d.PID) {
-		return stuck(d.ID, d.PID)
+		return unansweredError(d.ID, d.PID)
 	}
 	if _, err := d.lookup(); err != nil {
 		return err

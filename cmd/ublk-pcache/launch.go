@@ -288,7 +288,7 @@ func serve(o serveOptions) error {
 	var s *server
 	var err error
 	if o.Upgrade != nil {
-		s, err = succeed(o, ready)
+		s, err = takeOver(o, ready)
 	} else {
 		s, err = start(o)
 	}

@@ -35,10 +35,10 @@ func newListCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			devices = append(devices, lost(devices)...)
+			devices = append(devices, withoutState(devices)...)
 			all := []listed{}
 			for _, d := range devices {
-				l, err := look(d)
+				l, err := describe(d)
 				if err != nil {
 					return err
 				}
@@ -59,9 +59,9 @@ func newListCmd() *cobra.Command {
 	return cmd
 }
 
-// lost are our devices without a state file. Where the driver cannot be asked
+// withoutState are our devices without a state file. Where the driver cannot be asked
 // there are none.
-func lost(known []*device) (others []*device) {
+func withoutState(known []*device) (others []*device) {
 	all, _ := ublk.List()
 	for _, info := range all {
 		if isOurs(info) && !slices.ContainsFunc(known, func(d *device) bool { return d.ID == info.ID }) {
@@ -71,10 +71,10 @@ func lost(known []*device) (others []*device) {
 	return others
 }
 
-// look finds out how a device is, from its server and from the driver.
-func look(d *device) (listed, error) {
+// describe finds out how a device is, from its server and from the driver.
+func describe(d *device) (listed, error) {
 	if d.damage != nil {
-		b, err := bare(d.ID, false)
+		b, err := deviceOfDriver(d.ID, false)
 		if err != nil {
 			return listed{}, err
 		}

@@ -71,7 +71,7 @@ That is only done with --give-up-log-damage; the lines say what it costs.`,
 
 // finishRepair stores the result where it belongs, and says what has become of it.
 func finishRepair(say io.Writer, r *pmem.Region, rep *ondisk.Repaired, inPlace bool, out string) error {
-	left := remains(r, rep)
+	left := unmendedError(r, rep)
 	mends := len(rep.Mended) > 0
 	switch {
 	case out != "" && !rep.Opens():
@@ -106,8 +106,8 @@ func finishRepair(say io.Writer, r *pmem.Region, rep *ondisk.Repaired, inPlace b
 	return nil
 }
 
-// remains says what to do about what could not be mended, nil if that is nothing.
-func remains(r *pmem.Region, rep *ondisk.Repaired) error {
+// unmendedError says what to do about what could not be mended, nil if that is nothing.
+func unmendedError(r *pmem.Region, rep *ondisk.Repaired) error {
 	path := r.Path()
 	switch {
 	case rep.Done():

@@ -259,7 +259,7 @@ func (s *server) wait() {
 	for {
 		select {
 		case <-s.ublk.Done():
-			s.lost()
+			s.ended()
 			for range maxClients {
 				s.clients <- struct{}{}
 			}
@@ -282,10 +282,10 @@ func (s *server) end() error {
 	}
 }
 
-// lost is called when all queues have ended, which may be nobody's doing here. A
+// ended is called when all queues have ended, which may be nobody's doing here. A
 // device that another process has stopped is gone for good; one that it has
 // quiesced waits for the next server.
-func (s *server) lost() {
+func (s *server) ended() {
 	s.removal.Lock() // held by a removal, and to the end by an upgrade
 	done := s.removal.done
 	s.removal.Unlock()

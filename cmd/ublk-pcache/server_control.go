@@ -136,7 +136,7 @@ func (s *server) receive(conn *net.UnixConn) {
 	select {
 	case s.clients <- struct{}{}:
 		go func() {
-			r, err := converse(conn, s.obey)
+			r, err := serveClient(conn, s.execute)
 			<-s.clients
 			switch {
 			case r.Upgrade != nil:
@@ -175,9 +175,9 @@ func peerOf(conn *net.UnixConn) (peer *unix.Ucred, err error) {
 	return peer, errors.Join(controlled, err)
 }
 
-// converse serves one client. The context that obey gets ends when the client
+// serveClient serves one client. The context that execute gets ends when the client
 // goes away, or says more than it has to.
-func converse(conn net.Conn, obey func(context.Context, command) (reply, error)) (reply, error) {
+func serveClient(conn net.Conn, execute func(context.Context, command) (reply, error)) (reply, error) {
 	conn.SetReadDeadline(time.Now().Add(commandTime))
 	cmd, err := readCommand(conn)
 	if err != nil {
@@ -197,7 +197,7 @@ func converse(conn net.Conn, obey func(context.Context, command) (reply, error))
 		conn.Read(make([]byte, 1))
 		cancel()
 	}()
-	r, err := obey(ctx, cmd)
+	r, err := execute(ctx, cmd)
 	answer(conn, r, err)
 	return r, err
 }
@@ -256,7 +256,7 @@ func answer(conn net.Conn, r reply, err error) {
 	conn.Close()
 }
 
-func (s *server) obey(ctx context.Context, cmd command) (reply, error) {
+func (s *server) execute(ctx context.Context, cmd command) (reply, error) {
 	switch cmd.Do {
 	case "status":
 		r := reply{Status: s.status()}

@@ -28,7 +28,7 @@ import (
 var controlSeed = flag.Uint64("control.seed", 0, "random seed of the commands (default: from the clock)")
 
 // controlled is a server that can do everything but be removed or replaced.
-func controlled(tb testing.TB) (obey func(context.Context, command) (reply, error)) {
+func controlled(tb testing.TB) (execute func(context.Context, command) (reply, error)) {
 	tb.Helper()
 	s := someServer(tb)
 	tb.Cleanup(func() { s.cache.Close() })
@@ -36,7 +36,7 @@ func controlled(tb testing.TB) (obey func(context.Context, command) (reply, erro
 		if cmd.Do == "del" || cmd.Do == "upgrade" {
 			return reply{}, nil
 		}
-		return s.obey(ctx, cmd)
+		return s.execute(ctx, cmd)
 	}
 }
 
@@ -85,7 +85,7 @@ func connected(tb testing.TB) (client, server *net.UnixConn) {
 
 // say sends bytes, and no more, to a server and checks what holds for every
 // conversation: it ends, with one line of JSON that is an answer.
-func say(tb testing.TB, obey func(context.Context, command) (reply, error), said []byte) reply {
+func say(tb testing.TB, execute func(context.Context, command) (reply, error), said []byte) reply {
 	tb.Helper()
 	client, server := connected(tb)
 	defer client.Close()
@@ -93,9 +93,9 @@ func say(tb testing.TB, obey func(context.Context, command) (reply, error), said
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		converse(server, func(ctx context.Context, cmd command) (reply, error) {
+		serveClient(server, func(ctx context.Context, cmd command) (reply, error) {
 			obeyed++
-			return obey(ctx, cmd)
+			return execute(ctx, cmd)
 		})
 	}()
 	client.Write(said) // in vain if the server has heard enough
@@ -155,18 +155,18 @@ var malformed = map[string]string{
 }
 
 func TestMalformedCommands(t *testing.T) {
-	obey := controlled(t)
+	execute := controlled(t)
 	for said, word := range malformed {
-		if r := say(t, obey, []byte(said)); !strings.Contains(r.Error, word) || len(r.Error) > 300 {
+		if r := say(t, execute, []byte(said)); !strings.Contains(r.Error, word) || len(r.Error) > 300 {
 			t.Errorf("to %.100q the server answers %.400q, want a short line with %q", said, r.Error, word)
 		}
 	}
 	// Zero is a setting, and not the same as none.
 	for _, percent := range []int{0, 90} {
-		if r := say(t, obey, fmt.Appendf(nil, "{\"do\":\"set\",\"gc_percent\":%d}\n", percent)); r.Error != "" {
+		if r := say(t, execute, fmt.Appendf(nil, "{\"do\":\"set\",\"gc_percent\":%d}\n", percent)); r.Error != "" {
 			t.Errorf("set gc_percent to %d: %s", percent, r.Error)
 		}
-		if r := say(t, obey, []byte("{\"do\":\"status\"}\n")); r.Status == nil || r.Status.GCPercent != percent {
+		if r := say(t, execute, []byte("{\"do\":\"status\"}\n")); r.Status == nil || r.Status.GCPercent != percent {
 			t.Errorf("gc_percent was set to %d, status is %+v", percent, r.Status)
 		}
 	}
@@ -180,8 +180,8 @@ func FuzzControl(f *testing.F) {
 	for _, said := range commands {
 		f.Add([]byte(said))
 	}
-	obey := controlled(f)
-	f.Fuzz(func(t *testing.T, said []byte) { say(t, obey, said) })
+	execute := controlled(f)
+	f.Fuzz(func(t *testing.T, said []byte) { say(t, execute, said) })
 }
 
 var commands = []string{
@@ -197,7 +197,7 @@ func TestRandomCommands(t *testing.T) {
 	}
 	t.Logf("seed %d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 0))
-	obey := controlled(t)
+	execute := controlled(t)
 	const tries = 2000
 	understood := 0
 	for range tries {
@@ -218,7 +218,7 @@ func TestRandomCommands(t *testing.T) {
 				break
 			}
 		}
-		if say(t, obey, said).Error == "" {
+		if say(t, execute, said).Error == "" {
 			understood++
 		}
 	}
@@ -236,7 +236,7 @@ func TestSlowClients(t *testing.T) {
 		client, server := net.Pipe()
 		defer client.Close()
 		begin := time.Now()
-		go converse(server, status)
+		go serveClient(server, status)
 		go client.Write([]byte(`{"do":"sta`))
 		var r reply
 		if err := json.NewDecoder(client).Decode(&r); err != nil || !strings.Contains(r.Error, "no end of line within 5s") {
@@ -251,7 +251,7 @@ func TestSlowClients(t *testing.T) {
 		defer client.Close()
 		begin := time.Now()
 		go client.Write([]byte(commands[0]))
-		converse(server, status)
+		serveClient(server, status)
 		if waited := time.Since(begin); waited != commandTime {
 			t.Errorf("an answer that nobody takes was held for %v", waited)
 		}
@@ -264,7 +264,7 @@ func TestClientGoesAway(t *testing.T) {
 	begun, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
-		converse(server, func(ctx context.Context, _ command) (reply, error) {
+		serveClient(server, func(ctx context.Context, _ command) (reply, error) {
 			close(begun)
 			<-ctx.Done()
 			return reply{}, ctx.Err()

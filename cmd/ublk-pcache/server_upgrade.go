@@ -262,11 +262,11 @@ func (n *next) kill() (ended bool) {
 	return ended
 }
 
-// succeed makes this process the server that follows the one that started it,
+// takeOver makes this process the server that follows the one that started it,
 // and says on tell how far it is. A process that fails here has nothing to take
 // back: its end is enough. What may want for room it makes before it says that it
 // is prepared.
-func succeed(o serveOptions, tell io.Writer) (_ *server, err error) {
+func takeOver(o serveOptions, tell io.Writer) (_ *server, err error) {
 	s := unstarted(o)
 	s.openLog(o.Foreground)
 	defer closeOnError(&err, s.log.Sync)

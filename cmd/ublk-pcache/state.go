@@ -424,9 +424,9 @@ func (d *device) plausible(id int) bool {
 		d.Queues > 0 && d.Depth > 0 && d.Depth <= maxDepth && d.Writeback > 0 && d.Writeback <= maxWriteback
 }
 
-// bare is what can be told of a device without its state file: of ours, or
+// deviceOfDriver is what can be told of a device without its state file: of ours, or
 // anybody's.
-func bare(id int, anybodys bool) (*device, error) {
+func deviceOfDriver(id int, anybodys bool) (*device, error) {
 	d := &device{ID: id, Mark: markOurs} // which no device has
 	info, err := ublk.Lookup(id)
 	if err == nil && (anybodys || isOurs(info)) {

@@ -175,7 +175,7 @@ func TestDamagedStateFiles(t *testing.T) {
 			}
 			_, err := readState(3)
 			fails(t, err, statePath(3, ".json"), "ublk-pcache del 3", "add it again")
-			fails(t, silence(3, err), statePath(3, ".json"), "ublk-pcache del 3")
+			fails(t, unreachableError(3, err), statePath(3, ".json"), "ublk-pcache del 3")
 			all, err := readStates()
 			if err != nil || len(all) != 2 || all[0].ID != 3 || all[0].damage == nil || all[1].ID != 5 || all[1].damage != nil {
 				t.Errorf("of devices 3 and 5 are seen %+v, %v", all, err)

@@ -95,7 +95,7 @@ func newStatusCmd() *cobra.Command {
 			} else if broken != nil {
 				return broken
 			}
-			l, err := look(d)
+			l, err := describe(d)
 			if err != nil {
 				return err
 			}

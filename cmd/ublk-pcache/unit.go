@@ -94,7 +94,7 @@ func spawnUnit(systemd *dbus.Conn, self string, o serveOptions) (answer string, 
 	}
 	heard := make(chan said, 1)
 	go func() {
-		text, err := hear(caller, config)
+		text, err := exchange(caller, config)
 		heard <- said{text, err}
 	}()
 	var s said
@@ -190,8 +190,8 @@ func refuseServed(o *serveOptions) error {
 	return nil
 }
 
-// hear tells the server what to serve and returns what it says, up to its end.
-func hear(caller *net.UnixListener, config []byte) ([]byte, error) {
+// exchange tells the server what to serve and returns what it says, up to its end.
+func exchange(caller *net.UnixListener, config []byte) ([]byte, error) {
 	for {
 		conn, err := caller.AcceptUnix()
 		if err != nil {
