@@ -199,7 +199,7 @@ const noSegment = -1
 // heal makes the records whole of which a copy was found damaged. It does not
 // persist.
 func (c *Cache) heal() {
-	for _, n := range c.layout.Notes {
+	for _, n := range c.layout.DamagedCopies {
 		if err := n.Heal(c.mem); err != nil {
 			c.bad(BadPlace{What: n.What, Off: n.Off, Len: int64(n.Size), Segment: noSegment}, err)
 		}

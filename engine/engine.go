@@ -190,7 +190,7 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 	}
 	c.each, _ = mem.(eachReader)
 	c.index = newIndex(c.size)
-	for _, n := range layout.Notes {
+	for _, n := range layout.DamagedCopies {
 		c.log.Error(n.String(), nil)
 	}
 	if !mem.Durable() && !c.crc {

@@ -216,7 +216,7 @@ func (f *Follower) TakeOver(old Retired) (*Cache, error) {
 		return nil, err
 	}
 	c := f.c
-	f.r.settle(old.Head)
+	f.r.logEnds(old.Head)
 	if err := f.r.checkSegments(); err != nil {
 		return nil, err
 	}

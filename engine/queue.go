@@ -242,7 +242,7 @@ func (q *Queue) post(r *Request) {
 // next, which is soon.
 func (q *Queue) commit() {
 	c := q.c
-	q.settle()
+	q.payOwed()
 	if len(q.turn) == 0 && len(q.filled) == 0 && len(q.keys) == 0 {
 		return
 	}

@@ -53,7 +53,7 @@ func (c *Cache) replay(choice Choice) error {
 	if torn {
 		c.log.Error(fmt.Sprintf("a power cut took writes that had not been flushed: the log ends at %v", end.Pos), nil)
 	}
-	r.settle(Head{end.Pos, next})
+	r.logEnds(Head{end.Pos, next})
 	if err := r.fillSums(); err != nil {
 		return err
 	}
@@ -140,8 +140,8 @@ func newReplayer(c *Cache) *replayer {
 	return r
 }
 
-// settle: the log has been replayed up to its end.
-func (r *replayer) settle(end Head) {
+// logEnds: the log has been replayed up to its end.
+func (r *replayer) logEnds(end Head) {
 	c := r.c
 	c.journal.mu.head, c.journal.mu.seq, c.journal.mu.written, c.journal.mu.keys = end.Pos, end.Seq, r.ksets, r.keys
 	if !r.dirty {

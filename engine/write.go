@@ -152,8 +152,8 @@ func (q *Queue) alloc(n int, r *Request) (seg, off uint32, got int, ok bool) {
 	return seg, off, got, true
 }
 
-// settle takes the references that are owed.
-func (q *Queue) settle() {
+// payOwed takes the references that are owed.
+func (q *Queue) payOwed() {
 	if q.head.owed > 0 {
 		q.c.segments.all[q.head.seg].refs.Add(q.head.owed)
 		q.head.owed = 0
@@ -179,7 +179,7 @@ func (q *Queue) put(n int, r *Request, store func(n int, at int64) error) (seg, 
 }
 
 func (q *Queue) closeHead() {
-	q.settle()
+	q.payOwed()
 	if q.zeros.n > 0 {
 		q.zeros.n = 0
 		q.c.drop(q.head.seg)

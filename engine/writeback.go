@@ -244,9 +244,9 @@ func (c *Cache) Flush(ctx context.Context) error {
 	}
 }
 
-// settle tells those who wait for a flush how the last round went, and keeps
+// answerFlushes tells those who wait for a flush how the last round went, and keeps
 // why not everything is well.
-func (c *Cache) settle(err error) {
+func (c *Cache) answerFlushes(err error) {
 	w := &c.writeback
 	tried := w.at.ksets
 	if err != nil {
@@ -374,7 +374,7 @@ func (c *Cache) writebackLoop() {
 		if err == errRest {
 			return
 		}
-		c.settle(err)
+		c.answerFlushes(err)
 		switch {
 		case c.failure() == ErrAborted:
 			return // the transfers under way still have their parts of the round

@@ -111,7 +111,7 @@ func check(r io.ReaderAt, size int64, data bool) *Report {
 	rep := &Report{}
 	l, err := ReadLayout(r, size)
 	rep.Layout = l
-	for _, note := range l.Notes {
+	for _, note := range l.DamagedCopies {
 		rep.problem(errors.New(note.String()))
 	}
 	if err != nil {

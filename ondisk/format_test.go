@@ -59,7 +59,7 @@ func TestFormatBuriesOldCache(t *testing.T) {
 		t.Fatal(err)
 	}
 	l := mustLayout(t, s)
-	if l.Identity != nil || l.Info.Flags.DataCRC() || l.Info.Flags.GCPercent() != 10 || len(l.Notes) != 0 {
+	if l.Identity != nil || l.Info.Flags.DataCRC() || l.Info.Flags.GCPercent() != 10 || len(l.DamagedCopies) != 0 {
 		t.Errorf("%+v", l)
 	}
 	for id, gen := range l.Gens {

@@ -28,7 +28,7 @@ func TestGolden(t *testing.T) {
 				t.Fatal(err)
 			}
 			if l.Info.Flags.DataCRC() != g.dataCRC || l.Info.Flags.GCPercent() != 70 || l.Superblock.Segments != 32 ||
-				l.KeyTail != (Position{}) || l.DirtyTail != (Position{}) || l.Identity != nil || len(l.Notes) != 0 {
+				l.KeyTail != (Position{}) || l.DirtyTail != (Position{}) || l.Identity != nil || len(l.DamagedCopies) != 0 {
 				t.Errorf("layout: %+v", l)
 			}
 			for id, phys := range l.Chain {

@@ -32,13 +32,13 @@ type Layout struct {
 	Gens  []uint64  // its generation
 	GenAt []Replica // where the newest copy of that stands
 
-	// Notes lists the copies that were found damaged while the other one
+	// DamagedCopies are those that were found damaged while the other one
 	// was good.
-	Notes []Note
+	DamagedCopies []DamagedCopy
 }
 
-// Note is a damaged copy of a record that is otherwise fine.
-type Note struct {
+// DamagedCopy is a damaged copy of a record that is otherwise fine.
+type DamagedCopy struct {
 	What  string // the record
 	Seg   uint32 // cache_seg_id, for a generation or segment_info
 	Slot  uint8
@@ -51,7 +51,7 @@ type Note struct {
 	lost []byte // what the damaged one held, if that is known and newer
 }
 
-func (n Note) String() string {
+func (n DamagedCopy) String() string {
 	what, then := n.What, "the other one is used"
 	if n.What == recordGeneration || n.What == recordSegmentInfo {
 		what = fmt.Sprintf("%s of segment %d", n.What, n.Seg)
@@ -66,7 +66,7 @@ func (n Note) String() string {
 // sure that it can be read; where there is no good one it does nothing. It does
 // not persist. Where both are the same, whichever the next writer leaves alone
 // will do.
-func (n Note) Heal(m interface {
+func (n DamagedCopy) Heal(m interface {
 	io.ReaderAt
 	io.WriterAt
 }) error {
@@ -109,9 +109,9 @@ func (s stored) read(from io.ReaderAt, dst []byte) Copies {
 }
 
 // damaged returns the note of a copy.
-func (s stored) damaged(slot int, c Copies) Note {
+func (s stored) damaged(slot int, c Copies) DamagedCopy {
 	place := [2]int64{s.off, s.off + s.distance}
-	return Note{
+	return DamagedCopy{
 		What: s.what, Seg: s.seg, Slot: uint8(slot), State: c.State[slot], Alone: !c.Valid(),
 		Off: place[slot], Size: s.size, good: place[1-slot],
 	}
@@ -247,7 +247,7 @@ func (l *Layout) noteOurs(r io.ReaderAt, c Copies, at stored, magic uint64) {
 		n := at.damaged(slot, c)
 		err := readFull(r, buf[:], n.Off+headerSize)
 		if c.Valid() || err != nil || le.Uint64(buf[:]) == magic {
-			l.Notes = append(l.Notes, n)
+			l.DamagedCopies = append(l.DamagedCopies, n)
 		}
 	}
 }
@@ -348,9 +348,9 @@ func (l *Layout) readGenerations(r io.ReaderAt) error {
 // impossible. No writer goes up by more than one at a time, and where no key names
 // the segment it makes no difference.
 func (l *Layout) raiseGenerations(r io.ReaderAt) {
-	noted := map[uint32]*Note{}
-	for i := range l.Notes {
-		if n := &l.Notes[i]; n.What == recordGeneration {
+	noted := map[uint32]*DamagedCopy{}
+	for i := range l.DamagedCopies {
+		if n := &l.DamagedCopies[i]; n.What == recordGeneration {
 			noted[n.Seg] = n
 		}
 	}
@@ -398,7 +398,7 @@ func (l *Layout) readTail(r io.ReaderAt, t Tail) error {
 func (l *Layout) note(c Copies, at stored) {
 	for slot, state := range c.State {
 		if state.damaged() {
-			l.Notes = append(l.Notes, at.damaged(slot, c))
+			l.DamagedCopies = append(l.DamagedCopies, at.damaged(slot, c))
 		}
 	}
 }

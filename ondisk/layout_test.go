@@ -99,8 +99,8 @@ func TestReplicaSurvivesLossOfOther(t *testing.T) {
 				if state == CopyEmpty {
 					notes = 0
 				}
-				if len(l.Notes) != notes || notes == 1 && (int64(l.Notes[0].Slot) != slot || l.Notes[0].State != state) {
-					t.Errorf("%s copy %d %v: notes %v", name, slot, state, l.Notes)
+				if len(l.DamagedCopies) != notes || notes == 1 && (int64(l.DamagedCopies[0].Slot) != slot || l.DamagedCopies[0].State != state) {
+					t.Errorf("%s copy %d %v: notes %v", name, slot, state, l.DamagedCopies)
 				}
 				if l.Info != want.Info || l.KeyTail != want.KeyTail || l.DirtyTail != want.DirtyTail || *l.Identity != *id ||
 					fmt.Sprint(l.Chain, l.Gens) != fmt.Sprint(want.Chain, want.Gens) {
@@ -140,10 +140,10 @@ func TestHeal(t *testing.T) {
 			s := fresh.clone()
 			spoil(s, off, 16, state)
 			l := mustLayout(t, s)
-			if len(l.Notes) != 1 || l.Notes[0].What != what || l.Notes[0].Off != off {
-				t.Fatalf("%s, %v: notes %v", what, state, l.Notes)
+			if len(l.DamagedCopies) != 1 || l.DamagedCopies[0].What != what || l.DamagedCopies[0].Off != off {
+				t.Fatalf("%s, %v: notes %v", what, state, l.DamagedCopies)
 			}
-			if err := l.Notes[0].Heal(s); (err == nil) != (state == CopyBad) {
+			if err := l.DamagedCopies[0].Heal(s); (err == nil) != (state == CopyBad) {
 				t.Errorf("%s, %v: %v", what, state, err)
 			}
 			if state == CopyUnreadable {
@@ -151,15 +151,15 @@ func TestHeal(t *testing.T) {
 			}
 			healed := mustLayout(t, s)
 			// The copy that was good goes now.
-			spoil(s, l.Notes[0].good, 16, CopyUnreadable)
+			spoil(s, l.DamagedCopies[0].good, 16, CopyUnreadable)
 			for _, l := range []*Layout{healed, mustLayout(t, s)} {
 				if l.Info != want.Info || l.KeyTail != want.KeyTail || l.DirtyTail != want.DirtyTail || *l.Identity != *want.Identity ||
 					l.SyncMark != 7 || l.Fingerprint != want.Fingerprint || fmt.Sprint(l.Chain, l.Gens) != fmt.Sprint(want.Chain, want.Gens) {
 					t.Errorf("%s: another layout", what)
 				}
 			}
-			if len(healed.Notes) > 0 {
-				t.Errorf("%s: %v", what, healed.Notes)
+			if len(healed.DamagedCopies) > 0 {
+				t.Errorf("%s: %v", what, healed.DamagedCopies)
 			}
 		}
 	}

@@ -293,11 +293,11 @@ func (r *repairer) firstPage() {
 		r.put(record{what: recordIdentity, copies: l.IdentityCopies, size: IdentitySize,
 			encode: func(dst []byte, at Replica) int64 { return EncodeIdentity(dst, at, l.Identity) }})
 	}
-	l.Notes = nil
+	l.DamagedCopies = nil
 	l.readSyncMark(r)
 	l.readFingerprint(r)
 	alone := map[string]bool{}
-	for _, n := range l.Notes {
+	for _, n := range l.DamagedCopies {
 		alone[n.What] = n.Alone
 	}
 	mendOurs := func(rec record, off int64, cost string) {

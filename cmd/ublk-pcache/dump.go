@@ -213,7 +213,7 @@ func newDumpHead(l *ondisk.Layout) *dumpHead {
 	for id := range l.Gens {
 		h.Chain = append(h.Chain, dumpSegment{dumpCopy(l.GenAt[id]), id, l.Chain[id], l.Gens[id]})
 	}
-	for _, note := range l.Notes {
+	for _, note := range l.DamagedCopies {
 		h.Damaged = append(h.Damaged, note.String())
 	}
 	return h
