@@ -5,12 +5,12 @@ import (
 	"fmt"
 )
 
-// Why a device cannot be opened as a cache. Each says what to do about it.
+// Why a device cannot be opened as a cache.
 var (
-	ErrNotFormatted   = errors.New("no cache on this device: the superblock at byte 4096 is empty (ublk-pcache check shows whether parts of one are left; to make one: ublk-pcache format)")
+	ErrNotFormatted   = errors.New("no cache on this device: the superblock at byte 4096 is empty")
 	ErrMagic          = errors.New("no cache on this device: the superblock has another magic number; is it the right device?")
-	ErrSuperblock     = errors.New("superblock at byte 4096 is damaged: its crc does not match (to mend it: ublk-pcache repair)")
-	ErrSuperblockLost = errors.New("superblock at byte 4096 is lost, but parts of a cache are there (to mend it: ublk-pcache repair)")
+	ErrSuperblock     = errors.New("superblock at byte 4096 is damaged: its crc does not match")
+	ErrSuperblockLost = errors.New("superblock at byte 4096 is lost, but parts of a cache are there")
 	ErrBigEndian      = errors.New("the cache was written by a big-endian host; open it on one")
 	ErrSize           = errors.New("the device is smaller than its cache; use the device it was made on, whole")
 	ErrNotInitialised = errors.New("the cache was never completely formatted; format it again")
@@ -22,7 +22,7 @@ var (
 // for all: run check to see how much it is, and repair, restore or format.
 var (
 	ErrInfo            = errors.New("cache_info is not valid")
-	ErrLost            = errors.New("both copies are lost; ublk-pcache check shows what else is, and repair mends it")
+	ErrLost            = errors.New("both copies are lost")
 	ErrChain           = errors.New("the chain of segments is broken")
 	ErrGeneration      = errors.New("the generation of a segment is lost, its cached data cannot be told from older data")
 	ErrGenerationValue = errors.New("the generation of a segment is higher than any cache gets")
@@ -54,7 +54,7 @@ var (
 	ErrNoCache   = errors.New("too little of a cache is left to tell that it is one")
 	ErrChainLost = errors.New("too many links of the chain of segments are lost to tell their order")
 	ErrLogLost   = errors.New("where the log begins is lost, and the log cannot be told from what older ones left")
-	ErrLogStart  = errors.New("no kset can be read where the log has to begin, but some lie behind that place (to give them up: --give-up-log-damage)")
+	ErrLogStart  = errors.New("no kset can be read where the log has to begin, but some lie behind that place")
 	ErrCRCLost   = errors.New("cache_info is lost, and without the log nothing tells whether the cache keeps checksums")
 )
 
@@ -75,7 +75,7 @@ func (f Faults) Error() string {
 	if len(f) == 1 {
 		return f[0].Error()
 	}
-	return fmt.Sprintf("%v (and %d more, see ublk-pcache check)", f[0], len(f)-1)
+	return fmt.Sprintf("%v (and %d more)", f[0], len(f)-1)
 }
 
 // Unwrap makes errors.Is find each of the faults.

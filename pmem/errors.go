@@ -16,7 +16,7 @@ var (
 	ErrNotMappable = errors.New("neither a device-dax device nor a file")
 	ErrTooSmall    = errors.New("smaller than 512 MiB, the least a cache takes")
 	ErrMisaligned  = errors.New("size is not a multiple of the page size")
-	ErrInUse       = errors.New("in use by another process (ublk-pcache list shows the running caches)")
+	ErrInUse       = errors.New("in use by another process")
 	ErrOtherSize   = errors.New("exists with another size (leave out size= to use it, or remove it)")
 	ErrBadSize     = errors.New("size must be a number of bytes, or one followed by K, M, G or T")
 	ErrNoSpace     = errors.New("no space could be reserved for the file")

@@ -96,11 +96,6 @@ func leaveCaller() error {
 	return nil
 }
 
-// oneLine keeps an error that was joined from several on one line.
-func oneLine(err error) string {
-	return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
-}
-
 // deviceID reads the argument of the commands that take a device: its number,
 // or its path.
 func deviceID(arg string) (int, error) {
