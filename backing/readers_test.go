@@ -146,7 +146,7 @@ func mustBeHeld(t *testing.T, how, path string) {
 	}
 }
 
-// Who has the file open for writing has a right to lock it.
+// A process that has the file open for writing has a right to lock it.
 func TestWriterIsHeeded(t *testing.T) {
 	path := tempFile(t, testSize)
 	f, err := os.OpenFile(path, os.O_RDWR, 0)

@@ -15,7 +15,7 @@ import (
 // something that may be gone, and serving both with what is on the disk now
 // makes a mixture that never existed.
 //
-// Whoever uses a disk leaves traces where it keeps its superblock or its table:
+// A user of a disk leaves traces where it keeps its superblock or its table:
 // ext4 at 1 KiB, XFS at 0, btrfs at 64 KiB, the same at the head of a first
 // partition at 1 MiB; LVM, md and LUKS at either end, GPT at both. Mounting for
 // writing is enough to change them. So a checksum of these areas is kept on the
@@ -266,8 +266,8 @@ func (c *Cache) keepFingerprint(rec ondisk.Fingerprint) {
 	}
 }
 
-// storeFingerprint does not persist. Whoever calls it does so before it is called
-// again, since the copy that it leaves alone is the last durable one.
+// storeFingerprint does not persist. Its caller does, before it is called again,
+// since the copy that it leaves alone is the last durable one.
 func (c *Cache) storeFingerprint(rec ondisk.Fingerprint) error {
 	f := &c.fingerprint
 	at := f.at.Next()

@@ -13,8 +13,8 @@ import (
 // that the lock of a stripe costs no memory of its own.
 //
 // What is never done under a shard's lock: copying data, computing a crc, a
-// fence, a system call. Who wants to read what an extent names pins its
-// segment under the lock, unlocks, copies, and unpins.
+// fence, a system call. A reader of what an extent names pins its segment under
+// the lock, unlocks, copies, and unpins.
 
 const (
 	sectorShift   = 9

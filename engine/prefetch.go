@@ -7,8 +7,8 @@ import (
 
 // A search goes from the root of a stripe's tree down to a leaf, or to a slot of its
 // table, and where the index is larger than the processor's caches it waits for memory
-// at each of them. So whoever searches for several places has the processor fetch the
-// nodes of all beforehand, level by level: then it waits for all of them at once. With
+// at each of them. So a search for several places has the processor fetch the nodes
+// of all beforehand, level by level: then it waits for all of them at once. With
 // ten million extents in trees that saves a quarter of the time of a read hit, copy
 // included, and a third of what it takes to enter a key. A smaller index comes faster
 // than it can be asked for.

@@ -12,11 +12,11 @@ import "ublk-pcache/ondisk"
 // keys the index does not have yet: they would pass for overwritten.
 //
 // So the locks of all their shards are taken while the journal's is still held,
-// and each is given back when its keys are in. Whoever has seen the kset in the
-// log, be it the next commit or write-back, then waits where it looks for the
-// keys, and only there. This cannot end in a circle: more than one shard's lock
-// is only taken under the journal's, and who holds a shard's asks for no lock
-// but that of the fills, under which nobody asks for any.
+// and each is given back when its keys are in. The next commit, write-back,
+// and all others that have seen the kset in the log then wait where they look
+// for the keys, and only there. This cannot end in a circle: more than one
+// shard's lock is only taken under the journal's, and under a shard's no lock is
+// taken but that of the fills, under which none is.
 //
 // A queue has one, since it does one commit at a time.
 type publisher struct {

@@ -210,8 +210,8 @@ type references struct {
 // drop gives one reference back.
 func (c *Cache) drop(seg uint32) { c.dropAll(references{seg, 1}) }
 
-// dropAll gives references back. Whoever drops the last one hands the segment to
-// garbage collection.
+// dropAll gives references back, and with the last one the segment to garbage
+// collection.
 func (c *Cache) dropAll(r references) {
 	if c.segments.all[r.seg].refs.Add(-r.n) == 0 {
 		c.gc.bury(r.seg)

@@ -126,7 +126,7 @@ func (c *Cache) mayTake(q *Queue, r *Request) bool {
 
 // serve wakes those who are next in line, as far as there is room in the segments
 // that their queues fill, and the first one that needs a new one, if there is one
-// for it, with what of its queue comes next. Who comes behind that is woken once it
+// for it, with what of its queue comes next. Those behind that are woken once it
 // has it.
 func (c *Cache) serve() {
 	s := &c.space

@@ -17,7 +17,7 @@ import (
 // in it, in the order in which they lie there, which is the order in which its
 // one writer filled it. Eight bytes a piece.
 //
-// Who uses a part of a piece reads all of it. That bounds the length of the
+// To use a part of a piece is to read all of it. That bounds the length of the
 // pieces we store: see maxSummed. The kernel makes longer ones.
 
 // maxSummed is the longest piece of data that gets a checksum of its own, in

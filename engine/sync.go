@@ -107,7 +107,7 @@ func settle(mem Memory) error {
 	u := unsynced{l: l, pages: map[uint32]*segmentPages{}, found: l.SyncMark == 0}
 	end, _ := l.WalkLog(mem, l.KeyTail, u.kset)
 	if end.Damage != nil {
-		// Whoever decides about it has a look at what is behind.
+		// What lies behind it may be needed to decide what becomes of it.
 		u.add(end.Pos.Seg, end.Pos.Off, ondisk.SegmentData-end.Pos.Off)
 	}
 	return mem.Settle(u.ranges)

@@ -322,7 +322,7 @@ func (c *Cache) writebackLoop() {
 			if err != nil {
 				c.fail(err)
 			}
-			// Who pressed for nothing is not told to press again.
+			// A collector that pressed for nothing is not told to press again.
 			if passed {
 				c.gc.kick()
 			}

@@ -12,7 +12,7 @@ import (
 // what the damaged ksets held has to be given up, the rest need not be: their
 // room is filled with ksets that mean nothing new, of the numbers that are
 // missing there. Their keys are all the same one, the first living key behind
-// them, for the same sectors and the same place. Whoever replays the log enters
+// them, for the same sectors and the same place. A replay of the log enters
 // it a few times more, before its turn, and then once more in its turn, over
 // whatever came in between. References are counted by the key, here and in the
 // kernel, and taken back by the key; write-back finds the place once more; and

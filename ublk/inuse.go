@@ -14,7 +14,7 @@ import (
 	"ublk-pcache/internal/mountinfo"
 )
 
-// Who has a disk in use is found out by its device numbers, never by a name:
+// The users of a disk are found by its device numbers, never by a name:
 // names are made by whoever likes, in a mount namespace or a root folder of
 // their own, and a file called /dev/ublkb0 is no reason to keep the disk, nor is
 // a disk that is open under another name one to take it away.

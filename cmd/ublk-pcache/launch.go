@@ -33,8 +33,8 @@ import (
 // nobody has met yet can be announced to whoever has it mapped
 // (vm.memory_failure_early_kill), by a SIGBUS in any thread, whatever that is at.
 // It has nothing to do with what the thread does, so that nothing could be done
-// about it, and Go's runtime takes it for a crash. Who asks for late kill is told
-// when the memory is touched, in the access itself, which package pmem guards.
+// about it, and Go's runtime takes it for a crash. A process that asks for late kill is
+// told when the memory is touched, in the access itself, which package pmem guards.
 // The kernel asks thread by thread (mm/memory-failure.c, find_early_kill_thread;
 // 6.12 and 7.3), and the answer survives fork and exec as well (PF_MCE_PROCESS).
 

@@ -68,7 +68,7 @@ func awaitRetry(command string, status int) {
 	time.Sleep(retryPause)
 }
 
-// startError says whether the error of a start is final. Who holds the disk, or
+// startError says whether the error of a start is final. The holder of the disk, or of
 // the pmem, may let go of it. A device that waits is tried for again, but for what a
 // person has to decide, or mend: the cache must not be held meanwhile.
 func (o *serveOptions) startError(err error) error {

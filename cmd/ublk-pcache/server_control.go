@@ -185,8 +185,8 @@ func serveClient(conn net.Conn, execute func(context.Context, command) (reply, e
 		return reply{}, err
 	}
 	if hungUp(conn) {
-		// Whoever has been told that nobody answers must not find later that the
-		// command was carried out.
+		// A client that has been told that nobody answers must not find later that
+		// the command was carried out.
 		conn.Close()
 		return reply{}, errHungUp
 	}

@@ -40,7 +40,7 @@ func controlled(tb testing.TB) (execute func(context.Context, command) (reply, e
 	}
 }
 
-// someServer is a cache without a device. Whoever uses it ends the cache.
+// someServer is a cache without a device. Its caller ends the cache.
 func someServer(tb testing.TB) *server {
 	tb.Helper()
 	mem := pmem.NewFake(ondisk.MinSize)

@@ -16,7 +16,7 @@ import (
 // runtime are there as well: a person or systemd in the foreground, and else a
 // file that is not on any disk.
 //
-// Whoever reads it must not matter to the server. A reader may stand still, or be
+// Readers of it must not matter to the server. One may stand still, or be
 // gone; the folder may be full. So a line is only put into a buffer, from where
 // somebody takes it who may be blocked, and what does not fit is counted. And
 // what happens again and again, as with a disk that fails, must matter neither:

@@ -3,8 +3,8 @@
 //
 // # The obvious way
 //
-// flock(2) asks for no more than a descriptor. Whoever can read the file takes a
-// lock, waits in line while the server lives, and has the file when it dies: the
+// flock(2) asks for no more than a descriptor. Any user who can read the file
+// takes a lock, waits in line while the server lives, and has the file when it dies: the
 // next server is locked out. Leases and locks for reading are no better, each can
 // be had, or kept from others, by those who read.
 //

@@ -210,8 +210,8 @@ func (r *Ring) Wait(n uint32) error {
 // missed as long as there are some to spare, so it makes the raw call and
 // simply holds on.
 //
-// What makes that legal is preemption. Whoever stops the world, or finds the
-// goroutine running for more than 10 ms, sends SIGURG to the thread. The
+// What makes that legal is preemption. The runtime, when it stops the world or
+// finds the goroutine running for more than 10 ms, sends SIGURG to the thread. The
 // sleep then ends in EINTR. The handler itself cannot preempt, because the
 // interrupted instruction is in a system call, but it leaves the request in
 // the goroutine's stack guard, and the prologue of the next ordinary function

@@ -569,7 +569,7 @@ func TestRunOnAnothersDisk(t *testing.T) {
 	d.del(t)
 }
 
-// Whoever flushes does not notice that the server is replaced meanwhile.
+// A client that flushes does not notice that the server is replaced meanwhile.
 func TestFlushDuringUpgrade(t *testing.T) {
 	wipe(t, disk)
 	d := add(t, "-p", dax, "-b", disk)

@@ -153,7 +153,7 @@ func underLoad(t *testing.T, disturb func(d device)) {
 	fs, raw := slice(t, d, "fs", 0, 1<<30), slice(t, d, "raw", 1<<30, 1<<30)
 	must(t, "mkfs.ext4", "-q", fs)
 	dir := mount(t, fs)
-	// Whoever has the device open waits for a server, and so would all other cleaning up.
+	// Programs that have the device open wait for a server, and so would all other cleaning up.
 	t.Cleanup(func() {
 		if t.Failed() {
 			go exec.Command("ublk-pcache", "del", "--force", d.id).Run()

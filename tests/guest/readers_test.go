@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Whoever may read the files of a cache, and no more, waits in line for their locks, and has them when the server dies.
-// It comes back all the same, and nobody else can start a second one meanwhile.
+// A user who may read the files of a cache, and no more, waits in line for their locks, and has them when the server dies.
+// The server comes back all the same, and nobody else can start a second one meanwhile.
 func TestReadersLockNobodyOut(t *testing.T) {
 	wipe(t, disk, disk4K)
 	must(t, "mkfs.ext4", "-q", "-F", disk4K)

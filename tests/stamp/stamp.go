@@ -43,7 +43,7 @@ const zeroed = 1 << 31
 // A Device is what a block device (or any ReadWriterAt) must hold: for each sector the generation that was last
 // acknowledged, 0 for never written and therefore zero.
 //
-// Whoever reads or writes a range has it for himself while he does, so what a read must return is always one exact
+// A reader or writer has its range for itself, so what a read must return is always one exact
 // answer. Overlapping requests still follow each other as closely as they can, which is where caches go wrong.
 // All methods may be called from any goroutine.
 type Device struct {
