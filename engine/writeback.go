@@ -304,112 +304,172 @@ func (c *Cache) writebackLoop() {
 	defer runtime.UnlockOSThread()
 	w := &c.writeback
 	timer := time.NewTimer(w.idle)
-	var delay time.Duration
-	var seen uint64 // ksets in the log, unchanged
-	since := time.Now()
+	var writers activity
+	var delay time.Duration // after the last round, which has failed
 	for !c.stopping() {
 		_, written := c.journal.head()
-		now := time.Now()
-		if written != seen {
-			seen, since = written, now
-		}
 		flushing, again, flushes := w.nextTurn()
-		if w.pressed.Swap(false) && w.holds() && c.failure() == nil {
-			passed, err := c.relogStuck()
-			if err == nil && !passed {
-				passed, err = c.relogSkipped()
-			}
-			if err != nil {
-				c.fail(err)
-			}
-			// A collector that pressed for nothing is not told to press again.
-			if passed {
-				c.gc.kick()
-			}
-		}
+		c.relogPressed()
 		if again {
 			w.retryNow()
 		}
-		idleAt := since.Add(w.idle)
-		_, cleaned := c.tails.dirtyTail()
-		until := max(w.want.Load(), w.age.expired(now, written))
-		pressed := w.tail.Load() == cleaned+1
-		if flushing || pressed && until <= w.at.ksets || !now.Before(idleAt) {
-			until = written
-		}
-		until = w.rewind(flushes, until)
-		dirty := w.at.ksets < written
-		collect := dirty && w.at.ksets < until
-		retryAt, retry := w.nextRetry()
-		if s := &w.skipped; s.on && (!retry || s.next.Before(retryAt)) {
-			retryAt, retry = s.next, true
-		}
-		// All may be done but for dirty_tail: what was stuck has been overwritten,
-		// or the last try to store it has failed. Or it has been moved just now, and
-		// those who wait for a flush are still to be told.
-		behind := !w.holds() && (cleaned < w.at.ksets || flushing && !dirty)
-		if !behind && !collect && !(retry && !now.Before(retryAt)) {
-			var wake *time.Timer
-			switch {
-			case dirty && (!retry || idleAt.Before(retryAt)):
-				timer.Reset(idleAt.Sub(now))
-				wake = timer
-			case retry:
-				timer.Reset(retryAt.Sub(now))
-				wake = timer
+		o := c.outlook(written, &writers, flushing, flushes)
+		if round, wake, ever := o.plan(); !round {
+			if ever {
+				timer.Reset(wake.Sub(o.now))
 			}
-			if !dirty {
-				w.asleep.Store(true)
-				if _, now := c.journal.head(); now != written {
-					w.asleep.Store(false)
-					continue
-				}
-			}
-			c.awaitKick(wake)
-			w.asleep.Store(false)
+			c.sleepUnlessWritten(o, timer, ever)
 			continue
 		}
 		held := w.holds()
-		err := c.round(until)
+		err := c.round(o.until)
 		if err == errRest {
 			return
 		}
 		c.answerFlushes(err)
-		switch {
-		case c.failure() == ErrAborted:
+		if c.failure() == ErrAborted {
 			return // the transfers under way still have their parts of the round
-		case err != nil:
-			delay = backoff(delay)
-			c.log.Error(fmt.Sprintf("write-back failed, its data stays in the cache, next try in %v", delay), err)
-			c.gc.kick() // what was passed by may be logged again, for those who wait for room
+		}
+		delay = c.reportRound(err, held, delay)
+		c.gc.kick() // with an error, too: what was passed by may be logged again, for those who wait for room
+		if err != nil {
 			select {
 			case <-time.After(delay):
 			case <-c.workers.stop:
 			}
-			continue
-		case w.holds() && !held:
-			more := ""
-			if w.skipped.on {
-				more = " and more"
-			}
-			c.log.Error(fmt.Sprintf("%d pieces of data%s cannot be written back and stay in the cache, the rest goes on", len(w.stuck), more), w.refusal())
-		case delay > 0, held && !w.holds():
-			c.log.Info("write-back works again", nil)
 		}
-		delay = 0
+	}
+}
+
+// activity knows since when nobody has written.
+type activity struct {
+	ksets uint64 // in the log, unchanged
+	since time.Time
+}
+
+// quietSince is told how many ksets are in the log.
+func (a *activity) quietSince(now time.Time, ksets uint64) time.Time {
+	if a.since.IsZero() || a.ksets != ksets {
+		a.ksets, a.since = ksets, now
+	}
+	return a.since
+}
+
+// relogPressed logs again what is stuck where garbage collection waits for that.
+func (c *Cache) relogPressed() {
+	w := &c.writeback
+	if !w.pressed.Swap(false) || !w.holds() || c.failure() != nil {
+		return
+	}
+	passed, err := c.relogStuck()
+	if err == nil && !passed {
+		passed, err = c.relogSkipped()
+	}
+	if err != nil {
+		c.fail(err)
+	}
+	// A collector that pressed for nothing is not told to press again.
+	if passed {
 		c.gc.kick()
 	}
 }
 
-// awaitKick waits for a kick, the end of the work, or the timer if there is one.
-func (c *Cache) awaitKick(timer *time.Timer) {
+// outlook is what the loop knows when it decides what to do. Places in the log are numbers
+// of ksets.
+type outlook struct {
+	now      time.Time
+	idleAt   time.Time // when writers have been idle for long enough, if none comes
+	retryAt  time.Time // when what is put aside is due
+	retry    bool      // if there is any that will be
+	written  uint64    // the head
+	at       uint64    // where the next round begins
+	until    uint64    // up to where there is reason to write
+	cleaned  uint64    // dirty_tail
+	holds    bool      // something is put aside, and dirty_tail may have to stay
+	flushing bool      // somebody waits for a flush
+}
+
+// outlook is told what nextTurn has said, and where the head was before that.
+func (c *Cache) outlook(written uint64, writers *activity, flushing bool, flushes uint64) outlook {
+	w := &c.writeback
+	o := outlook{now: time.Now(), written: written, flushing: flushing}
+	_, o.cleaned = c.tails.dirtyTail()
+	o.idleAt = writers.quietSince(o.now, o.written).Add(w.idle)
+	o.until = max(w.want.Load(), w.age.expired(o.now, o.written))
+	pressed := w.tail.Load() == o.cleaned+1
+	if flushing || pressed && o.until <= w.at.ksets || !o.now.Before(o.idleAt) {
+		o.until = o.written
+	}
+	o.until = w.rewind(flushes, o.until)
+	o.at, o.holds = w.at.ksets, w.holds()
+	o.retryAt, o.retry = w.nextRetry()
+	if s := &w.skipped; s.on && (!o.retry || s.next.Before(o.retryAt)) {
+		o.retryAt, o.retry = s.next, true
+	}
+	return o
+}
+
+func (o *outlook) dirty() bool { return o.at < o.written }
+
+// plan says whether to make a round. If not, it says when to look again, if time alone will
+// be a reason ever.
+func (o *outlook) plan() (round bool, wake time.Time, ever bool) {
+	switch {
+	case o.dirty() && o.at < o.until:
+		return true, wake, false
+	case !o.holds && (o.cleaned < o.at || o.flushing && !o.dirty()):
+		// All is done but for dirty_tail: what was stuck has been overwritten, or the last
+		// try to store it has failed. Or it has been moved just now, and those who wait
+		// for a flush are still to be told.
+		return true, wake, false
+	case o.retry && !o.now.Before(o.retryAt):
+		return true, wake, false
+	case o.dirty() && (!o.retry || o.idleAt.Before(o.retryAt)):
+		return false, o.idleAt, true
+	}
+	return false, o.retryAt, o.retry
+}
+
+// sleepUnlessWritten waits for a kick, or the timer if it is set. Where there was nothing dirty
+// the next write kicks; one that has come meanwhile did not.
+func (c *Cache) sleepUnlessWritten(o outlook, timer *time.Timer, set bool) {
+	w := &c.writeback
+	defer w.asleep.Store(false)
+	if !o.dirty() {
+		w.asleep.Store(true)
+		if _, now := c.journal.head(); now != o.written {
+			return
+		}
+	}
 	var expired <-chan time.Time
-	if timer != nil {
+	if set {
 		expired = timer.C
 	}
 	select {
 	case <-c.workers.stop:
-	case <-c.writeback.kicked:
+	case <-w.kicked:
 	case <-expired:
 	}
+}
+
+// reportRound says how a round has gone, if that is news, and returns how long to wait before
+// the next. held is whether something was put aside before it, and delay what was returned
+// for the one before.
+func (c *Cache) reportRound(err error, held bool, delay time.Duration) time.Duration {
+	w := &c.writeback
+	switch {
+	case err != nil:
+		delay = backoff(delay)
+		c.log.Error(fmt.Sprintf("write-back failed, its data stays in the cache, next try in %v", delay), err)
+		return delay
+	case w.holds() && !held:
+		more := ""
+		if w.skipped.on {
+			more = " and more"
+		}
+		c.log.Error(fmt.Sprintf("%d pieces of data%s cannot be written back and stay in the cache, the rest goes on", len(w.stuck), more), w.refusal())
+	case delay > 0, held && !w.holds():
+		c.log.Info("write-back works again", nil)
+	}
+	return 0
 }

@@ -209,3 +209,36 @@ func TestKeyLongerThanTransfer(t *testing.T) {
 		t.Error("the disk does not have what was flushed")
 	}
 }
+
+// TestPlan: when write-back makes a round, and until when it sleeps.
+func TestPlan(t *testing.T) {
+	at := func(s int) time.Time { return time.Unix(0, 0).Add(time.Duration(s) * time.Second) }
+	const never = -1
+	for name, c := range map[string]struct {
+		o     outlook
+		round bool
+		wake  int // never, or a second
+	}{
+		"nothing dirty":                               {outlook{written: 9, at: 9, until: 9, cleaned: 9}, false, never},
+		"nothing demanded, writers are busy":          {outlook{written: 9, at: 3, until: 3, cleaned: 3}, false, 20},
+		"demanded already written":                    {outlook{written: 9, at: 3, until: 2, cleaned: 3}, false, 20},
+		"demanded":                                    {outlook{written: 9, at: 3, until: 4, cleaned: 3}, true, never},
+		"demanded more than there is":                 {outlook{written: 9, at: 9, until: 12, cleaned: 9}, false, never},
+		"all written, dirty_tail behind":              {outlook{written: 9, at: 9, until: 9, cleaned: 7}, true, never},
+		"some written, dirty_tail behind":             {outlook{written: 9, at: 8, until: 8, cleaned: 7}, true, never},
+		"dirty_tail behind what is put aside":         {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true, retryAt: at(15)}, false, 15},
+		"put aside, due":                              {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true, retryAt: at(10)}, true, never},
+		"put aside, due at once":                      {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true}, true, never},
+		"put aside, writers idle before it is due":    {outlook{written: 9, at: 3, until: 3, cleaned: 3, holds: true, retry: true, retryAt: at(25)}, false, 20},
+		"put aside, due before writers are idle":      {outlook{written: 9, at: 3, until: 3, cleaned: 3, holds: true, retry: true, retryAt: at(15)}, false, 15},
+		"a flush waits, all is on the disk":           {outlook{written: 9, at: 9, until: 9, cleaned: 9, flushing: true}, true, never},
+		"a flush waits for what is put aside":         {outlook{written: 9, at: 9, until: 9, cleaned: 7, flushing: true, holds: true, retry: true, retryAt: at(15)}, false, 15},
+		"a flush waits, and not all has been written": {outlook{written: 9, at: 3, until: 9, cleaned: 3, flushing: true}, true, never},
+	} {
+		c.o.now, c.o.idleAt = at(10), at(20)
+		round, wake, ever := c.o.plan()
+		if round != c.round || ever != (c.wake != never) || ever && !wake.Equal(at(c.wake)) {
+			t.Errorf("%s: round %t, wake at %v, %t", name, round, wake, ever)
+		}
+	}
+}
