@@ -63,9 +63,10 @@ type span struct {
 
 // span locates n sectors at lba, which must not cross a stripe.
 func (x *index) span(lba int64, n int) span {
-	stripe := lba / stripeSectors
+	u := uint64(lba) // no place is negative, and to divide a signed number takes longer
+	stripe := u / stripeSectors
 	sh := &x.shards[stripe%shardCount]
-	return span{sh: sh, root: uint32(stripe / shardCount), off: uint16(lba % stripeSectors), n: uint16(n)}
+	return span{sh: sh, root: uint32(stripe / shardCount), off: uint16(u % stripeSectors), n: uint16(n)}
 }
 
 // spanOf locates a read.

@@ -60,6 +60,10 @@ func errno(err error) syscall.Errno {
 	if err == nil {
 		return 0
 	}
+	return errnoOf(err)
+}
+
+func errnoOf(err error) syscall.Errno {
 	var n syscall.Errno // on the heap, since As takes its address
 	switch {
 	case errors.Is(err, engine.ErrInvalid):
