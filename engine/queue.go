@@ -241,27 +241,48 @@ func (q *Queue) post(r *Request) {
 // that have no others. A turn pays for one commit; what is left comes with the
 // next, which is soon.
 func (q *Queue) commit() {
-	c := q.c
 	q.payOwed()
 	if len(q.turn) == 0 && len(q.filled) == 0 && len(q.keys) == 0 {
 		return
 	}
-	var err error
-	done := q.committed
-	if len(q.keys) > 0 || len(q.filled) > 0 {
-		if err = c.failure(); err == nil {
-			err = c.commit(q)
-		}
-		done = q.committed
-		switch err {
-		case nil:
-			c.writeback.wrote()
-		case errLogFull: // below
-		default:
-			c.fail(err)
-			q.abandon()
-		}
+	done, err := q.commitKeys()
+	// Mostly there is nothing to note.
+	if err != nil || len(q.keys) > 0 || q.stalled.Load() {
+		q.noteStall(err)
 	}
+	q.finishTurn(done, err)
+	for _, f := range q.filled {
+		q.endFill(f)
+	}
+	q.filled = q.filled[:0]
+}
+
+// commitKeys commits keys of the batch and of what was filled, and returns how many of
+// the batch's, ever, have been.
+func (q *Queue) commitKeys() (done uint64, err error) {
+	c := q.c
+	if len(q.keys) == 0 && len(q.filled) == 0 {
+		return q.committed, nil
+	}
+	if err = c.failure(); err == nil {
+		err = c.commit(q)
+	}
+	done = q.committed
+	switch err {
+	case nil:
+		c.writeback.wrote()
+	case errLogFull: // the keys stay, see noteStall
+	default:
+		c.fail(err)
+		q.abandon()
+	}
+	return done, err
+}
+
+// noteStall is told how a commit went, and sees to it that what is left of the batch is
+// gone on with: when there is room for the log, or soon.
+func (q *Queue) noteStall(err error) {
+	c := q.c
 	// Fills that found the log full were given up, and nobody comes back for
 	// a queue that waits with nothing.
 	switch stalled, was := err == errLogFull && len(q.keys) > 0, q.stalled.Load(); {
@@ -279,6 +300,10 @@ func (q *Queue) commit() {
 	case err == nil && len(q.keys) > 0:
 		q.wake()
 	}
+}
+
+// finishTurn finishes the requests whose keys are among the first done, or which have failed.
+func (q *Queue) finishTurn(done uint64, err error) {
 	stay := q.turn[:0]
 	for _, r := range q.turn {
 		if r.last > done {
@@ -288,17 +313,13 @@ func (q *Queue) commit() {
 			}
 			r.Err = err
 		}
-		if r.Err == nil && !c.mem.Durable() && (r.Op == Flush || r.FUA) {
-			c.syncer.add(r)
+		if r.Err == nil && !q.c.mem.Durable() && (r.Op == Flush || r.FUA) {
+			q.c.syncer.add(r)
 			continue
 		}
 		q.finished = append(q.finished, r)
 	}
 	q.turn = stay
-	for _, f := range q.filled {
-		q.endFill(f)
-	}
-	q.filled = q.filled[:0]
 }
 
 // abandon forgets the keys of a batch that could not be committed.
