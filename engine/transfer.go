@@ -27,31 +27,9 @@ type transfer struct {
 // time shorten, if there is one, says how many parts are left, of which i have gone.
 func (c *Cache) transferParts(parts []part, shorten func(i int) []part) error {
 	w := &c.writeback
-	take := func() *transfer {
-		var t *transfer
-		select {
-		case t = <-w.free:
-		case <-c.aborted:
-			return nil
-		}
-		if t.err != nil {
-			err := fmt.Errorf("write %d bytes at %d of the backing device: %w", t.n, t.off, t.err)
-			for i := range t.parts {
-				t.parts[i].err = err
-			}
-		} else if len(t.parts) > 0 {
-			if t.parts[0].zero() {
-				w.zeroesTook(t.n, t.took)
-			} else {
-				w.inRound.Add(int64(t.n))
-			}
-		}
-		t.err, t.n, t.parts = nil, 0, nil
-		return t
-	}
 	late := time.Now().Add(w.step)
 	for i := 0; i < len(parts); {
-		t, from := take(), i
+		t := c.takeTransfer()
 		if t == nil {
 			return ErrAborted
 		}
@@ -66,36 +44,83 @@ func (c *Cache) transferParts(parts []part, shorten func(i int) []part) error {
 				break
 			}
 		}
-		t.off = parts[i].off
-		zero, unread := parts[i].zero(), 0
-		for ; unread == 0 && i < len(parts) && t.joins(parts[from:i], &parts[i], w.zeroes); i++ {
-			p := &parts[i]
-			p.err, p.lost = nil, false // of the round before
-			if !zero {
-				p.err = c.load(t.buf[t.n:t.n+p.len()], p)
-			}
-			if p.err != nil {
-				unread = 1 // what lies before it goes; behind it a new transfer begins
-			} else {
-				t.n += p.len()
-			}
+		i = c.fillTransfer(t, parts, i)
+		c.startTransfer(t)
+	}
+	return c.awaitTransfers()
+}
+
+// takeTransfer waits for a transfer that is not under way, and takes note of how it went,
+// if it was. It returns nil once everything has been given up.
+func (c *Cache) takeTransfer() *transfer {
+	w := &c.writeback
+	var t *transfer
+	select {
+	case t = <-w.free:
+	case <-c.aborted:
+		return nil
+	}
+	if t.err != nil {
+		err := fmt.Errorf("write %d bytes at %d of the backing device: %w", t.n, t.off, t.err)
+		for i := range t.parts {
+			t.parts[i].err = err
 		}
-		t.parts, t.begun = parts[from:i-unread], time.Now()
-		switch b := int64(c.disk.BlockSize()); {
-		case t.n == 0:
-			w.free <- t
-		case t.off%b != 0 || int64(t.n)%b != 0:
-			t.done(fmt.Errorf("%w: blocks of %d", ErrUnaligned, b))
-		case zero:
-			c.disk.Zero(t.off, int64(t.n), t.done)
-		default:
-			w.written.Add(uint64(t.n))
-			c.disk.Write(t.buf[:t.n], t.off, t.done)
+	} else if len(t.parts) > 0 {
+		if t.parts[0].zero() {
+			w.zeroesTook(t.n, t.took)
+		} else {
+			w.inRound.Add(int64(t.n))
 		}
 	}
+	t.err, t.n, t.parts = nil, 0, nil
+	return t
+}
+
+// fillTransfer puts parts from i on into a transfer, as many as can go together, and returns
+// where the next one begins. It leaves out a part that cannot be read.
+func (c *Cache) fillTransfer(t *transfer, parts []part, i int) (next int) {
+	from, zero, unread := i, parts[i].zero(), 0
+	t.off = parts[i].off
+	for ; unread == 0 && i < len(parts) && t.joins(parts[from:i], &parts[i], c.writeback.zeroes); i++ {
+		p := &parts[i]
+		p.err, p.lost = nil, false // of the round before
+		if !zero {
+			p.err = c.load(t.buf[t.n:t.n+p.len()], p)
+		}
+		if p.err != nil {
+			unread = 1 // what lies before it goes; behind it a new transfer begins
+		} else {
+			t.n += p.len()
+		}
+	}
+	t.parts = parts[from : i-unread]
+	return i
+}
+
+// startTransfer gives a transfer to the disk, or back if it has nothing.
+func (c *Cache) startTransfer(t *transfer) {
+	w := &c.writeback
+	t.begun = time.Now()
+	switch b := int64(c.disk.BlockSize()); {
+	case t.n == 0:
+		w.free <- t
+	case t.off%b != 0 || int64(t.n)%b != 0:
+		t.done(fmt.Errorf("%w: blocks of %d", ErrUnaligned, b))
+	case t.parts[0].zero():
+		c.disk.Zero(t.off, int64(t.n), t.done)
+	default:
+		w.written.Add(uint64(t.n))
+		c.disk.Write(t.buf[:t.n], t.off, t.done)
+	}
+}
+
+// awaitTransfers returns once nothing is under way any more, with ErrAborted if everything was
+// given up, and errRest if the workers are to rest.
+func (c *Cache) awaitTransfers() error {
+	w := &c.writeback
 	all := make([]*transfer, w.depth)
 	for i := range all {
-		if all[i] = take(); all[i] == nil {
+		if all[i] = c.takeTransfer(); all[i] == nil {
 			return ErrAborted
 		}
 	}
