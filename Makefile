@@ -112,8 +112,7 @@ bench:
 bench-count:
 	@$(call need,gcc,gcc libc6-dev); $(call need,qemu-x86_64,qemu-user)
 	@mkdir -p bin
-	go run ./tests/count -by-function
-	go run ./tests/vmbench -count | tee bin/bench-count.txt
+	{ go run ./tests/count; go run ./tests/vmbench -count -by-function; } | tee bin/bench-count.txt
 
 # More than half an hour on a quiet machine.
 bench-vm:

@@ -9,13 +9,18 @@ import (
 	"os/exec"
 	"regexp"
 	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"ublk-pcache/tests/plugin"
 )
 
-// What a job costs in instructions is the difference between a run of n requests and one of 3n: 2n requests, and nothing
-// of what fio does before and after. Before that the job runs once for nothing, so that whatever is done at first has
-// been done.
+// What a job costs in instructions is counted in the middle of it, from one moment to another, and divided by the
+// requests that the device has done meanwhile: so nothing is in there of what fio does before and after, and whatever is
+// done at first has been done.
 
 // countsFile is where the emulator counts.
 const countsFile = "/share/counts"
@@ -51,25 +56,30 @@ func readCounts(functions plugin.Functions) (c counts, err error) {
 // byAddress is what is read, kept so that nothing is collected while others are counted.
 var byAddress []byte
 
-// countJobs are those of which instructions are counted, with the number of requests of the short run.
+// countJobs are those of which instructions are counted, with the number of requests that are.
 var countJobs = func() (list []countJob) {
 	for _, rw := range []string{"randread", "randwrite"} {
-		for _, at := range [][3]int{{1, 1, 4000}, {1, 2, 4000}, {32, 1, 16000}, {32, 2, 16000}} {
-			list = append(list, countJob{job{name: rw, rw: rw, block: "4k", depth: at[0], jobs: at[1], size: hot}, at[2]})
+		for _, at := range [][3]int{{1, 1, 16000}, {1, 2, 16000}, {32, 1, 48000}, {32, 2, 48000}} {
+			list = append(list, countJob{job: job{name: rw, rw: rw, block: "4k", depth: at[0], jobs: at[1], size: hot}, n: at[2]})
 		}
 	}
 	for _, rw := range []string{"read", "write"} {
-		list = append(list, countJob{job{name: "seq" + rw, rw: rw, block: "128k", depth: 8, jobs: 1, size: hot}, 500})
+		list = append(list, countJob{job: job{name: "seq" + rw, rw: rw, block: "128k", depth: 8, jobs: 1, size: hot}, n: 4000})
 	}
 	return list
 }()
 
-// miss comes after them, for caches: behind the part that is in there.
-var miss = countJob{job{name: "miss", rw: "randread", block: "4k", depth: 32, jobs: 1, more: []string{"--offset=" + hot}}, 8000}
+// cacheJobs come after them, for caches: reads behind the part that is in there, and writes all over the disk once the
+// pmem, of 1 GiB, has been filled with what the disk does not have.
+var cacheJobs = []countJob{
+	{job: job{name: "miss", rw: "randread", block: "4k", depth: 32, jobs: 1, more: []string{"--offset=" + hot}}, n: 16000},
+	{job: job{name: "full", rw: "randwrite", block: "4k", depth: 32, jobs: 1}, n: 48000, after: 1 << 30 / 4096},
+}
 
 type countJob struct {
 	job
-	n int
+	n     int // requests that are counted, about
+	after int // requests before those; 0: n/4
 }
 
 // count counts the instructions of a request of each target, and how many requests are done in a second of a machine
@@ -111,7 +121,7 @@ func countTarget(t *target, functions plugin.Functions) error {
 	}
 	jobs := countJobs
 	if t.kind == cache {
-		jobs = append(jobs[:len(jobs):len(jobs)], miss)
+		jobs = slices.Concat(jobs, cacheJobs)
 	}
 	for _, j := range jobs {
 		if err := j.count(t, device, functions); err != nil {
@@ -129,37 +139,108 @@ func (j countJob) count(t *target, device string, functions plugin.Functions) er
 	if t.name != "ublk-pcache" {
 		functions = nil
 	}
-	var before, after [3]counts
-	var m measured
-	for run, n := range []int{j.n, j.n, 3 * j.n} {
+	if j.after == 0 {
+		j.after = j.n / 4
+	}
+	// To read what each function has takes long: so of these it is the whole job, before and after which the server
+	// has nothing to do.
+	whole, err := readCounts(functions)
+	if err != nil {
+		return err
+	}
+	begin, err := j.requestsDone(device)
+	if err != nil {
+		return err
+	}
+	ended := make(chan error, 1)
+	go func() {
 		some := j.job
-		some.more = append([]string{fmt.Sprintf("--io_size=%dk", n*blockKiB[j.block]/j.jobs)}, j.more...)
-		var err error
-		if before[run], err = readCounts(functions); err != nil {
-			return err
+		all := j.after + j.n + j.n/4
+		some.more = append([]string{fmt.Sprintf("--io_size=%dk", all*blockKiB[j.block]/j.jobs)}, j.more...)
+		_, err := some.run(t, device)
+		ended <- err
+	}()
+	var moments [2]moment
+	for i, until := range []int{j.after, j.after + j.n} {
+		m := &moments[i]
+		for {
+			if m.requests, err = j.requestsDone(device); err != nil {
+				return err
+			}
+			if m.requests -= begin; m.requests >= until {
+				break
+			}
+			select {
+			case err := <-ended:
+				return fmt.Errorf("%s ended after %d requests: %v", j.name, m.requests, err)
+			case <-time.After(pollEvery):
+			}
 		}
-		if m, err = some.run(t, device); err != nil {
-			return err
-		}
-		if after[run], err = readCounts(functions); err != nil {
+		m.at = time.Now()
+		if m.counts, err = readCounts(nil); err != nil {
 			return err
 		}
 	}
-	per := func(value func(c *counts) float64) float64 {
-		taken := func(run int) float64 { return value(&after[run]) - value(&before[run]) }
-		return (taken(2) - taken(1)) / float64(2*j.n)
+	if err := <-ended; err != nil {
+		return err
 	}
-	group := func(i int) float64 { return per(func(c *counts) float64 { return float64(c.group[i]) }) }
+	from, to := &moments[0], &moments[1]
+	requests := float64(to.requests - from.requests)
+	if requests < float64(j.n/2) {
+		return fmt.Errorf("%s: %.0f requests were counted, of %d", j.name, requests, j.n)
+	}
+	group := func(i int) float64 { return float64(to.group[i]-from.group[i]) / requests }
 	fmt.Printf("COUNT %s %s-%s %dx%d server %.0f kernel %.0f client %.0f iops %.0f\n",
-		t.name, j.name, j.block, j.depth, j.jobs, group(0), group(1), group(2), float64(m.ios)/m.seconds)
-	if functions != nil {
-		of := map[string]float64{}
-		for name := range after[2].server {
-			of[name] = per(func(c *counts) float64 { return float64(c.server[name]) })
-		}
-		plugin.List(of)
+		t.name, j.name, j.block, j.depth, j.jobs, group(0), group(1), group(2), requests/to.at.Sub(from.at).Seconds())
+	if functions == nil {
+		return nil
 	}
+	done, err := j.requestsDone(device)
+	if err != nil {
+		return err
+	}
+	after, err := readCounts(functions)
+	if err != nil {
+		return err
+	}
+	of := map[string]float64{}
+	for name := range after.server {
+		of[name] = float64(after.server[name]-whole.server[name]) / float64(done-begin)
+	}
+	plugin.List(of)
 	return nil
+}
+
+// pollEvery is how often the device is asked how many requests it has done: so seldom that it is not seen in the counts.
+const pollEvery = 10 * time.Millisecond
+
+// moment is what has been counted once so many requests were done.
+type moment struct {
+	counts
+	requests int
+	at       time.Time
+}
+
+// requestsDone is how many reads, or writes, a block device has done (Documentation/block/stat.rst, the first number and the
+// fifth).
+func (j *job) requestsDone(device string) (int, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(device, &st); err != nil {
+		return 0, err
+	}
+	stat := fmt.Sprintf("/sys/dev/block/%d:%d/stat", unix.Major(st.Rdev), unix.Minor(st.Rdev))
+	text, err := os.ReadFile(stat)
+	if err != nil {
+		return 0, err
+	}
+	f := strings.Fields(string(text))
+	if len(f) < 5 {
+		return 0, fmt.Errorf("%s has %q", stat, text)
+	}
+	if strings.HasSuffix(j.rw, "read") {
+		return strconv.Atoi(f[0])
+	}
+	return strconv.Atoi(f[4])
 }
 
 var blockKiB = map[string]int{"4k": 4, "128k": 128}

@@ -261,7 +261,7 @@ type server struct{ *exec.Cmd }
 var nullServer server
 
 func (s *server) start(what string) (string, error) {
-	s.Cmd = exec.Command("/proc/self/exe", what)
+	s.Cmd = exec.Command("measure", what) // static, unlike what counts
 	s.Stderr = os.Stderr
 	out, err := s.StdoutPipe()
 	if err != nil {
