@@ -122,6 +122,9 @@ func (m *measured) machineReport(b *strings.Builder) {
 	memory := func(unit string) float64 { return m.median(unit, "Memory/target=%s", caches[0]) / (1 << 20) }
 	fmt.Fprintf(b, "\n\nThe server then has %.0f MiB of memory of its own, %.1f of them the index, for %.0f MiB in the cache. Most of the rest are the\n"+
 		"buffers of its queues, which were all in use.\n\n", memory("anonymous-B"), memory("index-B"), memory("cached-B"))
+	var g goals
+	m.machineGoals(&g)
+	g.write(b)
 }
 
 // table begins a table with one column of words and others of numbers.
@@ -129,6 +132,7 @@ func table(b *strings.Builder, columns []string) {
 	fmt.Fprintf(b, "| %s |\n|-%s|\n", strings.Join(columns, " | "), strings.Repeat("|--:", len(columns)-1))
 }
 
+// machineGoals has them with what they were at 84208a5.
 func (m *measured) machineGoals(g *goals) {
 	worst := func(ours, other string, of ...hit) float64 {
 		least := m.ratio(of[0], ours, other)
@@ -143,16 +147,16 @@ func (m *measured) machineGoals(g *goals) {
 	longest := func(t string) float64 {
 		return max(m.median("max-sec", "Large/job=overflow/target=%s", t), m.median("max-sec", "Large/job=full/target=%s", t))
 	}
-	g.add("hits at depth 32 × 2, against the null target, reads and writes", worst(caches[0], "null", read32, write32), "≥", 0.85, aboveNull)
-	g.add("the null target against the kernel's own, at depth 1 and at depth 32 × 2",
+	g.add("hits at depth 32 × 2, against the null target, reads and writes", 0.64, worst(caches[0], "null", read32, write32), "≥", 0.85, aboveNull)
+	g.add("the null target against the kernel's own, at depth 1 and at depth 32 × 2", 1.09,
 		worst("null", "kublk-null", read1, write1, read32, write32), "≥", 1, aboveC)
-	g.add("hits at depth 32 × 2, against dm-pcache", worst(caches[0], "dm-pcache", read32, write32), "≥", 1, aboveKernel)
-	g.add("hits at depth 1, against dm-pcache", worst(caches[0], "dm-pcache", read1, write1), "≥", 0.8, aboveKernel)
-	g.add("hits at depth 1, against the null target", worst(caches[0], "null", read1, write1), "≥", 0.85, aboveNull)
-	g.add("fsync after every write, against dm-pcache and dm-writecache",
+	g.add("hits at depth 32 × 2, against dm-pcache", 0.53, worst(caches[0], "dm-pcache", read32, write32), "≥", 1, aboveKernel)
+	g.add("hits at depth 1, against dm-pcache", 0.44, worst(caches[0], "dm-pcache", read1, write1), "≥", 0.8, aboveKernel)
+	g.add("hits at depth 1, against the null target", 0.56, worst(caches[0], "null", read1, write1), "≥", 0.85, aboveNull)
+	g.add("fsync after every write, against dm-pcache and dm-writecache", 0.64,
 		min(m.ratio(fsync, caches[0], "dm-pcache"), m.ratio(fsync, caches[0], "dm-writecache")), "≥", 1, aboveFsync)
-	g.add("random writes of 4 KiB on a hard disk, times as soon as with dm-pcache", burst("dm-pcache")/burst(caches[0]), "≥", 10, aboveDrain)
-	g.add("longest write with a full cache, against dm-pcache", longest(caches[0])/longest("dm-pcache"), "≤", 0.02, aboveStall)
+	g.add("random writes of 4 KiB on a hard disk, times as soon as with dm-pcache", 12.26, burst("dm-pcache")/burst(caches[0]), "≥", 10, aboveDrain)
+	g.add("longest write with a full cache, against dm-pcache", 0.00, longest(caches[0])/longest("dm-pcache"), "≤", 0.02, aboveStall)
 }
 
 // Why goals are missed, from profiles of the server in the machine (docs/testing.md).
