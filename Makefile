@@ -38,8 +38,8 @@ test:
 # With the tag vm, which adds what runs in a test machine or starts one.
 vet:
 	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "not gofmt-ed: $$unformatted"; exit 1; fi
-	go vet -tags vm ./...
-	go tool staticcheck -tags vm ./...
+	go vet -tags vm ./... && go vet -C tools ./...
+	go tool -modfile=tools/go.mod staticcheck -tags vm ./... && go -C tools tool staticcheck ./...
 	go run ./tests/walls
 
 unit:
@@ -120,4 +120,4 @@ bench-vm:
 	go run ./tests/vmbench | tee bin/bench-vm.txt
 
 bench-report:
-	go run ./tests/bench bin docs
+	go run -C tools ./bench $(CURDIR)/bin $(CURDIR)/docs
