@@ -1,7 +1,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -33,6 +35,9 @@ line on stdout, and the exit code is 1 if there is any.`,
 				}
 				if ondisk.Survey(r, r.Size(), r.Durable()).Mendable {
 					return fmt.Errorf("%s: problems found: %d (%s)", r.Path(), n, saveOrMend(r.Path(), ""))
+				}
+				if slices.ContainsFunc(rep.Problems, func(p error) bool { return errors.Is(p, ondisk.ErrNotFormatted) }) {
+					return fmt.Errorf("%s: problems found: %d (to make a cache: ublk-pcache format %[1]s)", r.Path(), n)
 				}
 				return fmt.Errorf("%s: problems found: %d", r.Path(), n)
 			}

@@ -21,16 +21,29 @@ var remedies = []struct {
 	{pmem.ErrInUse, "ublk-pcache list shows the running caches"},
 }
 
-// oneLine is an error, joined from several or not, on one line and with the remedy.
+// oneLine is an error, joined from several or not, on one line and with the remedy, unless it
+// names one of our commands already.
 func oneLine(err error) string {
 	line := strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
-	for _, r := range remedies {
-		if errors.Is(err, r.err) {
-			return line + " (" + r.do + ")"
-		}
-	}
-	if faults := (ondisk.Faults)(nil); errors.As(err, &faults) && len(faults) > 1 {
-		return line + " (ublk-pcache check shows all)"
+	if do := remedy(err); do != "" && !strings.Contains(line, "'ublk-pcache ") {
+		line += " (" + do + ")"
 	}
 	return line
+}
+
+// remedy is for what is wrong, and of several faults of a cache for the one that is named.
+func remedy(err error) string {
+	more := false
+	if faults := (ondisk.Faults)(nil); errors.As(err, &faults) {
+		err, more = faults[0], len(faults) > 1
+	}
+	for _, r := range remedies {
+		if errors.Is(err, r.err) {
+			return r.do
+		}
+	}
+	if more {
+		return "ublk-pcache check shows all"
+	}
+	return ""
 }
