@@ -10,7 +10,7 @@
 // Queue, hands it requests with Submit and ends every turn with Turn, which
 // makes what was submitted part of the cache and returns what is finished.
 // Everything else happens on goroutines of the cache's own: write-back
-// (writeback.go), garbage collection (gc.go), syncing (sync.go).
+// (writeback.go, round.go), garbage collection (gc.go), syncing (sync.go).
 //
 // # Shape
 //

@@ -337,7 +337,8 @@ func (s *Successor) TakeOver(newHandler NewHandler) (*Device, error) {
 // LetGo ends the queues after the turn they are at, and gives the device to
 // the next server as if this one had died. What the handlers hold is submitted
 // there again; what they returned has been answered. It returns when the queues have
-// ended. Either LetGo or Stop is called, once; afterwards only Done, ID and Path may be.
+// ended. It is called once, and not after a Stop that has succeeded; afterwards only Done,
+// ID and Path may be.
 func (d *Device) LetGo() { d.leave() }
 
 // waitForDeath starts the recovery as soon as the driver lets go of the old

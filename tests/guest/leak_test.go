@@ -49,10 +49,25 @@ func count(t *testing.T, pattern string) int {
 	return len(found)
 }
 
-// openFiles is how many files are open in the whole system. The kernel's own number is wrong by up to 31 for each
+// openFiles is how many files are open in the whole system, if two counts agree: others may open some meanwhile.
+func openFiles(t *testing.T) int {
+	t.Helper()
+	last := -1
+	for range 20 {
+		n := countOpenFiles(t)
+		if n == last {
+			return n
+		}
+		last = n
+	}
+	t.Fatal("others open files, or close them, all the time")
+	return 0
+}
+
+// countOpenFiles counts them if nobody opens or closes any. The kernel's own number is wrong by up to 31 for each
 // processor on Linux 6.12: a processor brings its part of it up to date in steps of 32 (fs/file_table.c, proc_nr_files).
 // A processor that opens files until the number changes has nothing left to tell.
-func openFiles(t *testing.T) int {
+func countOpenFiles(t *testing.T) int {
 	t.Helper()
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
