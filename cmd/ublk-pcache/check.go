@@ -1,9 +1,7 @@
 package main
 
 import (
-	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -27,7 +25,7 @@ line on stdout, and the exit code is 1 if there is any.`,
 			defer r.Close()
 			rep := ondisk.Check(r, r.Size(), true)
 			for _, p := range rep.Problems {
-				fmt.Fprintln(cmd.OutOrStdout(), p)
+				fmt.Fprintln(cmd.OutOrStdout(), oneLine(p))
 			}
 			if n := len(rep.Problems) + rep.More; n > 0 {
 				if rep.More > 0 {
@@ -35,9 +33,6 @@ line on stdout, and the exit code is 1 if there is any.`,
 				}
 				if ondisk.Survey(r, r.Size(), r.Durable()).Mendable {
 					return fmt.Errorf("%s: problems found: %d (%s)", r.Path(), n, saveOrMend(r.Path(), ""))
-				}
-				if slices.ContainsFunc(rep.Problems, func(p error) bool { return errors.Is(p, ondisk.ErrNotFormatted) }) {
-					return fmt.Errorf("%s: problems found: %d (to make a cache: ublk-pcache format %[1]s)", r.Path(), n)
 				}
 				return fmt.Errorf("%s: problems found: %d", r.Path(), n)
 			}

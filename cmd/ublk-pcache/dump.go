@@ -135,7 +135,7 @@ func dump(r *pmem.Region, d dumper) error {
 	}
 	var end dumpEnd
 	if broken != nil {
-		end.Damage = broken.Error()
+		end.Damage = oneLine(broken)
 		if err := d.end(&end); err != nil {
 			return err
 		}

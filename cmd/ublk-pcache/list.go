@@ -20,8 +20,8 @@ type listed struct {
 	PMEM    string `json:"pmem"`
 	Backing string `json:"backing"`
 	State   string `json:"state"`   // starting, live, dead (recover it), gone or damaged (del it)
-	PID     int    `json:"pid"`     // 0 without a server
 	Version string `json:"version"` // of the server, or of the last one; empty of one that does not tell
+	PID     int    `json:"pid"`     // 0 without a server
 }
 
 func newListCmd() *cobra.Command {
