@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -488,6 +490,46 @@ func BenchmarkIndex(b *testing.B) {
 			s.sh.Unlock()
 		})
 		runtime.KeepAlive(x)
+	}
+}
+
+// BenchmarkIndexBytes computes what an extent takes, in the least costly of the ways of
+// TestIndexBytes and in the worst.
+func BenchmarkIndexBytes(b *testing.B) {
+	for b.Loop() {
+		dice, least, worst := rand.New(rand.NewPCG(1, 0)), 0.0, 0.0
+		for _, c := range costlyIndexes {
+			x, most := c.make(dice)
+			each := float64(x.usage().bytes) / float64(most)
+			if worst = max(worst, each); c.name == dense {
+				least = each
+			}
+		}
+		b.ReportMetric(least, "dense-B/extent")
+		b.ReportMetric(worst, "worst-B/extent")
+	}
+}
+
+// BenchmarkCollections counts the collections of the Go runtime under a steady load, in front
+// of a region that is not on its heap, which it would reckon with.
+func BenchmarkCollections(b *testing.B) {
+	region, err := pmem.Open(fmt.Sprintf("%s,size=%d,volatile", filepath.Join(b.TempDir(), "region"), ondisk.MinSize), pmem.ReadWrite)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { region.Close() })
+	w := steadyClient(b, benchMemory{region})
+	w.run(1 << 17) // until buffers have grown
+	const load = 12 * time.Second
+	for b.Loop() {
+		var before, after debug.GCStats
+		debug.ReadGCStats(&before)
+		begin := time.Now()
+		for time.Since(begin) < load {
+			w.run(1 << 14)
+		}
+		debug.ReadGCStats(&after)
+		b.ReportMetric(float64(after.NumGC-before.NumGC)*float64(time.Minute/load), "collections/min")
 	}
 }
 

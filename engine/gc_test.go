@@ -140,19 +140,19 @@ func TestOlderKeyTail(t *testing.T) {
 	r.kill()
 }
 
-// TestSteadyStateAllocatesNothing writes and reads the same blocks for many laps of the
-// log, which is written back and collected all the while. The runtime collects its
-// own garbage whenever some megabytes have been allocated, and takes a processor from
-// the queues for it; a lap that takes kilobytes makes that rare.
-func TestSteadyStateAllocatesNothing(t *testing.T) {
-	const segments, blocks = 8, 4 << 10
-	m := benchMemory{pmem.Heap(ondisk.MinSize)}
-	formatSmall(t, m, segments, false, 70)
+// steadySegments is so few that a log of that many comes around soon.
+const steadySegments = 8
+
+// steadyClient returns one of a cache in m that reads and writes the same blocks, while
+// all is written back and collected.
+func steadyClient(t testing.TB, m benchMemory) *client {
+	const blocks = 4 << 10
+	formatSmall(t, m, steadySegments, false, 70)
 	c, err := Open(m, &benchDisk{size: blocks << 12}, Options{Queues: 1, Log: &testLog{}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
+	t.Cleanup(func() { c.Close() })
 	w := &client{q: c.Queue(0), reqs: make([]Request, 16), offs: make([]int64, blocks)}
 	for i := range w.offs {
 		w.offs[i] = int64(i) << 12
@@ -163,9 +163,17 @@ func TestSteadyStateAllocatesNothing(t *testing.T) {
 			w.reqs[i].Op = Read
 		}
 	}
-	const lap = segments * ondisk.SegmentData >> 12 * 4 / 3
-	const most = segments * 4 << 10 // a walker of the log made for each walk costs more
-	least := uint64(math.MaxUint64) // buffers may still grow with the rounds of write-back
+	return w
+}
+
+// TestSteadyStateAllocatesNothing writes and reads the same blocks for many laps of the
+// log. The runtime collects its own garbage whenever some megabytes have been allocated,
+// and takes a processor from the queues for it; a lap that takes kilobytes makes that rare.
+func TestSteadyStateAllocatesNothing(t *testing.T) {
+	w := steadyClient(t, benchMemory{pmem.Heap(ondisk.MinSize)})
+	const lap = steadySegments * ondisk.SegmentData >> 12 * 4 / 3
+	const most = steadySegments * 4 << 10 // a walker of the log made for each walk costs more
+	least := uint64(math.MaxUint64)       // buffers may still grow with the rounds of write-back
 	for range 12 {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)

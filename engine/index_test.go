@@ -258,105 +258,125 @@ func TestIndexAgainstArray(t *testing.T) {
 	})
 }
 
-// TestIndexBytes computes what an extent costs, everything included, in the
-// ways of filling and emptying an index that cost most. Memory that is free
-// again is kept, so it is divided by as many extents as there ever were.
-func TestIndexBytes(t *testing.T) {
-	const seed = 1
-	dice := rand.New(rand.NewPCG(seed, 0))
-	var most int64
-	set := func(x *index, lba int64, n int) {
-		s := x.span(lba, n)
-		s.setLocked(extent{seg: dice.Uint32N(1 << 20), pos: uint16(dice.IntN(30000)) &^ 1}, nil)
+// setAnywhere makes n sectors at lba point anywhere.
+func setAnywhere(x *index, dice *rand.Rand, lba int64, n int) {
+	s := x.span(lba, n)
+	s.setLocked(extent{seg: dice.Uint32N(1 << 20), pos: uint16(dice.IntN(30000)) &^ 1}, nil)
+}
+
+// scattered returns an index of random blocks of 4 KiB, so many in each stripe.
+func scattered(dice *rand.Rand, perStripe int) *index {
+	stripes := int64(1<<19/perStripe + 1)
+	x := newIndex(stripes * ondisk.StripeSize)
+	for range stripes * int64(perStripe) {
+		setAnywhere(x, dice, dice.Int64N(stripes*stripeSectors/8)*8, 8)
 	}
-	random := func(perStripe int) *index {
-		stripes := int64(1<<19/perStripe + 1)
-		x := newIndex(stripes * ondisk.StripeSize)
-		for range stripes * int64(perStripe) {
-			set(x, dice.Int64N(stripes*stripeSectors/8)*8, 8)
+	return x
+}
+
+// eachStripe visits all stripes.
+func eachStripe(x *index, visit func(s span)) {
+	for i := range x.shards {
+		sh := &x.shards[i]
+		for j := range sh.slab.roots {
+			visit(span{sh: sh, root: uint32(j), n: stripeSectors})
 		}
-		return x
 	}
-	for _, c := range []struct {
-		name string
-		fill func() *index
-	}{
-		{"1 extent in each stripe", func() *index {
-			x := newIndex(1 << 20 * ondisk.StripeSize)
-			for i := range int64(1 << 20) {
-				set(x, i*stripeSectors, 8)
+}
+
+// everySecondSector returns an index of which no two extents touch.
+func everySecondSector(dice *rand.Rand) *index {
+	x := newIndex(1 << 8 * ondisk.StripeSize)
+	for i := range int64(1 << 20) {
+		setAnywhere(x, dice, i*2, 1)
+	}
+	return x
+}
+
+// dense is the way to fill an index that costs least of those that are random.
+const dense = "all blocks, in any order"
+
+// costlyIndexes are the ways of filling and emptying an index that cost most, and one that
+// costs little. Memory that is free again is kept, so an index is returned with the most
+// extents that it ever had.
+var costlyIndexes = []struct {
+	name string
+	make func(dice *rand.Rand) (x *index, most int64)
+}{
+	{"1 extent in each stripe", func(dice *rand.Rand) (*index, int64) {
+		x := newIndex(1 << 20 * ondisk.StripeSize)
+		for i := range int64(1 << 20) {
+			setAnywhere(x, dice, i*stripeSectors, 8)
+		}
+		return x, x.usage().extents
+	}},
+	{"3 in each stripe", func(dice *rand.Rand) (*index, int64) {
+		x := newIndex(1 << 18 * ondisk.StripeSize)
+		for i := range int64(3 << 18) {
+			setAnywhere(x, dice, i/3*stripeSectors+i%3*16, 8)
+		}
+		return x, x.usage().extents
+	}},
+	{"43 in each stripe: a root and two leaves", func(dice *rand.Rand) (*index, int64) {
+		x := newIndex(1 << 14 * ondisk.StripeSize)
+		for _, i := range dice.Perm(43 << 14) {
+			setAnywhere(x, dice, int64(i)/43*stripeSectors+int64(i)%43*16, 8)
+		}
+		return x, x.usage().extents
+	}},
+	{"random 4 KiB, 5 to a stripe", func(dice *rand.Rand) (*index, int64) {
+		x := scattered(dice, 5)
+		return x, x.usage().extents
+	}},
+	{"random 4 KiB, 40 to a stripe", func(dice *rand.Rand) (*index, int64) {
+		x := scattered(dice, 40)
+		return x, x.usage().extents
+	}},
+	{"random 4 KiB, 400 to a stripe", func(dice *rand.Rand) (*index, int64) {
+		x := scattered(dice, 400)
+		return x, x.usage().extents
+	}},
+	{dense, func(dice *rand.Rand) (*index, int64) {
+		x := newIndex(1 << 12 * ondisk.StripeSize)
+		for _, i := range dice.Perm(tableSlots << 12) {
+			setAnywhere(x, dice, int64(i)*blockSectors, blockSectors)
+		}
+		return x, x.usage().extents
+	}},
+	{"every second sector, in order", func(dice *rand.Rand) (*index, int64) {
+		x := everySecondSector(dice)
+		return x, x.usage().extents
+	}},
+	{"random 4 KiB, half of them removed again", func(dice *rand.Rand) (*index, int64) {
+		x := scattered(dice, 400)
+		most := x.usage().extents
+		eachStripe(x, func(s span) {
+			for _, e := range s.partsLocked(nil, func(extent) bool { return dice.IntN(2) == 0 }) {
+				s.sub(e).cutLocked(nil)
 			}
-			return x
-		}},
-		{"3 in each stripe", func() *index {
-			x := newIndex(1 << 18 * ondisk.StripeSize)
-			for i := range int64(3 << 18) {
-				set(x, i/3*stripeSectors+i%3*16, 8)
-			}
-			return x
-		}},
-		{"43 in each stripe: a root and two leaves", func() *index {
-			x := newIndex(1 << 14 * ondisk.StripeSize)
-			for _, i := range dice.Perm(43 << 14) {
-				set(x, int64(i)/43*stripeSectors+int64(i)%43*16, 8)
-			}
-			return x
-		}},
-		{"random 4 KiB, 5 to a stripe", func() *index { return random(5) }},
-		{"random 4 KiB, 40 to a stripe", func() *index { return random(40) }},
-		{"random 4 KiB, 400 to a stripe", func() *index { return random(400) }},
-		{"all blocks, in any order", func() *index {
-			x := newIndex(1 << 12 * ondisk.StripeSize)
-			for _, i := range dice.Perm(tableSlots << 12) {
-				set(x, int64(i)*blockSectors, blockSectors)
-			}
-			return x
-		}},
-		{"every second sector, in order", func() *index {
-			x := newIndex(1 << 8 * ondisk.StripeSize)
-			for i := range int64(1 << 20) {
-				set(x, i*2, 1)
-			}
-			return x
-		}},
-		{"random 4 KiB, half of them removed again", func() *index {
-			x := random(400)
-			most = x.usage().extents
-			for i := range x.shards {
-				sh := &x.shards[i]
-				for j := range sh.slab.roots {
-					s := span{sh: sh, root: uint32(j), n: stripeSectors}
-					for _, e := range s.partsLocked(nil, func(extent) bool { return dice.IntN(2) == 0 }) {
-						s.sub(e).cutLocked(nil)
-					}
+		})
+		return x, most
+	}},
+	{"neighbours just too full to be joined", func(dice *rand.Rand) (*index, int64) {
+		x := everySecondSector(dice)
+		most := x.usage().extents
+		eachStripe(x, func(s span) {
+			for k, e := range s.partsLocked(nil, func(extent) bool { return true }) {
+				if k%41 >= mergeBelow/2+1 {
+					s.sub(e).cutLocked(nil)
 				}
 			}
-			return x
-		}},
-		{"neighbours just too full to be joined", func() *index {
-			x := newIndex(1 << 8 * ondisk.StripeSize)
-			for i := range int64(1 << 20) {
-				set(x, i*2, 1)
-			}
-			most = x.usage().extents
-			for i := range x.shards {
-				sh := &x.shards[i]
-				for j := range sh.slab.roots {
-					s := span{sh: sh, root: uint32(j), n: stripeSectors}
-					for k, e := range s.partsLocked(nil, func(extent) bool { return true }) {
-						if k%41 >= mergeBelow/2+1 {
-							s.sub(e).cutLocked(nil)
-						}
-					}
-				}
-			}
-			return x
-		}},
-	} {
-		most = 0
-		u := c.fill().usage()
-		most = max(most, u.extents)
-		each := float64(u.bytes) / float64(most)
+		})
+		return x, most
+	}},
+}
+
+// TestIndexBytes computes what an extent costs, everything included.
+func TestIndexBytes(t *testing.T) {
+	dice := rand.New(rand.NewPCG(1, 0))
+	for _, c := range costlyIndexes {
+		x, most := c.make(dice)
+		each := float64(x.usage().bytes) / float64(most)
 		t.Logf("%5.1f bytes an extent: %s (%d extents)", each, c.name, most)
 		if each > 32 {
 			t.Errorf("%s: %.1f bytes an extent", c.name, each)

@@ -125,6 +125,9 @@ func (m *measured) nativeGoals(g *goals) {
 	g.add("replay of keys of 4 KiB, million a second for each CPU", 3.14, m.replay(false, 4096)/float64(m.cpus), "≥", 6, besideReplay)
 	g.add("time under the log's lock, a turn of one, ns", 407, m.held(1), "≤", 150, besideFence)
 	g.add("time under the log's lock, a turn of 16, ns", 1005, m.held(16), "≤", 500, besideFence)
+	g.add("bytes of the index for each block, all blocks in any order", 23, m.median("dense-B/extent", "IndexBytes"), "≤", 10, besideSlots)
+	g.add("bytes of the index for each extent, at worst", 31, m.median("worst-B/extent", "IndexBytes"), "≤", 32, besideSlots)
+	g.add("collections of the Go runtime in a minute of steady load", 108, m.median("collections/min", "Collections"), "≤", 0, besideKept)
 	g.add("pauses of a collection of the Go runtime with 10^7 extents, in ms", 0.03, 1e3*m.median("pause-sec", "Index/collection/extents=10000000"), "≤", 1, besidePause)
 	tail := func(collecting bool) float64 {
 		return m.median("p999-sec", "Index/tail/collecting=%t/extents=10000000", collecting)
@@ -148,6 +151,8 @@ const (
 	besideReplay = "A stripe is a tree until it has as many blocks as make a table worth its memory, which is for the first third of its keys here, and\n" +
 		"to enter a key there takes several times as long. One thread reads the log, one for each processor enters."
 	besideFence = "It is the stores of the kset and of end marks, the fence that waits for them, and a shard's lock."
+	besideSlots = "A slot of a table is 8 bytes, a leaf of a tree 12 for each extent, and is at worst half empty."
+	besideKept  = "The runtime collects by itself once in two minutes, if there is no other reason."
 	besidePause = "The runtime's own stops are short; a thread that is stopped is delayed by the signal and by the processor's time that collecting\n" +
 		"takes. It collects nothing while requests are served (docs/design.md)."
 )
