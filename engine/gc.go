@@ -145,8 +145,8 @@ func (c *Cache) gcStep() (changed bool, err error) {
 		c.clearLogDamage(cleaned)
 	}
 	needed := c.gcNeeded() || c.logDamage.Load() != nil
-	dead := c.raiseDying()
-	if needed && from == to && len(dead) == 0 {
+	raised := c.raiseDying()
+	if needed && from == to && len(raised) == 0 {
 		c.pressWriteback(cleaned)
 	}
 	var freed []uint32
@@ -163,13 +163,13 @@ func (c *Cache) gcStep() (changed bool, err error) {
 			c.pressWriteback(cleaned) // it gets past the damage, too, and behind that
 		}
 	}
-	if !changed && len(dead) == 0 {
+	if !changed && len(raised) == 0 {
 		return false, nil
 	}
 	if err := c.persist(); err != nil {
 		return false, err
 	}
-	for _, seg := range append(freed, dead...) {
+	for _, seg := range append(freed, raised...) {
 		c.segments.addFree(seg)
 	}
 	for _, r := range dropped {
@@ -226,7 +226,7 @@ func (c *Cache) forgetKey(k *ondisk.Key) bool {
 // raiseDying raises the generation of the dying segments that nobody reads any
 // more and returns them. The others stay for the kick of their last reader, and
 // bad ones are not asked for a store.
-func (c *Cache) raiseDying() (dead []uint32) {
+func (c *Cache) raiseDying() (raised []uint32) {
 	c.gc.mu.Lock()
 	dying := c.gc.mu.dying
 	c.gc.mu.dying = nil
@@ -238,11 +238,11 @@ func (c *Cache) raiseDying() (dead []uint32) {
 			read = append(read, seg)
 		case !s.bad.Load():
 			c.bumpGeneration(seg)
-			dead = append(dead, seg)
+			raised = append(raised, seg)
 		}
 	}
 	c.gc.mu.Lock()
 	c.gc.mu.dying = append(c.gc.mu.dying, read...)
 	c.gc.mu.Unlock()
-	return dead
+	return raised
 }
