@@ -57,7 +57,7 @@ type collector struct {
 	info sync.Mutex // guards layout.Info, which holds the percentage on media
 
 	// The goroutine's own, kept so that it does not allocate while writers write.
-	key     []extent
+	scratch []extent // of forget
 	dropped []references
 	walker  ondisk.Walker
 }
@@ -219,7 +219,7 @@ func (c *Cache) forgetKey(k *ondisk.Key) bool {
 		return true
 	}
 	s, p := c.keySpan(k)
-	c.gc.key = c.index.forget(s, p, c.gc.key)
+	c.gc.scratch = c.index.forget(s, p, c.gc.scratch)
 	return true
 }
 

@@ -141,7 +141,7 @@ func (c *Cache) round(until uint64) error {
 	for i := range w.parts {
 		switch p := &w.parts[i]; {
 		case p.err == nil:
-			w.key = c.index.clean(p.s, p.s.place(p.e.seg, p.e.pos), w.key)
+			w.scratch = c.index.clean(p.s, p.s.place(p.e.seg, p.e.pos), w.scratch)
 		case p.lost:
 			c.setAside(p, true)
 		case p.wait > 0 || room > 0 && !none:
@@ -302,8 +302,8 @@ func (c *Cache) dirtyIn(s span, holds func(extent) bool) []extent {
 	w := &c.writeback
 	s.sh.Lock()
 	defer s.sh.Unlock()
-	w.key = s.partsLocked(w.key[:0], func(e extent) bool { return e.flags&extDirty != 0 && holds(e) })
-	return w.key
+	w.scratch = s.partsLocked(w.scratch[:0], func(e extent) bool { return e.flags&extDirty != 0 && holds(e) })
+	return w.scratch
 }
 
 // shorten lets a round that takes too long end with an earlier kset: of the parts from

@@ -81,7 +81,7 @@ type writeback struct {
 	idle      time.Duration // idleAfter
 	step      time.Duration // roundTime
 	zeroes    int           // bytes of a transfer of zeros
-	key       []extent
+	scratch   []extent      // of dirtyIn and clean
 	whole     []byte
 	walker    ondisk.Walker
 	depth     int
