@@ -237,7 +237,7 @@ func (c *Cache) raiseDying() (raised []uint32) {
 		case s.pins.Load() > 0:
 			read = append(read, seg)
 		case !s.bad.Load():
-			c.bumpGeneration(seg)
+			c.raiseGeneration(seg)
 			raised = append(raised, seg)
 		}
 	}

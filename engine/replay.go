@@ -250,7 +250,7 @@ func (r *replayer) sortSegments() {
 		case r.log[i]:
 			s.all[i].refs.Store(1)
 		case refs == 0:
-			r.c.bumpGeneration(seg)
+			r.c.raiseGeneration(seg)
 			s.addFree(seg)
 		case !s.all[i].bad.Load():
 			// No key without a place of its own, see storeZeros.

@@ -182,9 +182,9 @@ func (c *Cache) took(written uint64) {
 	}
 }
 
-// bumpGeneration makes every key that names the segment a dead one, or the
+// raiseGeneration makes every key that names the segment a dead one, or the
 // segment a bad one. It does not persist.
-func (c *Cache) bumpGeneration(seg uint32) {
+func (c *Cache) raiseGeneration(seg uint32) {
 	s := &c.segments
 	gen := s.all[seg].gen.Load() + 1
 	s.mu.Lock()
