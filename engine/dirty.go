@@ -10,7 +10,7 @@ func (c *Cache) Dirty(visit func(off, n int64)) {
 		s := c.index.span(base>>sectorShift, stripeSectors)
 		s.sh.Lock()
 		parts = s.partsLocked(parts[:0], func(e extent) bool {
-			return e.flags&extLoading == 0 && e.flags&extDirty != 0
+			return e.flags&extClaim == 0 && e.flags&extDirty != 0
 		})
 		s.sh.Unlock()
 		for _, e := range parts {

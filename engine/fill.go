@@ -12,15 +12,16 @@ import (
 // The obvious way, to read the disk and then enter what it said into the
 // index, is wrong in two ways: a write may have come in between, and even if
 // the index shows nothing of it any more (it was written back and collected),
-// the disk's answer is older than it. So a miss claims its hole first, with
-// an extent marked loading. A write simply replaces it. When the disk has
-// answered, only what is still marked with this very fill is entered.
+// the disk's answer is older than it. So a miss first enters a claim of its hole:
+// an extent with the number of the fill in place of a segment's. A write simply replaces
+// it. When the disk has answered, data is entered only where the index still has
+// the claim of this very fill.
 //
-// The mark also makes concurrent misses of the same sectors wait for one read
+// Concurrent misses of the same sectors find the claim, and wait for one read
 // of the disk instead of asking for the same thing again.
 type fill struct {
-	q       *Queue // whose it always is
-	id      uint32 // in the loading extents
+	q       *Queue // its owner, always the same
+	id      uint32 // in its claims
 	r       *Request
 	at      span
 	buf     []byte // the part of r.Buf that is read
@@ -156,7 +157,7 @@ func (q *Queue) takeFills(r *Request) {
 }
 
 // fillKeysLocked puts the keys of the stored fills in front of the batch, as
-// far as the index still waits for them and the writes leave them room in the
+// far as the index still has the claims and the writes leave them room in the
 // kset, and returns how many. The caller holds the journal's lock, so no write
 // can take what was found free here before it is entered: one that was logged
 // before has its shards locked until it is in the index.
@@ -172,7 +173,7 @@ func (q *Queue) fillKeysLocked() int {
 			stored, _ := q.c.keySpan(k)
 			stored.sh.Lock()
 			mine := stored.partsLocked(parts[:0], func(e extent) bool {
-				return e.flags&extLoading != 0 && e.seg == f.id
+				return e.flags&extClaim != 0 && e.seg == f.id
 			})
 			stored.sh.Unlock()
 			for _, e := range mine {
@@ -217,13 +218,13 @@ func (q *Queue) endFill(f *fill) {
 	f.next, q.freeFill = q.freeFill, f
 }
 
-// giveUp gives up what a fill still claims, and lets those who waited for it try
+// giveUp takes out the claims that a fill still has, and lets those who waited for it try
 // again.
 func (f *fill) giveUp() {
 	f.at.sh.Lock()
 	var parts [64]extent
 	for _, e := range f.at.partsLocked(parts[:0], func(e extent) bool {
-		return e.flags&extLoading != 0 && e.seg == f.id
+		return e.flags&extClaim != 0 && e.seg == f.id
 	}) {
 		f.at.sub(e).cutLocked(nil)
 	}

@@ -28,7 +28,7 @@ type shard struct {
 	spinning
 	slab    slab
 	extents int64
-	sectors [3]int64 // clean, dirty, dirty zeros; loading ones and clean zeros are not counted
+	sectors [3]int64 // clean, dirty, dirty zeros; claims and clean zeros are not counted
 
 	// sets in trees since one was last looked at for a table, and how many there are to
 	// be until the next is (table.go).
@@ -103,7 +103,7 @@ func (sh *shard) countLocked(e extent, sign int64) {
 
 func (sh *shard) sectorsLocked(e extent, n int64) {
 	switch {
-	case e.flags&extLoading != 0:
+	case e.flags&extClaim != 0:
 	case e.flags&extZero == 0:
 		sh.sectors[e.flags&extDirty] += n
 	case e.flags&extDirty != 0:
@@ -270,7 +270,7 @@ type place struct {
 func (s span) place(seg uint32, pos uint16) place { return place{seg, pos - s.off} }
 
 func (p place) holds(e extent) bool {
-	return e.flags&extLoading == 0 && e.seg == p.seg && e.pos-e.off == p.delta
+	return e.flags&extClaim == 0 && e.seg == p.seg && e.pos-e.off == p.delta
 }
 
 // clip returns the part of e that lies inside the span.
@@ -322,7 +322,7 @@ func (x *index) forgetClean() {
 	for i := range shardCount {
 		for s := range x.stripes(i) {
 			s.sh.Lock()
-			scratch = s.partsLocked(scratch[:0], func(e extent) bool { return e.flags&(extDirty|extLoading) == 0 })
+			scratch = s.partsLocked(scratch[:0], func(e extent) bool { return e.flags&(extDirty|extClaim) == 0 })
 			for _, e := range scratch {
 				s.sub(e).cutLocked(nil)
 			}
@@ -345,7 +345,7 @@ func (x *index) stripes(shard int) iter.Seq2[span, int64] {
 	}
 }
 
-// clean marks what still points at the place as written back.
+// clean makes clean what still points at the place: it has been written back.
 func (x *index) clean(s span, p place, scratch []extent) []extent {
 	s.sh.Lock()
 	defer s.sh.Unlock()

@@ -61,7 +61,7 @@ func (c *Cache) justCopied(v slot) bool { return !c.crc && v.flags()&extZero == 
 func (c *Cache) pinWhole(s span) slot {
 	s.sh.Lock()
 	v := s.coverLocked()
-	if v.flags()&extLoading != 0 {
+	if v.flags()&extClaim != 0 {
 		v = 0
 	}
 	if v != 0 {
@@ -139,7 +139,7 @@ func (q *Queue) lookup(s span, r *Request) (hits []extent, joined bool) {
 	hits = s.partsLocked(q.pieces[:0], func(extent) bool { return true })
 	q.pieces = hits
 	for _, e := range hits {
-		if e.flags&extLoading != 0 {
+		if e.flags&extClaim != 0 {
 			r.stage = stageRead
 			f := q.c.fills.get(e.seg)
 			f.waiters = append(f.waiters, r)
@@ -161,7 +161,7 @@ func (q *Queue) lookup(s span, r *Request) (hits []extent, joined bool) {
 }
 
 func (q *Queue) claimLocked(s span, r *Request, from, to uint16) {
-	e := extent{off: from, n: to - from, flags: extLoading}
+	e := extent{off: from, n: to - from, flags: extClaim}
 	e.seg = q.addFill(r, s, e).id
 	s.sub(e).setLocked(e, nil)
 }

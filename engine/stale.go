@@ -56,7 +56,7 @@ func (o *staleSectors) begin(seg uint32) {
 // add notes that a key has been entered over an extent. The caller holds the lock
 // of its shard.
 func (o *staleSectors) add(e extent) {
-	if e.flags&(extLoading|extZero) != 0 {
+	if e.flags&(extClaim|extZero) != 0 {
 		return
 	}
 	bits := o.of[e.seg].Load()
@@ -68,7 +68,7 @@ func (o *staleSectors) add(e extent) {
 
 // addBlock does so for the extent of a slot.
 func (o *staleSectors) addBlock(v slot) {
-	if v&((extLoading|extZero)<<flagsShift) != 0 {
+	if v&((extClaim|extZero)<<flagsShift) != 0 {
 		return
 	}
 	bits := o.of[uint32(v)].Load()

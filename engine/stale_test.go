@@ -52,7 +52,7 @@ func (c *Cache) eachSector(f func(lba int64, seg uint32, pos uint16)) {
 	for shard := range shardCount {
 		for s, at := range c.index.stripes(shard) {
 			s.sh.Lock()
-			for _, e := range s.partsLocked(nil, func(e extent) bool { return e.flags&(extLoading|extZero) == 0 }) {
+			for _, e := range s.partsLocked(nil, func(e extent) bool { return e.flags&(extClaim|extZero) == 0 }) {
 				for i := range e.n {
 					f(at>>sectorShift+int64(e.off+i), e.seg, e.pos+i)
 				}

@@ -62,7 +62,7 @@ const (
 	flagsShift = 48
 
 	slotUsed  slot = 1 << 63
-	slotFlags slot = (extDirty | extLoading | extZero) << flagsShift
+	slotFlags slot = (extDirty | extClaim | extZero) << flagsShift
 	slotNext  slot = blockSectors << posShift // from a block's slot to that of the next of a run
 )
 
@@ -96,8 +96,8 @@ func (s span) tableLocked() *table {
 	return &s.sh.slab.tables[indexOf(id)]
 }
 
-// run returns the blocks from slot i on, up to another, that continue each other. So do those
-// that are loading, each of which has a place of its fill, although nobody looks at that.
+// run returns the blocks from slot i on, up to another, that continue each other. The
+// claims of a fill do, too: each has a place, although nobody looks at that.
 func (t *table) run(i, to int) extent {
 	v, n := t.slots[i], 1
 	for i+n < to && t.slots[i+n] == v+slot(n)*slotNext {
@@ -181,7 +181,7 @@ func (s span) cutTableLocked(t *table, stale *staleSectors) {
 	}
 }
 
-// cleanTableLocked marks what of the span still points at the place as written back.
+// cleanTableLocked does what index.clean does, for whole blocks of a table.
 func (s span) cleanTableLocked(t *table, p place) {
 	for i, to := s.slotRange(); i < to; i++ {
 		v := t.slots[i]

@@ -23,14 +23,14 @@ type extent struct {
 	n     uint16 // sectors; a stripe has 8192, so both fit
 	pos   uint16 // first sector in the segment's data area, which has 32,744
 	flags uint16
-	seg   uint32 // cache_seg_id, or the number of a fill when loading
+	seg   uint32 // cache_seg_id, or, in a claim, the number of its fill
 }
 
 const (
 	// extDirty: the backing device does not have these sectors yet.
 	extDirty = 1 << iota
-	// extLoading: a miss read is on its way; seg is its fill, pos is unused.
-	extLoading
+	// extClaim: a miss read is on its way; seg is its fill, pos is unused.
+	extClaim
 	// extZero: the sectors are zeros; nobody needs to look at the place.
 	extZero
 )
@@ -41,7 +41,7 @@ func (e extent) end() uint16 { return e.off + e.n }
 // one extent can stand for both.
 func (e extent) abuts(f extent) bool {
 	return e.end() == f.off && e.seg == f.seg && e.flags == f.flags &&
-		(e.flags&extLoading != 0 || e.pos+e.n == f.pos)
+		(e.flags&extClaim != 0 || e.pos+e.n == f.pos)
 }
 
 // from returns the part of e that starts at off.
