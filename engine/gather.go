@@ -104,7 +104,7 @@ func (c *Cache) eachRefused(runs []run, visit func(*run)) *ondisk.Damage {
 		return nil
 	}
 	x := c.newCollection()
-	return x.walk(s.from, func(mark) bool {
+	return x.walk(s.from, func(logPoint) bool {
 		for _, p := range x.parts {
 			visit(&run{part: p})
 		}
@@ -116,7 +116,7 @@ func (c *Cache) eachRefused(runs []run, visit func(*run)) *ondisk.Damage {
 // gather copies what is stuck in several segments into one, and reports whether there
 // was anything to copy.
 func (c *Cache) gather(runs []run) (moved bool, err error) {
-	head := c.journal.mark()
+	head := c.journal.point()
 	if c.segments.free() > c.segments.reserve || c.writeback.at.ksets < head.ksets {
 		return false, nil // what is still to be written may hold the same segments
 	}
@@ -251,7 +251,7 @@ func (c *Cache) enterCopy(r *run) (done bool, err error) {
 
 // logCopy is the part of enterCopy that is done under the journal's lock. The keys of
 // a run, of a stripe at most, fit into a kset. With ok it leaves their shards locked.
-func (c *Cache) logCopy(r *run) (at mark, ok bool, err error) {
+func (c *Cache) logCopy(r *run) (at logPoint, ok bool, err error) {
 	j := &c.journal
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -260,11 +260,11 @@ func (c *Cache) logCopy(r *run) (at mark, ok bool, err error) {
 		held += int(e.n) << sectorShift
 	}
 	if held != r.len() {
-		return mark{}, false, nil
+		return logPoint{}, false, nil
 	}
-	at = mark{j.mu.head, j.mu.written, j.mu.keys}
+	at = logPoint{j.mu.head, j.mu.written, j.mu.keys}
 	if err := c.appendLocked(r.keys, 0); err != nil {
-		return mark{}, false, err
+		return logPoint{}, false, err
 	}
 	for i := range r.keys {
 		c.segments.all[r.keys[i].Seg].refs.Add(1)

@@ -103,7 +103,7 @@ func newGathering(t *testing.T, mem Memory, crc bool) *gathering {
 	g.runs = g.writeback.runs()
 	g.write(t, bad*sectorSize, stamped(bad, 1, 3))
 	g.want[bad] = 3
-	g.writeback.at = g.journal.mark()
+	g.writeback.at = g.journal.point()
 	return g
 }
 

@@ -89,11 +89,11 @@ func (j *journal) head() (ondisk.Position, uint64) {
 	return j.mu.head, j.mu.written
 }
 
-// mark returns the head as a mark.
-func (j *journal) mark() mark {
+// point returns the head.
+func (j *journal) point() logPoint {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	return mark{j.mu.head, j.mu.written, j.mu.keys}
+	return logPoint{j.mu.head, j.mu.written, j.mu.keys}
 }
 
 // account returns the head, and how many keys in front of it name each segment.

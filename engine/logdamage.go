@@ -58,17 +58,17 @@ func (c *Cache) clearLogDamage(passed uint64) {
 // sweep is step 1, which takes some rounds.
 type sweep struct {
 	on   bool
-	to   mark // the head when it began
-	next int  // the shard to go on with
-	then int  // the same after this round, which begins with it at next
+	to   logPoint // the head when it began
+	next int      // the shard to go on with
+	then int      // the same after this round, which begins with it at next
 }
 
 // collectIndex is collect for step 1.
-func (c *Cache) collectIndex() (end mark) {
+func (c *Cache) collectIndex() (end logPoint) {
 	w := &c.writeback
 	s := &w.sweep
 	if !s.on {
-		*s = sweep{on: true, to: c.journal.mark()}
+		*s = sweep{on: true, to: c.journal.point()}
 		w.demand(s.to.ksets)
 	}
 	// What the index has now may be newer than what is to be tried again, so that

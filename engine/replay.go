@@ -118,11 +118,11 @@ var errTorn = errors.New("a kset without its data")
 
 type replayer struct {
 	c       *Cache
-	live    bool   // the log is being written, so none of it is torn
-	dirty   bool   // dirty_tail has been reached
-	ksets   uint64 // so far
-	keys    uint64 // likewise
-	clean   mark   // before dirty_tail
+	live    bool     // the log is being written, so none of it is torn
+	dirty   bool     // dirty_tail has been reached
+	ksets   uint64   // so far
+	keys    uint64   // likewise
+	clean   logPoint // before dirty_tail
 	index   bulkLoad
 	fill    []uint32
 	log     []bool
@@ -145,7 +145,7 @@ func (r *replayer) logEnds(end Head) {
 	c := r.c
 	c.journal.mu.head, c.journal.mu.seq, c.journal.mu.written, c.journal.mu.keys = end.Pos, end.Seq, r.ksets, r.keys
 	if !r.dirty {
-		r.clean = mark{ksets: r.ksets, keys: r.keys}
+		r.clean = logPoint{ksets: r.ksets, keys: r.keys}
 	}
 	r.clean.pos = c.layout.DirtyTail
 	c.writeback.at, c.tails.mu.cleaned = r.clean, r.clean.ksets
@@ -169,7 +169,7 @@ func (r *replayer) fillSums() error {
 
 func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 	if !r.dirty && at == r.c.layout.DirtyTail {
-		r.dirty, r.clean = true, mark{ksets: r.ksets, keys: r.keys}
+		r.dirty, r.clean = true, logPoint{ksets: r.ksets, keys: r.keys}
 	}
 	if r.c.crc && r.dirty && !r.live && r.c.unsynced(k.Seq) {
 		for i := range k.Keys {

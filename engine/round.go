@@ -30,7 +30,7 @@ type part struct {
 	s    span
 	e    extent
 	off  int64         // bytes on the disk
-	key  mark          // its key lies there or behind
+	key  logPoint      // its key lies there or behind
 	wait time.Duration // how long it was put aside before this round, 0 if it was not
 	err  error         // why it is not written
 	lost bool          // that is because it cannot be read
@@ -231,7 +231,7 @@ func (c *Cache) advance() error {
 // collect gathers the parts of a round from the log up to a place, or up to a
 // number of ksets, and returns where dirty_tail may move after it. Their segments
 // need no pins: keys behind dirty_tail keep their references.
-func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
+func (c *Cache) collect(to ondisk.Position, until uint64) (end logPoint) {
 	w := &c.writeback
 	if w.sweep.on {
 		return c.collectIndex()
@@ -246,7 +246,7 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
 				bytes += c.collectKey(key, end, known)
 			}
 		}
-		end = mark{after, end.ksets + 1, end.keys + uint64(len(k.Keys))}
+		end = logPoint{after, end.ksets + 1, end.keys + uint64(len(k.Keys))}
 		return !c.stopping() && end.ksets < until && bytes < roundBytes && len(w.parts)-first < roundParts
 	})
 	if damage != nil && end == w.at {
@@ -258,7 +258,7 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end mark) {
 
 // collectKey adds what the index still has of a key, whose kset is at a place of the
 // log, and returns its size. It leaves out what is known to be stuck.
-func (c *Cache) collectKey(k *ondisk.Key, at mark, known map[where][]extent) (bytes int) {
+func (c *Cache) collectKey(k *ondisk.Key, at logPoint, known map[where][]extent) (bytes int) {
 	if c.dead(k) || c.stale.has(k) {
 		return 0
 	}
@@ -268,7 +268,7 @@ func (c *Cache) collectKey(k *ondisk.Key, at mark, known map[where][]extent) (by
 
 // collectParts adds the parts of a place that is at off of the device. Their keys lie
 // at a place of the log, or behind.
-func (c *Cache) collectParts(s span, off int64, p place, at mark, parts []extent, known map[where][]extent) (bytes int) {
+func (c *Cache) collectParts(s span, off int64, p place, at logPoint, parts []extent, known map[where][]extent) (bytes int) {
 	w := &c.writeback
 	for _, e := range known[where{s.sh, s.root, p}] {
 		parts = without(parts, e)

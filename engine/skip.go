@@ -42,7 +42,7 @@ const (
 // skipped is what was passed by.
 type skipped struct {
 	on   bool
-	from mark // all of it is named there or behind; never behind writeback.at
+	from logPoint // all of it is named there or behind; never behind writeback.at
 	err  error
 	next time.Time // when to begin there once more
 	pass uint64    // the turn of the loop in which that was done last
@@ -155,7 +155,7 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 		}
 	}
 	left := c.newCollection()
-	damage := left.walk(w.skipped.from, func(mark) bool {
+	damage := left.walk(w.skipped.from, func(logPoint) bool {
 		n += uint64(left.keys())
 		left.parts = left.parts[:0]
 		return true
@@ -165,7 +165,7 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 	}
 	clear(left.zeros)
 	for end := w.skipped.from; end.ksets < w.at.ksets && !c.stopping(); {
-		damage := left.walk(end, func(after mark) bool {
+		damage := left.walk(end, func(after logPoint) bool {
 			end = after
 			return left.keys() < relogBatch && !c.stopping()
 		})
@@ -214,12 +214,12 @@ func (c *Cache) newCollection() *collection {
 
 // walk adds what the ksets name from a place on, until visit, which is told where each
 // has ended, returns false.
-func (x *collection) walk(from mark, visit func(after mark) bool) *ondisk.Damage {
+func (x *collection) walk(from logPoint, visit func(after logPoint) bool) *ondisk.Damage {
 	c, w := x.c, &x.c.writeback
 	return c.walk(&w.walker, from.pos, w.at.pos, func(k *ondisk.Kset, after ondisk.Position) bool {
 		for i := range k.Keys {
 			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {
-				c.collectKey(key, mark{}, x.known)
+				c.collectKey(key, logPoint{}, x.known)
 			}
 		}
 		for i := range w.parts {
@@ -239,7 +239,7 @@ func (x *collection) walk(from mark, visit func(after mark) bool) *ondisk.Damage
 			}
 		}
 		w.parts = w.parts[:0]
-		from = mark{after, from.ksets + 1, from.keys + uint64(len(k.Keys))}
+		from = logPoint{after, from.ksets + 1, from.keys + uint64(len(k.Keys))}
 		return visit(from) && from.ksets < w.at.ksets
 	})
 }

@@ -258,7 +258,7 @@ func (c *Cache) relogPays(n int) bool {
 // other, and that is worth as many keys once for each segment.
 func (c *Cache) leftBehind(runs []run) []run {
 	w := &c.writeback
-	head := c.journal.mark()
+	head := c.journal.point()
 	n, keys := 0, 0
 	for ; n < len(runs) && runs[n].key.pos.Seg != head.pos.Seg && runs[n].key.ksets < w.at.ksets; n++ {
 		if runs[n].keys == nil {
@@ -308,7 +308,7 @@ func (c *Cache) relog(runs []run) (n int, err error) {
 		most = min(most, (int(roomAt(j.mu.head))-ondisk.KsetHeaderSize)/ondisk.KeySize)
 	}
 	var keys []ondisk.Key
-	at := mark{j.mu.head, j.mu.written, j.mu.keys}
+	at := logPoint{j.mu.head, j.mu.written, j.mu.keys}
 	for ; n < len(runs) && len(keys)+len(runs[n].keys) <= most; n++ {
 		if r := &runs[n]; c.holds(r.keys) {
 			keys = append(keys, r.keys...)

@@ -69,8 +69,8 @@ type writeback struct {
 
 	// The goroutine's own. Everything before at is on the disk, but for what
 	// is stuck. end is where the round under way will bring it.
-	at        mark
-	end       mark
+	at        logPoint
+	end       logPoint
 	stuck     []stuck
 	skipped   skipped
 	parts     []part
@@ -102,9 +102,9 @@ type writeback struct {
 	inRound atomic.Int64  // bytes, of the round under way
 }
 
-// mark is a place in the log, with the numbers of ksets and of keys before it as
+// logPoint is a place in the log, with the numbers of ksets and of keys before it as
 // journal counts them.
-type mark struct {
+type logPoint struct {
 	pos         ondisk.Position
 	ksets, keys uint64
 }
