@@ -231,7 +231,7 @@ func (c *Cache) Close() error {
 	close(c.stop)
 	c.rest(context.Background())
 	c.running.Wait()
-	// With the mark behind the last kset: what is damaged after an orderly end
+	// With the sync mark behind the last kset: what is damaged after an orderly end
 	// was not taken by a power cut.
 	if err := c.syncLog(); err != nil {
 		return err

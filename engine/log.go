@@ -29,7 +29,7 @@ import (
 // It then releases the journal and enters the keys (publish.go). Those of queues that wait
 // for the journal may be among them (offer.go).
 //
-// The first fence orders the data before the kset, and (1) the mark: a kset
+// The first fence orders the data before the kset, and (1) the end mark: a kset
 // never names bytes that are not there, and the log never runs on. (2) makes
 // the kset durable before any reader can find its keys, before the next kset is
 // begun, and before anybody is told. Because the index is locked under the same

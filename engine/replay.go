@@ -101,7 +101,7 @@ func (c *Cache) replay(choice Choice) error {
 	if l.SyncMark != 0 {
 		return nil
 	}
-	return c.persist() // a first mark, without which the next power cut is damage
+	return c.persist() // a first sync mark, without which the next power cut is damage
 }
 
 // unsynced reports whether the kset numbered seq was never part of a sync, on
