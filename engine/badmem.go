@@ -13,7 +13,7 @@ import (
 //
 //	clean data     is forgotten, and asked of the disk (read.go)
 //	dirty data     is an error until it is overwritten, and write-back goes
-//	               round it (stuck.go)
+//	               round it (deferred.go)
 //	a store of it  is made in another segment (write.go)
 //	a kset         is never read again: everything is written back by the
 //	               index, and the tails pass it (logdamage.go)

@@ -455,7 +455,7 @@ func (l *life) check(s *snapshot, region *pmem.Fake, sum uint64, window []byte, 
 		return err
 	}
 	defer c.Close()
-	c.rest(context.Background()) // stillDisk refuses everything, so what is dirty is stuck
+	c.rest(context.Background()) // stillDisk refuses everything, so what is dirty is deferred
 	copy(window, s.disk)
 	if err := peek(c, window); err != nil {
 		return err
@@ -857,7 +857,7 @@ func (h *history) settle(p []byte) {
 // peek puts over the disk's content, in window, what the cache has, without
 // being a read that changes the cache. It also checks that no extent is in a
 // segment that counts as free. The cache must be at rest: between one look and the
-// next, what is dirty could be written, what is clean forgotten, and what is stuck
+// next, what is dirty could be written, what is clean forgotten, and what is deferred
 // gathered in a segment that was free.
 func peek(c *Cache, window []byte) error {
 	c.segments.mu.Lock()

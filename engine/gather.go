@@ -9,13 +9,13 @@ import (
 	"ublk-pcache/ondisk"
 )
 
-// What is stuck holds the segment that its data is in: 16 MiB for a sector. To log
+// A deferred part holds the segment that its data is in: 16 MiB for a sector. To log
 // it again where it is does not help there, and a disk with bad places all over it
 // would in the end hold all segments, one sector in each, and everybody would wait
 // for ever.
 //
-// So when writers find no segment, and logging again brings nothing any more, what is
-// stuck in several segments is copied into one: like a write of what is there already
+// So when writers find no segment, and logging again brings nothing any more, deferred
+// parts in several segments are copied into one: like writes of what is there already
 // to the same place, ordered in the log like any other, and left alone where somebody
 // else has written there meanwhile. Then nothing names the old segments but keys
 // that garbage collection will pass. What was passed by (skip.go) is copied, too.
@@ -94,7 +94,7 @@ func fitting(all []*holding) (fit []*holding) {
 	return fit
 }
 
-// eachRefused visits what is stuck, in runs, and what was passed by.
+// eachRefused visits the deferred parts, in runs, and what was passed by.
 func (c *Cache) eachRefused(runs []run, visit func(*run)) *ondisk.Damage {
 	for i := range runs {
 		visit(&runs[i])
@@ -113,7 +113,7 @@ func (c *Cache) eachRefused(runs []run, visit func(*run)) *ondisk.Damage {
 	})
 }
 
-// gather copies what is stuck in several segments into one, and reports whether there
+// gather copies deferred parts in several segments into one, and reports whether there
 // was anything to copy.
 func (c *Cache) gather(runs []run) (moved bool, err error) {
 	head := c.journal.point()
@@ -176,8 +176,8 @@ func (c *Cache) gather(runs []run) (moved bool, err error) {
 	return moved, nil
 }
 
-// copyZeros stores one run of zeros for all that are stuck, makes their keys, and
-// returns where the run ends.
+// copyZeros stores as many zeros as the longest run of zeros has, makes the keys of all
+// such runs for them, and returns where they end.
 func (c *Cache) copyZeros(worth []*holding, seg uint32) (end uint32, err error) {
 	for _, h := range worth {
 		end = max(end, h.zeros)
@@ -243,7 +243,7 @@ func (c *Cache) enterCopy(r *run) (done bool, err error) {
 	}
 	w.publisher.publish(c, r.keys)
 	for i := r.from; i < r.to; i++ {
-		p := &w.stuck[i].part
+		p := &w.deferred[i].part
 		p.e.seg, p.e.pos, p.key = r.keys[0].Seg, uint16(r.keys[0].SegOff>>sectorShift)+p.e.off-r.e.off, at
 	}
 	return true, nil

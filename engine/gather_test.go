@@ -43,7 +43,7 @@ func (m *failingPower) Fence() {
 	m.medium.Fence()
 }
 
-// TestGatherCrash cuts the power at every step of copying what is stuck in several
+// TestGatherCrash cuts the power at every step of copying what is deferred in several
 // segments into one, some of which has been overwritten meanwhile.
 func TestGatherCrash(t *testing.T) {
 	for _, crc := range []bool{false, true} {
@@ -58,15 +58,15 @@ func TestGatherCrash(t *testing.T) {
 	}
 }
 
-// gathering is a cache at rest in which sectors are stuck in several segments, one of
+// gathering is a cache at rest in which sectors are deferred in several segments, one of
 // which has been overwritten after write-back has looked at it for the last time.
 type gathering struct {
 	*rig
-	disk    *backing.Fake
-	fate    *diskFate
-	want    map[int64]uint64 // versions by sector
-	stuckIn map[uint32]bool
-	runs    []run
+	disk      *backing.Fake
+	fate      *diskFate
+	want      map[int64]uint64 // versions by sector
+	refusedIn map[uint32]bool
+	runs      []run
 }
 
 // gatheringBad: every so many sectors one is refused.
@@ -78,7 +78,7 @@ func newGathering(t *testing.T, mem Memory, crc bool) *gathering {
 	formatSmall(t, mem, 9, crc, 90) // room enough for nobody to gather before
 	g := &gathering{
 		disk: backing.NewFake(64<<20, sectorSize, 1), fate: newFate(),
-		want: map[int64]uint64{}, stuckIn: map[uint32]bool{},
+		want: map[int64]uint64{}, refusedIn: map[uint32]bool{},
 	}
 	g.disk.Script(g.fate.script)
 	g.fate.refuse(bad)
@@ -90,7 +90,7 @@ func newGathering(t *testing.T, mem Memory, crc bool) *gathering {
 		g.want[lba], g.want[lba+11], g.want[lba+4*bad] = 1, 1, 0
 		for seg := g.queues[0].head.seg; i < 2 && g.queues[0].head.seg == seg; {
 			g.write(t, (lba+100)*sectorSize, stamped(lba+100, 8000, 2))
-			g.stuckIn[seg] = true
+			g.refusedIn[seg] = true
 		}
 	}
 	if err := g.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
@@ -130,8 +130,8 @@ func gatherCrash(t *testing.T, crc bool, cut int) bool {
 		if err != nil || !moved {
 			t.Errorf("gather: %t, %v", moved, err)
 		}
-		for i := range g.writeback.stuck {
-			if p := &g.writeback.stuck[i].part; p.off/sectorSize/gatheringBad != 1 && g.stuckIn[p.e.seg] && len(g.dirtyParts(p.s, p.s.place(p.e.seg, p.e.pos))) > 0 {
+		for i := range g.writeback.deferred {
+			if p := &g.writeback.deferred[i].part; p.off/sectorSize/gatheringBad != 1 && g.refusedIn[p.e.seg] && len(g.dirtyParts(p.s, p.s.place(p.e.seg, p.e.pos))) > 0 {
 				t.Errorf("%d sectors at %d are still in segment %d", p.e.n, p.off, p.e.seg)
 			}
 		}

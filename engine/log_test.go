@@ -216,7 +216,7 @@ func TestMoreKeysThanAKset(t *testing.T) {
 func TestLogFull(t *testing.T) {
 	mem := pmem.Heap(ondisk.MinSize)
 	formatSmall(t, mem, 20, false, 70)
-	disk, heal := stuckDisk(64 << 20)
+	disk, heal := refusingDisk(64 << 20)
 	defer disk.Close()
 	r := newRig(t, mem, disk, 1)
 	data := stamped(0, 1, 1)

@@ -57,7 +57,7 @@ func (d *driver) mustAwait(t *testing.T, rs ...*Request) {
 
 // TestZerosAreBounded: while the disk takes nothing, no number of discards takes more
 // than the log has room for, not even across restarts: the log goes on by itself, has
-// a segment left for what is stuck, and the discard that finds no room waits.
+// a segment left for deferred parts, and the discard that finds no room waits.
 func TestZerosAreBounded(t *testing.T) {
 	const segments, queues = 7, 3
 	mem := pmem.NewFake(ondisk.MinSize)
@@ -252,7 +252,7 @@ func TestLineOrder(t *testing.T) {
 	}
 }
 
-// TestLastSegment: the log leaves the last free segment to what is stuck, and that
+// TestLastSegment: the log leaves the last free segment to deferred parts, and that
 // makes room for all.
 func TestLastSegment(t *testing.T) {
 	const bad = 1000
@@ -300,7 +300,7 @@ func TestLastSegment(t *testing.T) {
 		}
 	})
 	if v := r.version(t, bad); v != 1 {
-		t.Errorf("what is stuck has version %d", v)
+		t.Errorf("the deferred sector has version %d", v)
 	}
 	if err := r.kill(); err != nil {
 		t.Fatal(err)
@@ -560,15 +560,15 @@ func TestDiscardsAndWrites(t *testing.T) {
 	}
 }
 
-// TestStuckEverywhere: a sector that the disk refuses in each segment that is written
+// TestRefusedEverywhere: a sector that the disk refuses in each segment that is written
 // does not fill the cache. The rest goes on, whatever the order, also after restarts
-// and when what is stuck is overwritten, and the disk gets it all when it is well.
-func TestStuckEverywhere(t *testing.T) {
+// and when what is deferred is overwritten, and the disk gets it all when it is well.
+func TestRefusedEverywhere(t *testing.T) {
 	for _, x := range []struct {
 		name      string
 		crc, zero bool
 		most      int
-	}{{"data", false, false, maxStuck}, {"sums", true, false, maxStuck}, {"zeros", true, true, maxStuck}, {"passed by", true, true, 2}} {
+	}{{"data", false, false, maxDeferred}, {"sums", true, false, maxDeferred}, {"zeros", true, true, maxDeferred}, {"passed by", true, true, 2}} {
 		t.Run(x.name, func(t *testing.T) {
 			const bad, stripes = 40, 40
 			mem := pmem.NewFake(ondisk.MinSize)

@@ -192,9 +192,9 @@ func TestRestThenClose(t *testing.T) {
 	disk.Close()
 }
 
-// TestStuckSurvivesRest: what the disk has refused is still known, with its error,
+// TestDeferredSurvivesRest: what the disk has refused is still known, with its error,
 // when a round that was to try it again is broken off.
-func TestStuckSurvivesRest(t *testing.T) {
+func TestDeferredSurvivesRest(t *testing.T) {
 	disk := backing.NewFake(256<<20, 512, 1)
 	r, _ := dirtied(t, disk, 2)
 	badBlocks(disk, 10, 1)
@@ -213,8 +213,8 @@ func TestStuckSurvivesRest(t *testing.T) {
 	if _, err := r.Rest(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if n := len(r.writeback.stuck); n == 0 {
-		t.Error("nothing is stuck any more")
+	if n := len(r.writeback.deferred); n == 0 {
+		t.Error("nothing is deferred any more")
 	}
 	if s := r.Status(); s.State != Degraded {
 		t.Errorf("%v", s.State)

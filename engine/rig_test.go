@@ -254,7 +254,7 @@ func (r *rig) mustRest(t testing.TB) {
 	}
 }
 
-// narrow lets write-back put no more aside than most, and cut a round short after
+// narrow lets write-back defer no more than most, and cut a round short after
 // step.
 func (c *Cache) narrow(t rapid.TB, most int, step time.Duration) {
 	t.Helper()
@@ -324,8 +324,8 @@ func open(t *testing.T, mem Memory, disk *backing.Fake) *Cache {
 	return c
 }
 
-// stuckDisk returns a disk that fails all writes until it is told not to.
-func stuckDisk(size int64) (disk *backing.Fake, heal func()) {
+// refusingDisk returns a disk that fails all writes until it is told not to.
+func refusingDisk(size int64) (disk *backing.Fake, heal func()) {
 	disk = backing.NewFake(size, 512, 1)
 	var healed atomic.Bool
 	disk.Script(func(op backing.Op) (f backing.Fault) {

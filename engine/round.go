@@ -21,9 +21,10 @@ import (
 // place and writes everything again, which is the only safe reading of a failed
 // flush. So does the one after a round that was told to rest, which starts no
 // transfer any more: what is under way must end, or it might come to the disk
-// behind what somebody else writes there later. Parts that could not be written are put
-// aside (stuck.go), so that the rest goes on, up to a number at which the disk is taken
-// for dead.
+// behind what somebody else writes there later. Parts that could not be written are
+// deferred (deferred.go) or passed by (skip.go), so that the rest goes on. A round has
+// failed, too, of which the disk has taken nothing, and has refused more than can be
+// deferred.
 
 // part is one run of dirty sectors of a round.
 type part struct {
@@ -31,7 +32,7 @@ type part struct {
 	e    extent
 	off  int64         // bytes on the disk
 	key  logPoint      // its key lies there or behind
-	wait time.Duration // how long it was put aside before this round, 0 if it was not
+	wait time.Duration // how long it was deferred before this round, 0 if it was not
 	err  error         // why it is not written
 	lost bool          // that is because it cannot be read
 }
@@ -92,8 +93,8 @@ func (p *part) extend(q *part) bool {
 	return true
 }
 
-// round writes the next dirty ksets back, up to a number of them, and what is
-// stuck and due, and moves dirty_tail as far as that allows.
+// round writes the next dirty ksets back, up to a number of them, and the deferred
+// parts that are due, and moves dirty_tail as far as that allows.
 func (c *Cache) round(until uint64) error {
 	w := &c.writeback
 	defer w.inRound.Store(0)
@@ -114,12 +115,12 @@ func (c *Cache) round(until uint64) error {
 	if err := c.persist(); err != nil {
 		err = fmt.Errorf("sync the log for write-back: %w", err)
 		c.fail(err)
-		w.putBack(w.parts, err)
+		w.deferAgain(w.parts, err)
 		return err
 	}
 	w.sortParts()
 	if err := c.writeParts(); err != nil {
-		w.putBack(w.parts, err)
+		w.deferAgain(w.parts, err)
 		return err
 	}
 	refused, fresh, room := 0, 0, w.most-w.refused()
@@ -129,7 +130,7 @@ func (c *Cache) round(until uint64) error {
 		case !p.refused():
 			continue
 		case p.wait > 0:
-			room-- // it was put aside before, and its place is kept
+			room-- // it was deferred before, and its place is kept
 		default:
 			fresh++
 		}
@@ -143,11 +144,11 @@ func (c *Cache) round(until uint64) error {
 		case p.err == nil:
 			w.scratch = c.index.clean(p.s, p.s.place(p.e.seg, p.e.pos), w.scratch)
 		case p.lost:
-			c.setAside(p, true)
+			c.deferPart(p, true)
 		case p.wait > 0 || room > 0 && !none:
-			was := len(w.stuck)
-			c.setAside(p, room > 0)
-			if room -= len(w.stuck) - was; p.wait > 0 {
+			was := len(w.deferred)
+			c.deferPart(p, room > 0)
+			if room -= len(w.deferred) - was; p.wait > 0 {
 				room++
 			}
 		case w.sweep.on || p.key.ksets < w.end.ksets:
@@ -214,8 +215,8 @@ func (c *Cache) writeParts() error {
 // advance moves dirty_tail to where everything before is on the disk.
 func (c *Cache) advance() error {
 	to := c.writeback.at
-	for i := range c.writeback.stuck {
-		if m := c.writeback.stuck[i].key; m.ksets < to.ksets {
+	for i := range c.writeback.deferred {
+		if m := c.writeback.deferred[i].key; m.ksets < to.ksets {
 			to = m
 		}
 	}
@@ -257,7 +258,7 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end logPoint) {
 }
 
 // collectKey adds what the index still has of a key, whose kset is at a place of the
-// log, and returns its size. It leaves out what is known to be stuck.
+// log, and returns its size. It leaves out the parts that are deferred.
 func (c *Cache) collectKey(k *ondisk.Key, at logPoint, known map[where][]extent) (bytes int) {
 	if c.dead(k) || c.stale.has(k) {
 		return 0

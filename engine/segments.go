@@ -27,15 +27,15 @@ type segment struct {
 	sums    atomic.Pointer[sums] // of the data, if the cache keeps checksums and it ever had any
 }
 
-// Who may take the last free segments:
+// The last free segments are kept back. One may be taken for
 //
-//	data           while more than logReserve are left
-//	the log        while more than relogReserve are left
-//	what is stuck  the last one
+//	data            while more than logReserve are left
+//	the log         while more than relogReserve are left
+//	deferred parts  while any is left: to log them again
 //
 // Zeros are data here, see storeZeros. So the keys that are still to be logged once
-// data gets no more segments are bounded, and there is room for them. And what is
-// stuck finds room whatever else the log had to take, so the circle of space goes on.
+// data gets no more segments are bounded, and there is room for them. And deferred
+// parts find room although the log has taken all it may, so the circle of space goes on.
 
 // logReserve returns how many free segments data may not take, so that the
 // log always finds one. Once data gets no more segments, each queue can still
@@ -44,8 +44,8 @@ type segment struct {
 // eight of them go on in one more segment at most, wherever the log's head is.
 func logReserve(queues int) int { return 1 + queues/8 + relogReserve }
 
-// relogReserve is how many free segments are kept for logging again what is stuck,
-// which goes on kset by kset: each time a segment has been filled with it, at least
+// relogReserve is how many free segments are kept for logging deferred parts again,
+// which goes on kset by kset: each time a segment has been filled with them, at least
 // as much has been passed by dirty_tail.
 const relogReserve = 1
 

@@ -9,7 +9,7 @@ import (
 	"ublk-pcache/ondisk"
 )
 
-// What the disk refuses is put aside piece by piece (stuck.go), up to maxStuck of
+// Parts that the disk refuses are deferred piece by piece (deferred.go), up to maxDeferred of
 // them. A disk may refuse any number, and take the rest: a thin pool that is full
 // takes what overwrites. To remember all of it would cost many times the memory of
 // the index. To stop there would keep the rest from the disk.
@@ -80,7 +80,7 @@ func (w *writeback) rewind(flushes, until uint64) uint64 {
 }
 
 // transferAlone tries each part once more by itself that has failed, after a round
-// in which not all can be put aside. Where all have failed it begins with some of
+// in which not all can be deferred. Where all have failed it begins with some of
 // them, whichever, and goes on if the disk takes one.
 func (c *Cache) transferAlone(parts []part) error {
 	var failed []int
@@ -147,10 +147,10 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 	if !w.skipped.on || w.sweep.on {
 		return false, nil
 	}
-	// What is stuck there stays, and dirty_tail in front of it.
+	// Deferred parts there stay, and dirty_tail in front of them.
 	n := uint64(0)
-	for i := range w.stuck {
-		if k := w.stuck[i].key.ksets; k >= w.skipped.from.ksets && k < w.at.ksets {
+	for i := range w.deferred {
+		if k := w.deferred[i].key.ksets; k >= w.skipped.from.ksets && k < w.at.ksets {
 			n++
 		}
 	}
@@ -198,7 +198,7 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 }
 
 // collection is what has not been written of a part of the log that write-back has
-// tried, without what is stuck.
+// tried, without the deferred parts.
 type collection struct {
 	c     *Cache
 	known map[where][]extent
@@ -256,7 +256,7 @@ func (x *collection) keys() (n int) {
 var errOvertaken = errors.New("overwritten meanwhile")
 
 // relogAll appends all of the keys, if the index has all that they name, and leaves
-// alone what is kept for what is stuck.
+// alone what is kept for deferred parts.
 func (c *Cache) relogAll(keys []ondisk.Key) error {
 	j := &c.journal
 	j.mu.Lock()

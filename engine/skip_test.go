@@ -17,7 +17,7 @@ import (
 // rest, also what lies between it, and the cache can be filled many times over.
 // Nothing of it is lost, and it is written when the disk takes it.
 func TestManyRefused(t *testing.T) {
-	for _, most := range []int{2, maxStuck} {
+	for _, most := range []int{2, maxDeferred} {
 		t.Run(fmt.Sprint(most), func(t *testing.T) { manyRefused(t, most) })
 	}
 }
@@ -115,7 +115,7 @@ func manyRefused(t *testing.T, most int) {
 			t.Error(err)
 		}
 	})
-	// What was stuck may have been logged again meanwhile, behind what the flush waits for.
+	// What was deferred may have been logged again meanwhile, behind what the flush waits for.
 	within(t, "dirty_tail to come to the end", func() {
 		for s := r.Status(); s.DirtyTail != s.KeyHead; s = r.Status() {
 			time.Sleep(time.Millisecond)
@@ -285,7 +285,7 @@ func TestFlushWhileWritten(t *testing.T) {
 	}
 }
 
-// TestListIsBounded: what is put aside is bounded, also when all of it is refused again
+// TestListIsBounded: what is deferred is bounded, also when all of it is refused again
 // and could be tried in smaller pieces, and what the disk takes goes on meanwhile.
 func TestListIsBounded(t *testing.T) {
 	const most, pieces, sectors = 8, 24, 64
@@ -455,7 +455,7 @@ func TestFlushOfWhatIsOverwritten(t *testing.T) {
 	}
 }
 
-// TestAllRefused: of a disk that takes nothing, and of which nothing can be put aside,
+// TestAllRefused: of a disk that takes nothing, and of which nothing can be deferred,
 // what is overwritten makes room all the same.
 func TestAllRefused(t *testing.T) {
 	mem := pmem.Heap(ondisk.MinSize)

@@ -14,7 +14,7 @@ import (
 func TestFullCache(t *testing.T) {
 	mem := pmem.Heap(ondisk.MinSize)
 	formatSmall(t, mem, 6, false, 90)
-	disk, heal := stuckDisk(256 << 20)
+	disk, heal := refusingDisk(256 << 20)
 	defer disk.Close()
 	r := newRig(t, mem, disk, 2)
 	var writers sync.WaitGroup

@@ -123,7 +123,7 @@ type storm struct {
 	script                    func(backing.Op) backing.Fault // of the disk until the last flush, where not faults says
 	discarders                int                            // the first so many clients
 	patient                   bool                           // the last round is let end by itself, and has to
-	most                      int                            // that write-back puts aside, in rounds of a few ms, if not 0
+	most                      int                            // that write-back defers, in rounds of a few ms, if not 0
 }
 
 // TestStorm lets clients read and write at random, on several queues and on a

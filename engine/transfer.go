@@ -6,8 +6,8 @@ import (
 	"ublk-pcache/ondisk"
 )
 
-// A round goes to the disk in transfers, several at a time: neighbours in one, what was put
-// aside before alone, so that only what is really wrong fails again.
+// A round goes to the disk in transfers, several at a time: neighbours in one, parts that were
+// deferred alone, so that only what is really wrong fails again.
 
 // transfer is one write to the disk.
 type transfer struct {
@@ -22,8 +22,8 @@ type transfer struct {
 }
 
 // transferParts writes parts in order, neighbours joined, and returns once
-// nothing is under way any more, or everything was given up. What was put aside
-// before goes alone, so that only what is really wrong fails again. From time to
+// nothing is under way any more, or everything was given up. Parts that were
+// deferred go alone, so that only what is really wrong fails again. From time to
 // time shorten, if there is one, says how many parts are left, of which i have gone.
 func (c *Cache) transferParts(parts []part, shorten func(i int) []part) error {
 	w := &c.writeback

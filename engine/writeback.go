@@ -67,11 +67,11 @@ type writeback struct {
 	pressed atomic.Bool   // garbage collection has nothing to collect, but should
 	tail    atomic.Uint64 // how many ksets dirty_tail had passed then, plus 1
 
-	// The goroutine's own. Everything before at is on the disk, but for what
-	// is stuck. end is where the round under way will bring it.
+	// The goroutine's own. Everything before at is on the disk, but for the deferred
+	// parts and what was passed by. end is where the round under way will bring it.
 	at        logPoint
 	end       logPoint
-	stuck     []stuck
+	deferred  []deferred
 	skipped   skipped
 	parts     []part
 	order     []onDisk // scratch of sortParts
@@ -85,7 +85,7 @@ type writeback struct {
 	whole     []byte
 	walker    ondisk.Walker
 	depth     int
-	most      int // maxStuck
+	most      int // maxDeferred
 	free      chan *transfer
 
 	backlog backlog
@@ -93,7 +93,7 @@ type writeback struct {
 	mu struct {
 		sync.Mutex
 		waiters []flushWaiter
-		again   bool   // what is stuck should be tried now
+		again   bool   // the deferred parts should be tried now
 		turn    uint64 // of the loop
 		err     error  // why not everything is well, nil if it is
 	}
@@ -119,7 +119,7 @@ func (w *writeback) init(c *Cache, depth int) {
 	if depth == 0 {
 		depth = DefaultWritebackDepth
 	}
-	w.depth, w.most = depth, maxStuck
+	w.depth, w.most = depth, maxDeferred
 	w.idle, w.step, w.age.after = idleAfter, roundTime, expireAfter
 	w.zeroes = ondisk.StripeSize
 	w.kicked = make(chan struct{}, 1)
@@ -221,7 +221,7 @@ func (c *Cache) Flush(ctx context.Context) error {
 	default:
 	}
 	c.writeback.mu.Lock()
-	// In this order: what is stuck is logged again before dirty_tail passes its
+	// In this order: deferred parts are logged again before dirty_tail passes its
 	// old keys, so a head that was read first might lie before the new ones.
 	_, cleaned := c.tails.dirtyTail()
 	_, w.until = c.journal.head()
@@ -263,8 +263,8 @@ func (c *Cache) answerFlushes(err error) {
 		case err != nil && tried >= f.until && w.mu.turn >= f.turn && !(w.skipped.on && w.skipped.pass < f.turn && tried != math.MaxUint64):
 			f.done <- err
 		case err == nil && cleaned >= f.until:
-			// Not with an error, since dirty_tail may have passed what is
-			// stuck, which is logged again behind it.
+			// Not with an error, since dirty_tail may have passed deferred
+			// parts, which are logged again behind it.
 			f.done <- nil
 		default:
 			return false
@@ -281,7 +281,7 @@ func (w *writeback) failed(err error) {
 }
 
 // nextTurn counts a turn of the loop, and reports whether somebody waits for a
-// flush, and whether what is stuck is to be tried in it. For those who came since
+// flush, and whether the deferred parts are to be tried in it. For those who came since
 // what was passed by was begun with once more, flushes is the last kset that they
 // wait for, or 0.
 func (w *writeback) nextTurn() (flushing, again bool, flushes uint64) {
@@ -298,7 +298,7 @@ func (w *writeback) nextTurn() (flushing, again bool, flushes uint64) {
 }
 
 // writebackLoop sleeps until there is a reason to write: a demand, writers
-// that have stopped coming, or something stuck whose time has come.
+// that have stopped coming, or a deferred part that is due.
 func (c *Cache) writebackLoop() {
 	runtime.LockOSThread() // a fence is for the stores of its own thread
 	defer runtime.UnlockOSThread()
@@ -355,13 +355,13 @@ func (a *activity) quietSince(now time.Time, ksets uint64) time.Time {
 	return a.since
 }
 
-// relogPressed logs again what is stuck where garbage collection waits for that.
+// relogPressed logs again what was not written where garbage collection waits for that.
 func (c *Cache) relogPressed() {
 	w := &c.writeback
 	if !w.pressed.Swap(false) || !w.holds() || c.failure() != nil {
 		return
 	}
-	passed, err := c.relogStuck()
+	passed, err := c.relogDeferred()
 	if err == nil && !passed {
 		passed, err = c.relogSkipped()
 	}
@@ -379,13 +379,13 @@ func (c *Cache) relogPressed() {
 type outlook struct {
 	now      time.Time
 	idleAt   time.Time // when writers have been idle for long enough, if none comes
-	retryAt  time.Time // when what is put aside is due
+	retryAt  time.Time // when a deferred part is due, or what was passed by
 	retry    bool      // if there is any that will be
 	written  uint64    // the head
 	at       uint64    // where the next round begins
 	until    uint64    // up to where there is reason to write
 	cleaned  uint64    // dirty_tail
-	holds    bool      // something is put aside, and dirty_tail may have to stay
+	holds    bool      // something was tried and not written, and dirty_tail may have to stay
 	flushing bool      // somebody waits for a flush
 }
 
@@ -418,7 +418,7 @@ func (o *outlook) plan() (round bool, wake time.Time, ever bool) {
 	case o.dirty() && o.at < o.until:
 		return true, wake, false
 	case !o.holds && (o.cleaned < o.at || o.flushing && !o.dirty()):
-		// All is done but for dirty_tail: what was stuck has been overwritten, or the last
+		// All is done but for dirty_tail: the deferred parts have been overwritten, or the last
 		// try to store it has failed. Or it has been moved just now, and those who wait
 		// for a flush are still to be told.
 		return true, wake, false
@@ -453,7 +453,7 @@ func (c *Cache) sleepUnlessWritten(o outlook, timer *time.Timer, set bool) {
 }
 
 // reportRound says how a round has gone, if that is news, and returns how long to wait before
-// the next. held is whether something was put aside before it, and delay what was returned
+// the next. held is what holds returned before it, and delay what was returned
 // for the one before.
 func (c *Cache) reportRound(err error, held bool, delay time.Duration) time.Duration {
 	w := &c.writeback
@@ -467,7 +467,7 @@ func (c *Cache) reportRound(err error, held bool, delay time.Duration) time.Dura
 		if w.skipped.on {
 			more = " and more"
 		}
-		c.log.Error(fmt.Sprintf("%d pieces of data%s cannot be written back and stay in the cache, the rest goes on", len(w.stuck), more), w.refusal())
+		c.log.Error(fmt.Sprintf("%d pieces of data%s cannot be written back and stay in the cache, the rest goes on", len(w.deferred), more), w.refusal())
 	case delay > 0, held && !w.holds():
 		c.log.Info("write-back works again", nil)
 	}

@@ -93,7 +93,7 @@ func TestExpiry(t *testing.T) {
 }
 
 // TestSweepAfterFailedFlush: what a round of a sweep has written is written again
-// when the flush after it has failed, also when what was put aside before is tried
+// when the flush after it has failed, also when what was deferred before is tried
 // in between.
 func TestSweepAfterFailedFlush(t *testing.T) {
 	const block, blocks, lba = 1 << 20, 3 * roundBytes >> 20, 100
@@ -226,13 +226,13 @@ func TestPlan(t *testing.T) {
 		"demanded more than there is":                 {outlook{written: 9, at: 9, until: 12, cleaned: 9}, false, never},
 		"all written, dirty_tail behind":              {outlook{written: 9, at: 9, until: 9, cleaned: 7}, true, never},
 		"some written, dirty_tail behind":             {outlook{written: 9, at: 8, until: 8, cleaned: 7}, true, never},
-		"dirty_tail behind what is put aside":         {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true, retryAt: at(15)}, false, 15},
-		"put aside, due":                              {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true, retryAt: at(10)}, true, never},
-		"put aside, due at once":                      {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true}, true, never},
-		"put aside, writers idle before it is due":    {outlook{written: 9, at: 3, until: 3, cleaned: 3, holds: true, retry: true, retryAt: at(25)}, false, 20},
-		"put aside, due before writers are idle":      {outlook{written: 9, at: 3, until: 3, cleaned: 3, holds: true, retry: true, retryAt: at(15)}, false, 15},
+		"dirty_tail behind what is deferred":          {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true, retryAt: at(15)}, false, 15},
+		"deferred, due":                               {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true, retryAt: at(10)}, true, never},
+		"deferred, due at once":                       {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true}, true, never},
+		"deferred, writers idle before it is due":     {outlook{written: 9, at: 3, until: 3, cleaned: 3, holds: true, retry: true, retryAt: at(25)}, false, 20},
+		"deferred, due before writers are idle":       {outlook{written: 9, at: 3, until: 3, cleaned: 3, holds: true, retry: true, retryAt: at(15)}, false, 15},
 		"a flush waits, all is on the disk":           {outlook{written: 9, at: 9, until: 9, cleaned: 9, flushing: true}, true, never},
-		"a flush waits for what is put aside":         {outlook{written: 9, at: 9, until: 9, cleaned: 7, flushing: true, holds: true, retry: true, retryAt: at(15)}, false, 15},
+		"a flush waits for what is deferred":          {outlook{written: 9, at: 9, until: 9, cleaned: 7, flushing: true, holds: true, retry: true, retryAt: at(15)}, false, 15},
 		"a flush waits, and not all has been written": {outlook{written: 9, at: 3, until: 9, cleaned: 3, flushing: true}, true, never},
 	} {
 		c.o.now, c.o.idleAt = at(10), at(20)

@@ -121,7 +121,7 @@ func (g *gate) ReadAt(p []byte, off int64) (int, error) {
 }
 
 // TestFlushDuringRelog: a flush that has begun when dirty_tail passes data that
-// is stuck, because that was logged again, does not take it for written.
+// is deferred, because that was logged again, does not take it for written.
 func TestFlushDuringRelog(t *testing.T) {
 	const bad = 3000
 	mem := &gate{Fake: pmem.NewFake(ondisk.MinSize), reached: make(chan struct{}), open: make(chan struct{})}
@@ -159,9 +159,9 @@ func TestFlushDuringRelog(t *testing.T) {
 	}
 }
 
-// TestStuckIsOverwritten: what is stuck and then overwritten is gone, also where
-// the new data is at the same address and not stuck.
-func TestStuckIsOverwritten(t *testing.T) {
+// TestDeferredIsOverwritten: what is deferred and then overwritten is gone, also where
+// the new data is at the same address and not deferred.
+func TestDeferredIsOverwritten(t *testing.T) {
 	mem := pmem.NewFake(ondisk.MinSize)
 	formatSmall(t, mem, 6, false, 70)
 	disk := backing.NewFake(64<<20, 512, 1)
@@ -312,7 +312,7 @@ func TestRetryOverwritten(t *testing.T) {
 	}
 }
 
-// TestRetryWhileFull: what is stuck is tried again also while writers wait for space
+// TestRetryWhileFull: what is deferred is tried again also while writers wait for space
 // all the time, each of whom has it looked at.
 func TestRetryWhileFull(t *testing.T) {
 	const lba = 40

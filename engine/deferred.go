@@ -10,44 +10,44 @@ import (
 	"ublk-pcache/ondisk"
 )
 
-// Dirty data that the disk refuses, or that is damaged, is put aside and tried
+// Dirty data that the disk refuses, or that is damaged, is deferred: it is tried
 // again by itself, in smaller and smaller pieces until only what is really
 // wrong is left, and that with growing delays. It stays dirty, and dirty_tail
 // stays in front of its key: the rest is written, but nothing behind is
 // collected.
 //
 // That would hold the whole cache for the sake of one sector. So when garbage
-// collection has nothing left, what is stuck is logged again at the head: new
+// collection has nothing left, deferred parts are logged again at the head: new
 // keys for the same place, which the index points to already. Nothing is
 // copied, and damaged data stays damaged. Then dirty_tail can pass the old
 // keys, and collecting them leaves the segment its references.
 
-// maxStuck bounds how many of them the disk has refused, and so their memory. What
+// maxDeferred bounds how many of them the disk has refused, and so their memory. What
 // it refuses beyond is passed by (skip.go). What cannot be read is a piece for each
-// hole, however large, and all of it is put aside.
-const maxStuck = 4096
+// hole, however large, and all of it is deferred.
+const maxDeferred = 4096
 
-// stuck is a part that could not be written.
-type stuck struct {
+// deferred is a part that could not be written.
+type deferred struct {
 	part
 	next time.Time // when to try again
 }
 
-// putBack keeps the parts that were stuck before for another time, after a
+// deferAgain keeps the parts that were deferred before for another time, after a
 // round that has moved nothing because of err.
-func (w *writeback) putBack(parts []part, err error) {
+func (w *writeback) deferAgain(parts []part, err error) {
 	for _, p := range parts {
 		if p.wait > 0 {
 			p.err = cmp.Or(p.err, err)
-			w.stuck = append(w.stuck, stuck{p, time.Now().Add(p.wait)})
+			w.deferred = append(w.deferred, deferred{p, time.Now().Add(p.wait)})
 		}
 	}
 }
 
-// refused counts what is stuck because the disk has refused it.
+// refused counts the parts that are deferred because the disk has refused them.
 func (w *writeback) refused() (n int) {
-	for i := range w.stuck {
-		if w.stuck[i].refused() {
+	for i := range w.deferred {
+		if w.deferred[i].refused() {
 			n++
 		}
 	}
@@ -57,8 +57,8 @@ func (w *writeback) refused() (n int) {
 // refusal returns why something was not written, nil if there is nothing.
 func (w *writeback) refusal() error {
 	switch {
-	case len(w.stuck) > 0:
-		return w.stuck[0].err
+	case len(w.deferred) > 0:
+		return w.deferred[0].err
 	case w.skipped.on:
 		return w.skipped.err
 	}
@@ -66,11 +66,11 @@ func (w *writeback) refusal() error {
 }
 
 // holds reports whether there is anything that was tried and not written.
-func (w *writeback) holds() bool { return len(w.stuck) > 0 || w.skipped.on }
+func (w *writeback) holds() bool { return len(w.deferred) > 0 || w.skipped.on }
 
-// setAside takes a part that was not written out of the round, in pieces where
+// deferPart keeps a part that was not written for another time, in pieces where
 // that may help and may be.
-func (c *Cache) setAside(p *part, pieces bool) {
+func (c *Cache) deferPart(p *part, pieces bool) {
 	w := &c.writeback
 	for rest := p.e; rest.n > 0; {
 		n := rest.n
@@ -81,7 +81,7 @@ func (c *Cache) setAside(p *part, pieces bool) {
 		if piece.wait = firstRetry; n == p.e.n {
 			piece.wait = backoff(p.wait)
 		}
-		w.stuck = append(w.stuck, stuck{piece, time.Now().Add(piece.wait)})
+		w.deferred = append(w.deferred, deferred{piece, time.Now().Add(piece.wait)})
 		rest = rest.from(rest.off + n)
 	}
 }
@@ -97,29 +97,29 @@ func (c *Cache) pieceOf(p *part, rest extent) uint16 {
 	return min(rest.n, max(1, (p.e.n/blocks+1)/2)*blocks)
 }
 
-// nextRetry returns when the first of what is stuck is due.
+// nextRetry returns when the first deferred part is due.
 func (w *writeback) nextRetry() (at time.Time, ok bool) {
-	for i := range w.stuck {
-		if next := w.stuck[i].next; !ok || next.Before(at) {
+	for i := range w.deferred {
+		if next := w.deferred[i].next; !ok || next.Before(at) {
 			at, ok = next, true
 		}
 	}
 	return at, ok
 }
 
-// retryNow makes all of it due.
+// retryNow makes all deferred parts due.
 func (w *writeback) retryNow() {
-	for i := range w.stuck {
-		w.stuck[i].next = time.Time{}
+	for i := range w.deferred {
+		w.deferred[i].next = time.Time{}
 	}
 }
 
-// takeDue moves what is due from the list to parts, as far as the index still
-// has it.
+// takeDue moves the deferred parts that are due to parts, as far as the index still
+// has them.
 func (c *Cache) takeDue(parts []part) []part {
 	w := &c.writeback
 	now := time.Now()
-	w.stuck = slices.DeleteFunc(w.stuck, func(s stuck) bool {
+	w.deferred = slices.DeleteFunc(w.deferred, func(s deferred) bool {
 		if now.Before(s.next) {
 			return false
 		}
@@ -144,11 +144,11 @@ type where struct {
 	place
 }
 
-// known returns what is stuck, or taken up again by this round. A key that was
+// known returns the parts that are deferred, or taken up again by this round. A key that was
 // logged again leads to it a second time. What has been overwritten since is at
 // another place.
 func (w *writeback) known() map[where][]extent {
-	if len(w.stuck) == 0 && len(w.parts) == 0 {
+	if len(w.deferred) == 0 && len(w.parts) == 0 {
 		return nil
 	}
 	m := map[where][]extent{}
@@ -156,8 +156,8 @@ func (w *writeback) known() map[where][]extent {
 		at := where{p.s.sh, p.s.root, p.s.place(p.e.seg, p.e.pos)}
 		m[at] = append(m[at], p.e)
 	}
-	for i := range w.stuck {
-		add(&w.stuck[i].part)
+	for i := range w.deferred {
+		add(&w.deferred[i].part)
 	}
 	for i := range w.parts {
 		add(&w.parts[i])
@@ -182,20 +182,22 @@ func without(parts []extent, known extent) (rest []extent) {
 	return rest
 }
 
-// relogStuck logs what is stuck again, the oldest first, if dirty_tail can pass
-// anything by that, and reports whether garbage collection may go on. When there is room for some of it
-// only, dirty_tail passes that, and collecting what it has passed makes room for more.
-func (c *Cache) relogStuck() (passed bool, err error) {
+// relogDeferred logs deferred parts again, the oldest first, if dirty_tail can pass
+// anything by that, and reports whether garbage collection may go on. When there is room for some of them
+// only, dirty_tail passes these, and collecting what it has passed makes room for more.
+func (c *Cache) relogDeferred() (passed bool, err error) {
 	w := &c.writeback
-	var still []stuck
-	for i := range w.stuck {
-		s := &w.stuck[i]
+	var still []deferred
+	for i := range w.deferred {
+		s := &w.deferred[i]
 		for _, p := range c.stillDirty(nil, &s.part) {
-			still = append(still, stuck{p, s.next})
+			still = append(still, deferred{p, s.next})
 		}
 	}
-	w.stuck = still
-	slices.SortFunc(w.stuck, func(a, b stuck) int { return cmp.Or(cmp.Compare(a.key.ksets, b.key.ksets), cmp.Compare(a.off, b.off)) })
+	w.deferred = still
+	slices.SortFunc(w.deferred, func(a, b deferred) int {
+		return cmp.Or(cmp.Compare(a.key.ksets, b.key.ksets), cmp.Compare(a.off, b.off))
+	})
 	all := w.runs()
 	runs := all
 	if s := &w.skipped; s.on { // dirty_tail passes none that lie behind that
@@ -236,7 +238,7 @@ func (c *Cache) relogStuck() (passed bool, err error) {
 	return passed || after > before, err
 }
 
-// relogPays reports whether so many keys, all that are stuck in front of what was
+// relogPays reports whether so many keys, of all deferred parts in front of what was
 // passed by, are worth being logged again. As many keys again as dirty_tail passes, or
 // more, would only let the log grow, unless it cannot be read there and is about to
 // begin anew.
@@ -247,8 +249,8 @@ func (c *Cache) relogPays(n int) bool {
 		end = w.skipped.from.keys // dirty_tail stays in front of that
 	}
 	oldest := end
-	for i := range w.stuck {
-		oldest = min(oldest, w.stuck[i].key.keys)
+	for i := range w.deferred {
+		oldest = min(oldest, w.deferred[i].key.keys)
 	}
 	return end-oldest > uint64(n) || n > 0 && c.logDamage.Load() != nil && !w.sweep.on
 }
@@ -272,18 +274,18 @@ func (c *Cache) leftBehind(runs []run) []run {
 	return runs[:n]
 }
 
-// run is what is stuck and lies together, on the disk and in the cache: some of it is
-// in pieces only since it has been tried.
+// run is deferred parts that lie together, on the disk and in the cache: some are in
+// pieces only since they have been tried.
 type run struct {
 	part
-	from, to int // in writeback.stuck
+	from, to int // in writeback.deferred
 	keys     []ondisk.Key
 }
 
-// runs joins what is stuck, which is sorted.
+// runs joins the deferred parts, which are sorted.
 func (w *writeback) runs() (runs []run) {
-	for i := range w.stuck {
-		p := &w.stuck[i].part
+	for i := range w.deferred {
+		p := &w.deferred[i].part
 		if n := len(runs); n > 0 && runs[n-1].extend(p) {
 			runs[n-1].to++
 			continue
@@ -324,7 +326,7 @@ func (c *Cache) relog(runs []run) (n int, err error) {
 	}
 	for _, r := range runs[:n] {
 		for i := r.from; i < r.to; i++ {
-			c.writeback.stuck[i].key = at
+			c.writeback.deferred[i].key = at
 		}
 	}
 	return n, nil
