@@ -97,13 +97,13 @@ func (f *fill) finish(err error) {
 	}
 }
 
-// abandoned is what lacks of a request has in addition once it has been finished
-// without its fills: more than there can be, so that the last of them, if it
-// ever ends, does not hand the request back a second time.
+// abandoned is added to the lacks of a request that has been finished without its
+// fills. It is more than there can be, so the last of them, if it ever ends, does not
+// hand the request back a second time.
 const abandoned = 1 << 30
 
 // abandonFills finishes the reads that wait for the disk with ErrAborted, and
-// lets those who wait for their fills hear of it. The fills stay the disk's.
+// wakes the requests that wait for their fills. The fills stay the disk's.
 // The queue starts no others afterwards.
 func (q *Queue) abandonFills() {
 	// Giving up takes the lock of a shard, under which a fill may be made.
@@ -112,7 +112,7 @@ func (q *Queue) abandonFills() {
 			continue
 		}
 		f.giveUp()
-		// With none lacking it is on its way back by itself.
+		// With none lacking the request is on its way back by itself.
 		lacks := &f.r.lacks
 		for n := lacks.Load(); n > 0 && n < abandoned; n = lacks.Load() {
 			if lacks.CompareAndSwap(n, n+abandoned) {
@@ -159,8 +159,8 @@ func (q *Queue) takeFills(r *Request) {
 // fillKeysLocked puts the keys of the stored fills in front of the batch, as
 // far as the index still has the claims and the writes leave them room in the
 // kset, and returns how many. The caller holds the journal's lock, so no write
-// can take what was found free here before it is entered: one that was logged
-// before has its shards locked until it is in the index.
+// can replace a claim that was found here before the key is entered: one that was
+// logged before has its shards locked until it is in the index.
 func (q *Queue) fillKeysLocked() int {
 	if len(q.filled) == 0 {
 		return 0
@@ -218,8 +218,8 @@ func (q *Queue) endFill(f *fill) {
 	f.next, q.freeFill = q.freeFill, f
 }
 
-// giveUp takes out the claims that a fill still has, and lets those who waited for it try
-// again.
+// giveUp takes out the claims that a fill still has, and lets the requests that waited
+// for it try again.
 func (f *fill) giveUp() {
 	f.at.sh.Lock()
 	var parts [64]extent

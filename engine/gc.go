@@ -26,8 +26,8 @@ import (
 //  5. only now hand out the segments of 1, and drop the keys' references.
 //
 // If 3 is lost, replay sees keys again that are before dirty_tail, hence
-// clean, and still backed by their data. All of them, which is why 1 waits for
-// the next step: to the kernel's replay a dead key supersedes nothing, and an older
+// clean, and still backed by their data. All of them are, since 1 waits for the
+// next step: to the kernel's replay a dead key supersedes nothing, and an older
 // key of another segment would come back in its place. If 1 is lost, no key in
 // the log names the segment, and replay raises its generation before its first
 // use. A key is only counted, here as in replay, if its generation is the
@@ -83,15 +83,15 @@ func (g *collector) bury(seg uint32) {
 	g.kick()
 }
 
-// gcNeeded: the cache is fuller than it should be, or writers find no segment.
-// That some still wait says nothing: those who may have what is free are on their
-// way to it.
+// gcNeeded reports whether the cache is fuller than it should be, or writers find no
+// segment. Requests that still wait are no reason: those that may have the free
+// segments are on their way to them.
 func (c *Cache) gcNeeded() bool {
 	n, free := c.segments.good(), c.segments.free()
 	return (n-free)*100 >= n*int(c.gc.percent.Load()) || free <= c.segments.reserve
 }
 
-// gcLoop also looks after those who wait: whatever may end their waiting kicks
+// gcLoop also looks after the requests that wait: all that may end their wait kicks
 // it, and so do they themselves once they are in line.
 func (c *Cache) gcLoop() {
 	runtime.LockOSThread() // a fence is for the stores of its own thread
@@ -117,8 +117,8 @@ func (c *Cache) gcLoop() {
 	}
 }
 
-// wakeWaiting lets those try again who have reason to: first who has room already and
-// waits for the log to say so, then who waits in line.
+// wakeWaiting lets those try again that have reason to: first the queues that have keys
+// to commit and wait for the log to have room, then the requests in line.
 func (c *Cache) wakeWaiting() {
 	failed := c.failure() != nil
 	if failed || c.segments.free() > relogReserve {
@@ -136,8 +136,8 @@ func (c *Cache) wakeWaiting() {
 }
 
 // gcStep does one step and reports whether it has changed anything: then there may
-// be reason for another. Where only write-back can make room, it is told so, but
-// not before what has been collected is free.
+// be reason for another. Where only write-back can make room, gcStep tells it so,
+// once all that has been collected is free.
 func (c *Cache) gcStep() (changed bool, err error) {
 	from := c.tails.keyTail()
 	to, cleaned := c.tails.dirtyTail()
@@ -178,7 +178,7 @@ func (c *Cache) gcStep() (changed bool, err error) {
 	return true, nil
 }
 
-// collectKsets takes what the index has of the ksets from key_tail on, as many as
+// collectKsets forgets what the index has of the ksets from key_tail on, as many as
 // a step is to have. It returns where they end, and the segment of each key that
 // holds a reference.
 func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dropped []references) {

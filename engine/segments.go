@@ -67,8 +67,8 @@ func MaxQueues(segments int) int {
 type segments struct {
 	all     []segment
 	reserve int
-	needed  int          // that must be good
-	bad     atomic.Int32 // how many are not
+	needed  int          // how many must be good
+	bad     atomic.Int32 // how many are bad
 	// resumable are the half-filled segments that replay found, emptiest
 	// first; the queues go on filling them.
 	resumable []resumable
@@ -109,7 +109,7 @@ func (s *segments) free() int {
 // good returns how many segments are not bad.
 func (s *segments) good() int { return len(s.all) - int(s.bad.Load()) }
 
-// badList returns the numbers of those that are.
+// badList returns the numbers of the segments that are bad.
 func (s *segments) badList() (list []uint32) {
 	for i := range s.all {
 		if s.all[i].bad.Load() {
@@ -163,8 +163,8 @@ func (c *Cache) takeData(q *Queue, r *Request) (uint32, bool) {
 	return seg, true
 }
 
-// took looks after room now that data or the log has taken a segment. So many ksets
-// are in the log.
+// took is called when data or the log has taken a segment, with how many ksets are in the
+// log. It kicks garbage collection or write-back where the cache has become too full.
 func (c *Cache) took(written uint64) {
 	n := c.segments.good()
 	used := n - c.segments.free()
@@ -182,8 +182,8 @@ func (c *Cache) took(written uint64) {
 	}
 }
 
-// raiseGeneration makes every key that names the segment a dead one, or the
-// segment a bad one. It does not persist.
+// raiseGeneration makes every key that names the segment a dead one or, where memory
+// does not take that, the segment a bad one. It does not persist.
 func (c *Cache) raiseGeneration(seg uint32) {
 	s := &c.segments
 	gen := s.all[seg].gen.Load() + 1

@@ -11,11 +11,11 @@ import (
 // which there was no room for one until it has found some. One that is woken too
 // early goes back to its place.
 //
-// Nobody is woken before all who came earlier, and who comes while others sleep lines
-// up behind them. Those who are awake go on at once, each as far as the segment of its
-// queue has room, without waiting for each other: a turn of a queue serves many, and
-// would have to be waited for between any two requests of different queues. A new
-// segment is taken by nobody who came later than one that needs it as well.
+// Requests are woken in this order, and one that comes while others sleep lines up
+// behind them. Requests that are awake go on at once, each as far as the segment of its
+// queue has room, and do not wait for each other: a turn of a queue serves many, and
+// would have to be waited for between any two requests of different queues. A request
+// takes a new segment only if others are left for those that came earlier and need one.
 type space struct {
 	waiting atomic.Int32 // in line
 	parked  atomic.Int32 // those of them that sleep
@@ -81,7 +81,7 @@ func (s *space) waited(d int64) {
 	}
 }
 
-// longestWait returns the longest wait so far, of those who still wait too.
+// longestWait returns the longest wait so far, also of requests that still wait.
 func (c *Cache) longestWait() time.Duration {
 	var d int64
 	c.space.mu.Lock()
@@ -98,13 +98,13 @@ func (c *Cache) longestWait() time.Duration {
 	return time.Duration(max(d, c.space.longest.Load()))
 }
 
-// mayTake reports whether there are segments enough for r to take one: also for the
-// queues that others wait for who came earlier. What a read brings never makes
-// anybody wait.
+// mayTake reports whether r may take a segment: whether there are enough for it and for
+// the queues of requests that came earlier and need one. A read may not while others
+// wait: it never makes a write wait.
 func (c *Cache) mayTake(q *Queue, r *Request) bool {
 	s := &c.space
 	if s.waiting.Load() == 0 {
-		return true // or not: take says so
+		return true // take looks whether there is any
 	}
 	if r.Op == Read {
 		return false
@@ -124,10 +124,10 @@ func (c *Cache) mayTake(q *Queue, r *Request) bool {
 	return left > len(before)
 }
 
-// serve wakes those who are next in line, as far as there is room in the segments
-// that their queues fill, and the first one that needs a new one, if there is one
-// for it, with what of its queue comes next. Those behind that are woken once it
-// has it.
+// serve wakes the requests that are next in line, as long as there is room in the
+// segments that their queues fill; then the first that needs a new segment, if there is
+// one for it, and those of its queue that come next. The others are woken once the queue
+// has its segment.
 func (c *Cache) serve() {
 	s := &c.space
 	if s.parked.Load() == 0 {
@@ -149,7 +149,8 @@ func (c *Cache) serve() {
 	})
 }
 
-// wake wakes those in line up to the first who may not, as it is told under the lock.
+// wake wakes the requests in line up to the first for which may says no. It calls may
+// under the lock.
 func (s *space) wake(may func(*Request) bool) {
 	s.mu.Lock()
 	var woken []*Request
@@ -169,7 +170,7 @@ func (s *space) wake(may func(*Request) bool) {
 	}
 }
 
-// wakeWriters lets everybody try again who waits for space, because nobody will get
+// wakeWriters lets all requests that wait for space try again, because none will get
 // any more.
 func (c *Cache) wakeWriters() {
 	c.space.wake(func(*Request) bool { return true })
