@@ -149,7 +149,7 @@ type named struct {
 }
 
 // fill enters what replay has found, in any order. A place is named by one key,
-// or again by keys for parts of it and of what the one covers (deferred.go), of
+// or again by keys for parts of it and of what the one covers (relog.go), of
 // which some may be gone from the log: the longest counts. What overlaps
 // otherwise is nobody's writing and refused, whichever comes first, or a cache
 // might open and, with some of its keys logged again, not a second time.
