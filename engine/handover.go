@@ -204,7 +204,7 @@ func (f *Follower) advance(to ondisk.Position) (err error) {
 	if err != nil {
 		return fmt.Errorf("replay up to %v: %w", to, err)
 	}
-	return f.r.fillSums()
+	return f.r.enterSums()
 }
 
 // TakeOver makes the cache this process's own, when the one that had it has

@@ -54,7 +54,7 @@ func (c *Cache) replay(choice Choice) error {
 		c.log.Error(fmt.Sprintf("a power cut took writes that had not been flushed: the log ends at %v", end.Pos), nil)
 	}
 	r.logEnds(Head{end.Pos, next})
-	if err := r.fillSums(); err != nil {
+	if err := r.enterSums(); err != nil {
 		return err
 	}
 	if err := c.compareDisk(choice, r.foreign); err != nil {
@@ -124,7 +124,7 @@ type replayer struct {
 	keys    uint64   // likewise
 	clean   logPoint // before dirty_tail
 	index   bulkLoad
-	fill    []uint32
+	filled  []uint32
 	log     []bool
 	sums    map[uint32][]named
 	buf     []byte
@@ -133,7 +133,7 @@ type replayer struct {
 
 func newReplayer(c *Cache) *replayer {
 	l := c.layout
-	r := &replayer{c: c, dirty: l.KeyTail == l.DirtyTail, fill: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain)), sums: map[uint32][]named{}}
+	r := &replayer{c: c, dirty: l.KeyTail == l.DirtyTail, filled: make([]uint32, len(l.Chain)), log: make([]bool, len(l.Chain)), sums: map[uint32][]named{}}
 	r.log[l.KeyTail.Seg] = true
 	c.journal.mu.path = []uint32{l.KeyTail.Seg}
 	c.journal.mu.named = make([]int64, len(l.Chain))
@@ -152,15 +152,15 @@ func (r *replayer) logEnds(end Head) {
 	c.writeback.backlog.init(len(c.segments.all), r.ksets)
 }
 
-// fillSums enters the checksums of what has been replayed.
-func (r *replayer) fillSums() error {
+// enterSums enters the checksums of what has been replayed.
+func (r *replayer) enterSums() error {
 	for seg, list := range r.sums {
 		t := r.c.sumsOf(seg)
 		if int(t.n.Load()) == len(list) {
 			continue // nothing has been added since the last time
 		}
 		t.clear()
-		if err := t.fill(list); err != nil {
+		if err := t.enter(list); err != nil {
 			return fmt.Errorf("segment %d: %w", seg, err)
 		}
 	}
@@ -209,7 +209,7 @@ func (r *replayer) key(k *ondisk.Key) error {
 	}
 	c.segments.all[k.Seg].refs.Add(1)
 	c.journal.mu.named[k.Seg]++
-	r.fill[k.Seg] = max(r.fill[k.Seg], k.SegOff+k.Len)
+	r.filled[k.Seg] = max(r.filled[k.Seg], k.SegOff+k.Len)
 
 	flags := keyState(k, r.dirty)
 	if c.crc && flags&extZero == 0 {
@@ -255,7 +255,7 @@ func (r *replayer) sortSegments() {
 		case !s.all[i].bad.Load():
 			// No key without a place of its own, see storeZeros.
 			block := int64(r.c.disk.BlockSize())
-			off := max((int64(r.fill[i])+block-1)/block, int64(refs)) * block
+			off := max((int64(r.filled[i])+block-1)/block, int64(refs)) * block
 			if off < ondisk.SegmentData {
 				s.resumable = append(s.resumable, resumable{seg, uint32(off)})
 			}

@@ -148,12 +148,12 @@ type named struct {
 	at uint64 // where the device would be if the segment's data began there, bytes
 }
 
-// fill enters what replay has found, in any order. A place is named by one key,
+// enter adds what replay has found, in any order. A place is named by one key,
 // or again by keys for parts of it and of what the one covers (relog.go), of
 // which some may be gone from the log: the longest counts. What overlaps
 // otherwise is nobody's writing and refused, whichever comes first, or a cache
 // might open and, with some of its keys logged again, not a second time.
-func (t *sums) fill(list []named) error {
+func (t *sums) enter(list []named) error {
 	slices.SortFunc(list, func(a, b named) int {
 		return cmp.Or(cmp.Compare(a.pos, b.pos), cmp.Compare(b.n, a.n))
 	})
