@@ -9,15 +9,15 @@ import (
 	"ublk-pcache/ondisk"
 )
 
-// replay rebuilds the index from the log: later keys override earlier ones,
-// and what lies before dirty_tail, or is flagged clean, is clean. The data of a
-// key whose generation has passed may be somebody else's by now: that key is
-// dead. But it overrides earlier ones as well, whose data may still be there: a
-// key that died was on the disk before. There are such keys where only an older
-// copy of key_tail can be read, or where the kernel was cut off in its gc.
+// replay rebuilds the index from the log: later keys override earlier ones, and a key
+// is clean if it lies before dirty_tail, or is flagged clean. The data of a key whose
+// generation has passed may be somebody else's by now: that key is dead. But it
+// overrides earlier ones as well, whose data may still be there: a key that died was on
+// the disk before. There are such keys where only an older copy of key_tail can be
+// read, or where the kernel was cut off in its gc.
 //
-// The data itself is not looked at, except for what no sync of the region has
-// covered: whoever uses it verifies it.
+// Data is verified when it is used. Replay looks only at data that no sync of the
+// region has covered.
 //
 // A log that is damaged rather than ended is refused, and so is a key that
 // cannot be true, and dirty data for a disk that was changed, unless choice
@@ -27,33 +27,12 @@ import (
 // which may never have left the page cache, is made durable. Where memory takes
 // none of that, the cache opens all the same, to be read and written back.
 func (c *Cache) replay(choice Choice) error {
-	l := c.layout
 	r := newReplayer(c)
-	end, err := l.WalkLog(c.mem, l.KeyTail, r.kset)
-	r.index.finish()
-	torn := err == errTorn
-	if err != nil && !torn {
+	end, err := r.readLog()
+	if err != nil {
 		return err
 	}
-	next := end.NextSeq()
-	if end.Seq == 0 && l.SyncMark != 0 {
-		next = ondisk.SeqBeyond(l.SyncMark)
-	}
-	if end.Damage != nil {
-		lost := next
-		if end.Seq == 0 {
-			// No kset in front tells the number of the one that is lost.
-			lost = end.Damage.AheadSeq
-		}
-		// A power cut makes no media errors.
-		if torn = c.unsynced(lost) && end.Damage.DirtyTail == nil && !errors.Is(end.Damage, ondisk.ErrUnreadable); !torn {
-			return end.Damage
-		}
-	}
-	if torn {
-		c.log.Error(fmt.Sprintf("a power cut took writes that had not been flushed: the log ends at %v", end.Pos), nil)
-	}
-	r.logEnds(Head{end.Pos, next})
+	r.logEnds(end.Head)
 	if err := r.enterSums(); err != nil {
 		return err
 	}
@@ -63,23 +42,10 @@ func (c *Cache) replay(choice Choice) error {
 	if err := r.checkSegments(); err != nil {
 		return err
 	}
-	// What is stored from here on goes over the copies that these are made of.
+	// First of all stores: others go over the good copies that it reads.
 	c.heal()
-	// A kset cut short has the number that the next one here gets: what is left
-	// of it could complete that one, or that one it.
-	// And one whose number does not continue the log would begin it, once all
-	// in front has been collected and key_tail stands here.
-	rest := int64(ondisk.KsetHeaderSize)
-	if torn || end.Seq == 0 && !c.mem.Durable() {
-		// What follows would continue the new log's numbers. Behind an empty log
-		// nobody has looked.
-		rest = int64(ondisk.SegmentData - end.Pos.Off)
-	}
-	if err := c.mem.Zero(l.Offset(end.Pos.Seg, end.Pos.Off), rest); err != nil {
-		c.badStore("log", end.Pos.Seg, end.Pos.Off, int(rest), err)
-		c.fail(fmt.Errorf("%w: %w", ErrBadHead, err))
-	}
-	// What has been dropped from the log is gone before its segments get a new
+	c.clearBehind(end)
+	// A key that has been dropped from the log is gone before its segment gets a new
 	// generation. With that it would be a dead key if it came back after another
 	// power cut, and override what it was to overwrite.
 	if err := c.persist(); err != nil {
@@ -95,13 +61,78 @@ func (c *Cache) replay(choice Choice) error {
 	if err := c.persist(); err != nil {
 		return err
 	}
-	if err := c.markSynced(ondisk.PrevSeq(next)); err != nil {
+	return c.firstSyncMark(end.Head)
+}
+
+// logEnd is where replay has found the log to end.
+type logEnd struct {
+	Head
+	numberless bool // no kset in front has a number
+	torn       bool // a power cut took what followed
+}
+
+// readLog replays the log and returns where it ends. Its error is what a power cut
+// cannot have done to the log, or why a key cannot be true.
+func (r *replayer) readLog() (end logEnd, err error) {
+	c, l := r.c, r.c.layout
+	found, err := l.WalkLog(c.mem, l.KeyTail, r.kset)
+	r.index.finish()
+	if err != nil && err != errTorn {
+		return end, err
+	}
+	end = logEnd{Head{found.Pos, found.NextSeq()}, found.Seq == 0, err == errTorn}
+	if end.numberless && l.SyncMark != 0 {
+		end.Seq = ondisk.SeqBeyond(l.SyncMark)
+	}
+	if found.Damage != nil {
+		if end.torn = c.tornAt(end, found.Damage); !end.torn {
+			return end, found.Damage
+		}
+	}
+	if end.torn {
+		c.log.Error(fmt.Sprintf("a power cut took writes that had not been flushed: the log ends at %v", end.Pos), nil)
+	}
+	return end, nil
+}
+
+// tornAt reports whether a power cut may have done the damage at the end of the log.
+func (c *Cache) tornAt(end logEnd, d *ondisk.Damage) bool {
+	lost := end.Seq
+	if end.numberless {
+		// No kset in front tells the number of the one that is lost.
+		lost = d.AheadSeq
+	}
+	// A power cut makes no media errors.
+	return c.unsynced(lost) && d.DirtyTail == nil && !errors.Is(d, ondisk.ErrUnreadable)
+}
+
+// clearBehind zeroes what could be taken for the log's next kset. It does not persist.
+func (c *Cache) clearBehind(end logEnd) {
+	// A kset cut short has the number that the next one here gets: what is left of one
+	// could complete the other. And a kset whose number does not continue the log would
+	// begin it, once all in front has been collected and key_tail stands here.
+	n := int64(ondisk.KsetHeaderSize)
+	if end.torn || end.numberless && !c.mem.Durable() {
+		// Ksets further on would continue the new log's numbers. Behind an empty log
+		// nobody has looked for them.
+		n = int64(ondisk.SegmentData - end.Pos.Off)
+	}
+	if err := c.mem.Zero(c.offset(end.Pos), n); err != nil {
+		c.badStore("log", end.Pos.Seg, end.Pos.Off, int(n), err)
+		c.fail(fmt.Errorf("%w: %w", ErrBadHead, err))
+	}
+}
+
+// firstSyncMark says that the log is durable up to its end, and persists that where
+// there was no mark: without one the next power cut would be damage.
+func (c *Cache) firstSyncMark(end Head) error {
+	if err := c.markSynced(ondisk.PrevSeq(end.Seq)); err != nil {
 		c.fail(err)
 	}
-	if l.SyncMark != 0 {
+	if c.layout.SyncMark != 0 {
 		return nil
 	}
-	return c.persist() // a first sync mark, without which the next power cut is damage
+	return c.persist()
 }
 
 // unsynced reports whether the kset numbered seq was never part of a sync, on
@@ -121,14 +152,14 @@ type replayer struct {
 	live    bool     // the log is being written, so none of it is torn
 	dirty   bool     // dirty_tail has been reached
 	ksets   uint64   // so far
-	keys    uint64   // likewise
+	keys    uint64   // of these
 	clean   logPoint // before dirty_tail
 	index   bulkLoad
-	filled  []uint32
-	log     []bool
-	sums    map[uint32][]named
-	buf     []byte
-	foreign bool // ksets without a number lie behind dirty_tail
+	filled  []uint32           // bytes of each segment, up to the end of its last data
+	log     []bool             // which segments are of the log
+	sums    map[uint32][]named // by segment
+	buf     []byte             // data of intact
+	foreign bool               // ksets without a number lie behind dirty_tail
 }
 
 func newReplayer(c *Cache) *replayer {
@@ -167,16 +198,14 @@ func (r *replayer) enterSums() error {
 	return nil
 }
 
+// kset replays the next kset of the log, which lies at a place. Its error is errTorn, or
+// says why one of its keys cannot be true.
 func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 	if !r.dirty && at == r.c.layout.DirtyTail {
 		r.dirty, r.clean = true, logPoint{ksets: r.ksets, keys: r.keys}
 	}
-	if r.c.crc && r.dirty && !r.live && r.c.unsynced(k.Seq) {
-		for i := range k.Keys {
-			if k := &k.Keys[i]; k.Gen == r.c.layout.Gens[k.Seg] && k.Flags&(ondisk.KeyZero|ondisk.KeyBad) == 0 && !r.intact(k) {
-				return errTorn
-			}
-		}
+	if r.c.crc && r.dirty && !r.live && r.c.unsynced(k.Seq) && r.lacksData(k.Keys) {
+		return errTorn
 	}
 	r.foreign = r.foreign || r.dirty && k.Seq == 0
 	r.ksets++
@@ -193,6 +222,17 @@ func (r *replayer) kset(at ondisk.Position, k *ondisk.Kset) error {
 	return nil
 }
 
+// lacksData reports whether a power cut has taken the data of any of the keys.
+func (r *replayer) lacksData(keys []ondisk.Key) bool {
+	for i := range keys {
+		if k := &keys[i]; k.Gen == r.c.layout.Gens[k.Seg] && k.Flags&(ondisk.KeyZero|ondisk.KeyBad) == 0 && !r.intact(k) {
+			return true
+		}
+	}
+	return false
+}
+
+// key replays the next key of the log. Its error says why the key cannot be true.
 func (r *replayer) key(k *ondisk.Key) error {
 	c := r.c
 	switch gen := c.layout.Gens[k.Seg]; {
@@ -253,13 +293,17 @@ func (r *replayer) sortSegments() {
 			r.c.raiseGeneration(seg)
 			s.addFree(seg)
 		case !s.all[i].bad.Load():
-			// No key without a place of its own, see storeZeros.
-			block := int64(r.c.disk.BlockSize())
-			off := max((int64(r.filled[i])+block-1)/block, int64(refs)) * block
-			if off < ondisk.SegmentData {
+			if off := r.resumeAt(seg, refs); off < ondisk.SegmentData {
 				s.resumable = append(s.resumable, resumable{seg, uint32(off)})
 			}
 		}
 	}
 	slices.SortFunc(s.resumable, func(a, b resumable) int { return cmp.Compare(a.off, b.off) })
+}
+
+// resumeAt returns where a queue may go on to fill a segment: behind all data, and behind
+// a block for each key, since each has a place of its own, see storeZeros.
+func (r *replayer) resumeAt(seg uint32, keys int64) int64 {
+	block := int64(r.c.disk.BlockSize())
+	return max((int64(r.filled[seg])+block-1)/block, keys) * block
 }
