@@ -8,7 +8,7 @@ import (
 	"sync"
 )
 
-// Memory fails in places, and accesses of those are errors. What comes of it
+// Memory fails in places, and accesses of those are errors. The consequence
 // depends on what is there:
 //
 //	clean data     is forgotten, and asked of the disk (read.go)
@@ -26,10 +26,10 @@ import (
 //	sync mark
 //
 // A segment in which anything of that has happened is retired: nothing is
-// stored there any more, and once nothing names it, it is not free, or what is
-// stored next would be lost without a word. Storing mends some memory, and some
-// it only seems to. What is there already stays and is read as long as that
-// works.
+// stored there any more, and once nothing names it, it is not free, or the data
+// stored there next would be lost without a word. Storing mends some memory,
+// and some it only seems to. The segment's content stays and is read as long as
+// that works.
 //
 // Segments are retired until the cache is opened again. When so many are that
 // the queues could wait for each other, the cache has failed.

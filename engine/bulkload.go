@@ -94,8 +94,8 @@ func (l *bulkLoad) finish() {
 	l.batches, l.loaders, l.spare = nil, nil, nil
 }
 
-// enterAll enters a batch shard by shard, each in the log's order: what the next
-// key of a shard needs is then still in the processor's cache.
+// enterAll enters a batch shard by shard, each in the log's order: the nodes
+// that the next key of a shard needs are then still in the processor's cache.
 func enterAll(batch []placed) {
 	var ends [shardCount]int
 	for i := range batch {

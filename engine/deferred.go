@@ -134,8 +134,8 @@ type where struct {
 	place
 }
 
-// known returns the parts that are deferred, or taken up again by this round. A key that was
-// logged again leads to it a second time. What has been overwritten since is at
+// known returns the parts that are deferred, or taken up again by this round. A key that
+// was logged again leads to it a second time. Data that has overwritten them since is at
 // another place.
 func (w *writeback) known() map[where][]extent {
 	if len(w.deferred) == 0 && len(w.parts) == 0 {

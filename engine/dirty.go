@@ -3,7 +3,7 @@ package engine
 import "ublk-pcache/ondisk"
 
 // Dirty visits the runs of bytes that the disk does not have yet, in order. Any
-// goroutine; what changes meanwhile may be seen or not.
+// goroutine; it may see or miss changes made meanwhile.
 func (c *Cache) Dirty(visit func(off, n int64)) {
 	var parts []extent
 	for base := int64(0); base < c.size; base += ondisk.StripeSize {

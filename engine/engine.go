@@ -52,10 +52,10 @@ import (
 // concurrent use; concurrent accesses do not overlap unless all of them read.
 type Memory interface {
 	io.ReaderAt
-	// WriteAt stores p. What it stored is durable after the next Fence of
-	// the same goroutine if Durable, else after the next Sync. off and len(p)
-	// are multiples of 8. An error of this, of ReadAt or Zero is memory that
-	// has failed; of a store any part may have been made.
+	// WriteAt stores p. The store is durable after the next Fence of the same
+	// goroutine if Durable, else after the next Sync. off and len(p) are
+	// multiples of 8. An error of this, of ReadAt or Zero is memory that has
+	// failed; of a store any part may have been made.
 	io.WriterAt
 	// Zero stores n zero bytes, like WriteAt.
 	Zero(off, n int64) error
@@ -74,7 +74,7 @@ type Memory interface {
 	Size() int64
 }
 
-// eachReader is what a Memory may be, too, for which many reads together are less work.
+// eachReader is a Memory that may do many reads together with less work.
 type eachReader interface {
 	// ReadEach reads each buffer from its offset, in order, as ReadAt does, and
 	// returns how many it has: with an error, all before the one that this is of.
@@ -231,8 +231,8 @@ func (c *Cache) Close() error {
 	close(c.stop)
 	c.rest(context.Background())
 	c.running.Wait()
-	// With the sync mark behind the last kset: what is damaged after an orderly end
-	// was not taken by a power cut.
+	// With the sync mark behind the last kset: damage after an orderly end is not
+	// that of a power cut.
 	if err := c.syncLog(); err != nil {
 		return err
 	}
@@ -250,7 +250,7 @@ func (c *Cache) stopping() bool {
 }
 
 // fail makes every later write fail: the region can no longer be trusted to
-// take one. What is in it stays readable.
+// take one. Its content stays readable.
 func (c *Cache) fail(err error) {
 	if c.failed.CompareAndSwap(nil, &failure{err}) {
 		go c.log.Error("the cache takes no more writes", err)
@@ -268,10 +268,10 @@ func (c *Cache) failure() error {
 
 // Abort ends all requests that wait, for space or for the disk, and all later
 // ones, with ErrAborted, and lets Close return although the disk does not
-// answer. The region is left as by a server that was killed. What the disk has
-// under way it may still carry out, as may a machine whose cable is put back:
-// so its buffers, those of the aborted reads among them, must stay mapped and
-// their content be of no use to anybody. Any goroutine.
+// answer. The region is left as by a server that was killed. The disk may still
+// carry out the requests that it has under way, as may a machine whose cable is
+// put back: so their buffers, those of the aborted reads among them, must stay
+// mapped and be used for nothing else. Any goroutine.
 func (c *Cache) Abort() {
 	if f := c.failed.Swap(&failure{ErrAborted}); f != nil && f.err == ErrAborted {
 		return
@@ -294,8 +294,8 @@ func (c *Cache) await(done <-chan error) error {
 	}
 }
 
-// persist makes the stores of this goroutine durable, by whichever of the two
-// the region needs.
+// persist makes the stores of this goroutine durable, by a fence or a sync,
+// whichever the region needs.
 func (c *Cache) persist() error {
 	c.mem.Fence()
 	if c.mem.Durable() {

@@ -17,7 +17,7 @@ var (
 var (
 	// ErrInvalid: a request that is not whole sectors inside the device.
 	ErrInvalid = errors.New("request outside the device or not aligned to sectors")
-	// ErrDamaged: of clean data nobody gets to see it, since the disk is asked.
+	// ErrDamaged is only of dirty data: clean data is read from the disk then.
 	ErrDamaged = errors.New("cached data does not match its checksum")
 )
 

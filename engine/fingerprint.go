@@ -30,7 +30,7 @@ import (
 //
 //  1. Before a round writes to an area: the fingerprint is unknown, durably.
 //  2. The round writes and flushes the disk.
-//  3. What it has written of the areas is read again.
+//  3. The areas that it has written to are read again.
 //  4. The fingerprint is stored, for dirty_tail as it is and as it will be.
 //  5. It is made durable, and only then dirty_tail moves.
 //
@@ -38,12 +38,12 @@ import (
 // this one; a crash after it finds this one, which holds wherever dirty_tail is
 // found. A round that touches no area skips 1 and 3. A flush that failed leaves
 // the fingerprint unknown until one succeeds. Step 3 reads only the areas that
-// were written: the others are at the far end of the disk, and what somebody else
-// has done to them would count as the cache's own work.
+// were written: the others are at the far end of the disk, and changes that
+// somebody else has made there would count as the cache's own work.
 //
-// The kernel cannot be seen to have written to the disk unless it moved
-// dirty_tail or left a kset, one without a number, behind it. With either,
-// nothing can be told: the areas may be its work, and count as they are now.
+// The kernel is seen to have written to the disk only where it moved dirty_tail
+// or left a kset, one without a number, behind it. With either, nothing can be
+// told: the areas may be its work, and count as they are now.
 //
 // Invariant: while the fingerprint on the media is known, and dirty_tail is at
 // either of its two places, this program has not written to the areas since.
@@ -168,8 +168,9 @@ func (c *Cache) compareDisk(choice Choice, foreign bool) error {
 	return nil
 }
 
-// readDisk takes the fingerprint of the disk while nothing is written back.
-// What a server that died wrote last it may have in a volatile cache only.
+// readDisk takes the fingerprint of the disk while nothing is written back. It
+// flushes the disk first: the last writes of a server that died may be in the
+// disk's volatile cache only.
 func (c *Cache) readDisk() {
 	if err := c.flushDisk(nil); err != nil {
 		err = fmt.Errorf("flush the backing device: %w", err)
@@ -254,8 +255,8 @@ func (c *Cache) RenewFingerprint() error {
 
 // keepFingerprint stores one that can be done without. Where that is impossible
 // there is none until the cache is opened again. The old one is left on the
-// media, and true for no dirty_tail but those that it names: a crash before the
-// next one makes a false alarm at worst.
+// media, and is true only for the places of dirty_tail that it names: a crash
+// before the next one makes a false alarm at worst.
 func (c *Cache) keepFingerprint(rec ondisk.Fingerprint) {
 	f := &c.fingerprint
 	if f.lost {

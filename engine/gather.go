@@ -17,11 +17,11 @@ import (
 // So when writers find no segment, and logging again brings nothing any more, deferred
 // parts in several segments are copied into one: like writes of what is there already
 // to the same place, ordered in the log like any other, and left alone where somebody
-// else has written there meanwhile. Then nothing names the old segments but keys
-// that garbage collection will pass. What was passed by (skip.go) is copied, too.
+// else has written there meanwhile. Then only keys that garbage collection will pass
+// name the old segments. Parts that were passed by (skip.go) are copied, too.
 //
-// What is in bad memory stays where it is, and so does what is in a segment that a queue
-// still fills: neither would be free for it.
+// Data in bad memory stays where it is, and so does data in a segment that a queue still
+// fills: to copy it would free neither.
 
 // holding is what is refused in a segment.
 type holding struct {
@@ -35,9 +35,9 @@ type holding struct {
 // gatherRuns is how many are copied at once, about: as many sectors as a segment has.
 const gatherRuns = segmentSectors
 
-// holdings returns what can be copied and is worth it: what is in two segments or
-// more and fits into one. What was passed by is looked for twice, since there may be
-// any number of it.
+// holdings returns the data that can be copied and is worth it: that of two segments
+// or more, which fits into one. Parts that were passed by are looked for twice,
+// since there may be any number of them.
 func (c *Cache) holdings(runs []run) (worth []*holding) {
 	in := map[uint32]*holding{}
 	damage := c.eachRefused(runs, func(r *run) {
@@ -156,8 +156,8 @@ func (c *Cache) gather(runs []run) (moved bool, err error) {
 		c.badStore("data to be stored", seg, off, ondisk.SectorSize, err)
 		return false, nil
 	}
-	// While nobody waits for the log. What is copied may have been flushed: it must not
-	// be lost behind a key that is not.
+	// While nobody waits for the log. The data may have been flushed before: the copy
+	// must not be lost where its key is not.
 	if err := c.persist(); err != nil {
 		return false, fmt.Errorf("sync what was copied: %w", err)
 	}
@@ -199,7 +199,7 @@ func (c *Cache) copyZeros(worth []*holding, seg uint32) (end uint32, err error) 
 }
 
 // copyRun stores the data of a run once more, makes the keys for that, and returns
-// where it ends. It makes none if the data cannot be read. What is damaged stays that.
+// where it ends. It makes none if the data cannot be read. Damaged data stays damaged.
 func (c *Cache) copyRun(r *run, seg, off uint32) (end uint32, err error) {
 	r.keys = nil
 	buf := make([]byte, r.len())

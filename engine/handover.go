@@ -13,13 +13,13 @@ import (
 // to another process, which maps the same region. Nobody may notice more than
 // a pause, and the pause must not grow with the cache, as a replay does.
 //
-// The obvious way is to close the cache and to open it again. What takes time
-// then is to read the log, to find out where it ends, and to wait for the
+// The obvious way is to close the cache and to open it again. Time goes then
+// into reading the log, to find out where it ends, and into waiting for the
 // disk: for write-back to finish, for a flush, for the fingerprint. None of
-// that needs the requests to stop. It only needs what is read to stay, and
-// that is a matter of write-back and garbage collection alone: while they
-// rest, the log grows at its head and nothing else on the media changes but
-// free space. So:
+// that needs the requests to stop. It only needs the media to stay as they were
+// read, and that is a matter of write-back and garbage collection alone: while
+// they rest, the log grows at its head and nothing else on the media changes
+// but free space. So:
 //
 //	the old server                        the new one
 //	Rest: the log only grows from here
@@ -28,12 +28,13 @@ import (
 //	Retire: this is the last head
 //	                                      TakeOver: replay the rest, go on
 //
-// What the log does not tell goes with the last head: the segments that are bad.
+// The segments that are bad go with the last head, since the log does not tell
+// them.
 //
-// Requests under way when the queues end are not answered; whoever gave them
-// gives them again. Up to Retire the old server may change its mind and Resume,
-// since Follow stores nothing. From there on, and until TakeOver has returned,
-// the cache is that of a server that was killed: Open finds everything.
+// Requests under way when the queues end are not answered; their client gives
+// them again. Up to Retire the old server may change its mind and Resume, since
+// Follow stores nothing. From there on, and until TakeOver has returned, the
+// cache is that of a server that was killed: Open finds everything.
 //
 // Invariant: between Rest and Resume nothing that replay starts from changes: no
 // generation, neither tail, no fingerprint, nothing on the disk. The sync mark
@@ -71,9 +72,9 @@ type workers struct {
 
 // Rest stops garbage collection and write-back, and returns the log's head.
 // Requests go on; those that need room wait for Resume, which is to be called
-// after an error, too. A round of write-back is broken off: what the disk has
-// under way is waited for, but not longer than until ctx ends. Rest can be called
-// again, to learn whether the cache has failed since. Any goroutine.
+// after an error, too. A round of write-back is broken off: Rest waits for the
+// transfers under way, but only until ctx ends. Rest can be called again, to
+// learn whether the cache has failed since. Any goroutine.
 func (c *Cache) Rest(ctx context.Context) (Head, error) {
 	err := c.rest(ctx)
 	if err == nil {
@@ -90,7 +91,7 @@ func (c *Cache) rest(ctx context.Context) error {
 	ended := c.tellToRest()
 	select {
 	case <-ended:
-		return nil // whatever has become of ctx
+		return nil // also if ctx has ended
 	default:
 	}
 	select {
@@ -234,8 +235,8 @@ func (f *Follower) TakeOver(old Retired) (*Cache, error) {
 		return nil, err
 	}
 	if !c.mem.Durable() {
-		// Of the marks stored since Follow the last must be known, or it would
-		// stay the newest.
+		// Of the sync marks stored since Follow the last must be known, or it
+		// would stay the newest.
 		now, err := ondisk.ReadLayout(c.mem, c.mem.Size())
 		if err != nil {
 			return nil, err

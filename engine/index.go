@@ -12,9 +12,9 @@ import (
 // (no key crosses a stripe), and stripes share a fixed number of locks, so
 // that the lock of a stripe costs no memory of its own.
 //
-// What is never done under a shard's lock: copying data, computing a crc, a
-// fence, a system call. A reader of what an extent names pins its segment under
-// the lock, unlocks, copies, and unpins.
+// A shard's lock is never held to copy data or compute a crc, nor over a fence
+// or a system call. A reader of what an extent names pins its segment under the
+// lock, unlocks, copies, and unpins.
 
 const (
 	sectorShift   = 9
@@ -304,7 +304,7 @@ func (s span) sub(e extent) span {
 	return s
 }
 
-// forget removes what still points at the place and is clean. What is dirty
+// forget removes the clean extents that still point at the place. A dirty one
 // there belongs to a younger key, for the same zeros.
 func (x *index) forget(s span, p place, scratch []extent) []extent {
 	s.sh.Lock()

@@ -35,7 +35,7 @@ import (
 // begun, and before anybody is told. Because the index is locked under the same
 // lock, its order is the log's.
 //
-// What is zeroed together with a kset are the end marks of many to come, durable with
+// The end marks of many ksets to come are zeroed together with a kset, and durable with
 // it: they need no (1). Each is stored once more all the same, since memory that is
 // gone says so there, while the log can still be led away. The price of the log is then
 // one fence for a few hundred bytes, now and then some KiB, under one lock for a whole
@@ -70,7 +70,7 @@ type journal struct {
 		zeroed  uint32 // offset in the head's segment: from the head to there are durable zeros; 0 if that is not known
 		buf     [ondisk.MaxKsetSize]byte
 
-		// What the log holds from key_tail on: how many keys that name each
+		// The content of the log from key_tail on: how many keys that name each
 		// segment, and the segments that it came through itself.
 		named []int64
 		path  []uint32
@@ -143,10 +143,10 @@ func (c *Cache) commit(q *Queue) error {
 	return nil
 }
 
-// logKeys writes a kset of the first n keys of the queue's batch, of which fills are those
-// of fills, and of those that others have offered. Without an error it leaves the shards of
-// q.logged locked, which is what is to be entered: nothing if another queue has done all
-// that.
+// logKeys writes a kset of the first n keys of the queue's batch, of which fills are
+// those of fills, and of those that others have offered. Without an error it leaves the
+// shards of q.logged locked, the keys that are to be entered: none if another queue has
+// done all that.
 func (c *Cache) logKeys(q *Queue) (fills, n int, err error) {
 	j := &c.journal
 	q.logged = nil
@@ -165,7 +165,8 @@ func (c *Cache) logKeys(q *Queue) (fills, n int, err error) {
 	}
 	err = c.appendLocked(all, relogReserve)
 	if err == errLogFull && others != nil {
-		// There may be room for less. Nobody is to wait for what others wanted, too.
+		// There may be room for less. No queue is to wait because of what others
+		// wanted.
 		j.offers.pushAll(others)
 		all, others = q.keys[:n], nil
 		err = c.appendLocked(all, relogReserve)
@@ -200,7 +201,7 @@ func (c *Cache) keySpan(k *ondisk.Key) (span, place) {
 	return s, s.place(k.Seg, uint16(k.SegOff>>sectorShift))
 }
 
-// appendLocked writes one kset at the head, and leaves so many free segments alone.
+// appendLocked writes one kset at the head, and leaves keep free segments alone.
 // Where memory does not take it, the log goes on in another segment; after any error
 // but errLogFull it cannot, and ends properly with the kset before.
 func (c *Cache) appendLocked(keys []ondisk.Key, keep int) error {
@@ -229,8 +230,8 @@ func (c *Cache) appendLocked(keys []ondisk.Key, keep int) error {
 // it was, with an end mark or a torn kset, which is as good.
 var errLeave = errors.New("bad memory behind the end of the log")
 
-// storeKsetLocked writes one kset, for which there is room, at the head. Where it may
-// leave no segment alone, it does without one behind it.
+// storeKsetLocked writes one kset, for which there is room, at the head. Where keep
+// is 0 and no segment is free, it does without one behind it.
 func (c *Cache) storeKsetLocked(keys []ondisk.Key, keep int) error {
 	j := &c.journal
 	at, size := j.mu.head, ondisk.KsetSize(len(keys))
@@ -310,7 +311,8 @@ func (c *Cache) leaveSegmentLocked(keep int) error {
 		return err
 	}
 	c.mem.Fence()
-	// Where the LAST may be stored after all, next must stay what it leads to.
+	// The LAST may have been stored after all, so next must stay a segment of
+	// the log.
 	if err := c.storeLastLocked(j.mu.head, j.mu.seq, next); err != nil {
 		return fmt.Errorf("%w: %w", ErrBadHead, err)
 	}
@@ -343,8 +345,8 @@ func (c *Cache) giveBack(seg uint32) {
 	c.segments.addFree(seg)
 }
 
-// storeLastLocked makes sure that what it stores can be read: it may be next to
-// memory that is bad, and all that comes after hangs on it.
+// storeLastLocked stores a LAST, and makes sure that it can be read: the place
+// may be next to bad memory, and all that comes after hangs on it.
 func (c *Cache) storeLastLocked(at ondisk.Position, seq uint64, next uint32) error {
 	last := ondisk.EncodeLast(c.journal.mu.buf[:], seq, next)
 	err := c.storeSurely(last, c.offset(at))

@@ -14,11 +14,11 @@ import (
 // every sector is. So neither reads the log there any more:
 //
 //  1. Write-back notes where the head is, and writes all of the index that is
-//     dirty, shard by shard. What is written twice or comes later does no harm.
+//     dirty, shard by shard. Data that is written twice or comes later does no harm.
 //     After that everything in front of that head is on the disk: dirty_tail
 //     moves there, in one step.
-//  2. Garbage collection forgets all clean data: which of it is named by the
-//     hidden keys cannot be told. Then key_tail moves to dirty_tail, and the
+//  2. Garbage collection forgets all clean data, since it cannot tell which of
+//     it the hidden keys name. Then key_tail moves to dirty_tail, and the
 //     hidden references are dropped: those that are accounted for, less those
 //     of the keys that can be read from dirty_tail on.
 //
@@ -71,8 +71,8 @@ func (c *Cache) collectIndex() (end logPoint) {
 		*s = sweep{on: true, to: c.journal.point()}
 		w.demand(s.to.ksets)
 	}
-	// What the index has now may be newer than what is to be tried again, so that
-	// gets a round of its own.
+	// The index may have newer data now than the parts that are to be tried
+	// again, so these get a round of their own.
 	if len(w.parts) > 0 {
 		return w.at
 	}

@@ -17,15 +17,15 @@ import (
 // the queues are many, and a fence is for all who have waited.
 //
 // The queue that has offered its keys waits all the while, for the lock or for the word
-// that it needs it no more, which it hears at once only while it spins. Its data is durable
-// before it offers, as before a kset of its own, and it is told once the kset is durable and
-// the shards of its keys are locked: what it acknowledges then can be found, or is waited
-// for, as after a kset of its own.
+// that it needs the lock no more, which it hears at once only while it spins. Its data is
+// durable before it offers, as before a kset of its own, and it is told once the kset is
+// durable and the shards of its keys are locked: a write that it acknowledges then can be
+// found, or is waited for, as after a kset of its own.
 //
-// Fills are not offered: which of them still count is seen under the lock, by their queue.
-// And what is offered is left alone where the log has no room for all of it together.
+// Fills are not offered: their queue sees under the lock which of them still count. And
+// offers are left alone where the log has no room for all of them together.
 
-// offer is what a queue has for whoever has the journal's lock.
+// offer is the keys that a queue has for the holder of the journal's lock.
 type offer struct {
 	keys []ondisk.Key
 	next *offer
@@ -33,8 +33,8 @@ type offer struct {
 	done atomic.Bool
 }
 
-// offers are those that nobody has taken, or has had no room for: a stack. Whenever nobody
-// has the lock, the offer of each queue that waits in lockFor is there, or done.
+// offers is the stack of offers that have not been taken, or found no room. While the
+// lock is free, the offer of each queue that waits in lockFor is there, or done.
 type offers struct{ first atomic.Pointer[offer] }
 
 func (l *offers) push(o *offer) {
@@ -54,8 +54,8 @@ func (l *offers) pushAll(list *offer) {
 	}
 }
 
-// lockFor locks the journal for a commit of the queue, or reports that somebody else has
-// done that: the error is in the queue's offer.
+// lockFor locks the journal for a commit of the queue, or reports that another queue has
+// done that commit: the error is in the queue's offer.
 func (j *journal) lockFor(q *Queue) (locked bool) {
 	switch {
 	case len(q.filled) > 0:

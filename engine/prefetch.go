@@ -17,7 +17,7 @@ import (
 // memory, if that is worth while: 8 MiB of them in the index.
 const prefetchFrom = 8 << 20 / shardCount / 512
 
-// large reports whether it is worth while in this shard. One is like the others.
+// large reports whether it is worth while in this shard. All shards are alike.
 func (sh *shard) large() bool {
 	sh.Lock()
 	defer sh.Unlock()
@@ -50,9 +50,9 @@ func fetchNodes(spans []span) {
 	}
 }
 
-// prefetchKeys does so for up to a kset's keys, but not for those with the flags of
-// without, nor for dead ones, which may point outside the device, nor for those that
-// nobody will look for, since they are overwritten.
+// prefetchKeys does so for up to a kset's keys, except for those with a flag of
+// without, for dead ones, which may point outside the device, and for overwritten
+// ones, which nobody will look for.
 func (c *Cache) prefetchKeys(keys []ondisk.Key, without ondisk.KeyFlags) {
 	if len(keys) < 2 || !c.index.shards[shardOf(keys[0].Off)].large() {
 		return

@@ -12,11 +12,11 @@ import "ublk-pcache/ondisk"
 // keys the index does not have yet: they would pass for overwritten.
 //
 // So the locks of all their shards are taken while the journal's is still held,
-// and each is given back when its keys are in. The next commit, write-back,
-// and all others that have seen the kset in the log then wait where they look
-// for the keys, and only there. This cannot end in a circle: more than one
-// shard's lock is only taken under the journal's, and under a shard's no lock is
-// taken but that of the fills, under which none is.
+// and each is given back when its keys are in. The next commit, write-back, and
+// all others that have seen the kset in the log then wait where they look for
+// the keys, and only there. This cannot end in a circle: more than one shard's
+// lock is only taken under the journal's, and under a shard's only that of the
+// fills, and under that none.
 //
 // A queue has one, since it does one commit at a time.
 type publisher struct {

@@ -8,9 +8,9 @@ import (
 	"ublk-pcache/ondisk"
 )
 
-// Queue serves the requests of one thread. Hits and writes are done inline;
-// what has to wait for a disk, for space or for a sync goes elsewhere and
-// comes back through the inbox, whose first entry wakes the thread.
+// Queue serves the requests of one thread. Hits and writes are done inline; a
+// request that has to wait for a disk, for space or for a sync goes elsewhere
+// and comes back through the inbox, whose first entry wakes the thread.
 type Queue struct {
 	c    *Cache
 	wake func()
@@ -30,7 +30,7 @@ type Queue struct {
 	// bytes, 0 for none yet. Every Zero of the queue names it.
 	zeros struct{ off, n uint32 }
 
-	line []*Request // those of the queue that wait in space, in order
+	line []*Request // requests of the queue that wait in space, in order
 	left bool       // one of them has gone, and nobody else was looked after since
 
 	reads     []*Request   // submitted, not looked up yet
@@ -117,14 +117,14 @@ func newQueue(c *Cache, id int) *Queue {
 	return q
 }
 
-// OnWake sets what is called, from any goroutine, when something has come
-// back to the queue and the next Turn should be soon. Call it before the
-// first Submit.
+// OnWake sets the function that is called, from any goroutine, when something
+// has come back to the queue and the next Turn should be soon. Call it before
+// the first Submit.
 func (q *Queue) OnWake(wake func()) { q.wake = wake }
 
-// ReadBy sets what reads the disk for the queue's misses, in place of Disk.Read
-// and like it, for a thread that can do so by itself. Call it before the first
-// Submit.
+// ReadBy sets the function that reads the disk for the queue's misses, in place
+// of Disk.Read and like it, for a thread that can do so by itself. Call it
+// before the first Submit.
 func (q *Queue) ReadBy(read func(buf []byte, off int64, done func(error))) { q.ask = read }
 
 // Submit takes a request. Writes have their data stored at once.
@@ -184,8 +184,8 @@ func (q *Queue) Turn() []*Request {
 	q.reads = q.reads[:0]
 	q.takeInbox()
 	for q.left {
-		// Those who came after the ones that have gone may be the queue's own, and
-		// whoever submits next must not find them still in line.
+		// Requests behind the ones that have gone may be the queue's own, and the
+		// next Submit must not find them still in line.
 		q.left = false
 		q.c.serve()
 		q.takeInbox()
@@ -200,7 +200,7 @@ func (q *Queue) Turn() []*Request {
 	return q.returned
 }
 
-// takeInbox goes on with what has come back.
+// takeInbox goes on with the requests that have come back.
 func (q *Queue) takeInbox() {
 	q.inbox.Lock()
 	list := q.inbox.list
@@ -238,7 +238,7 @@ func (q *Queue) post(r *Request) {
 }
 
 // commit makes one kset of the batch's oldest keys and finishes the requests
-// that have no others. A turn pays for one commit; what is left comes with the
+// that have no others. A turn pays for one commit; the rest comes with the
 // next, which is soon.
 func (q *Queue) commit() {
 	q.payOwed()
@@ -279,12 +279,12 @@ func (q *Queue) commitKeys() (done uint64, err error) {
 	return done, err
 }
 
-// noteStall is told how a commit went, and sees to it that what is left of the batch is
-// gone on with: when there is room for the log, or soon.
+// noteStall is told how a commit went, and sees to it that the queue goes on with the
+// rest of the batch: when there is room for the log, or soon.
 func (q *Queue) noteStall(err error) {
 	c := q.c
-	// Fills that found the log full were given up, and nobody comes back for
-	// a queue that waits with nothing.
+	// Fills that found the log full were given up, and nobody would come back
+	// to a queue that waits without keys.
 	switch stalled, was := err == errLogFull && len(q.keys) > 0, q.stalled.Load(); {
 	case stalled && !was:
 		q.since.Store(sinceStart())

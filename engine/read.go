@@ -2,10 +2,10 @@ package engine
 
 import "fmt"
 
-// A read pins the segments that the index leads it to, copies without any lock, and unpins.
-// For what the index does not have it claims the hole with a fill, which reads the disk
-// (fill.go); where somebody else has claimed it, the read waits for that fill, and begins
-// anew.
+// A read pins the segments that the index leads it to, copies without any lock, and
+// unpins. For what the index does not have it claims the hole with a fill, which reads
+// the disk (fill.go); where another fill has claimed it, the read waits for that, and
+// begins anew.
 
 // readBatch is how many reads are looked up before the first of them is answered:
 // more than that at once makes none faster.
@@ -72,7 +72,7 @@ func (c *Cache) pinWhole(s span) slot {
 }
 
 // read answers r from the cache and asks the disk for what is not there. If
-// somebody else is already asking for a part of it, r waits for that first.
+// another fill has claimed a part of that, r waits for it first.
 func (q *Queue) read(r *Request) {
 	if q.c.failure() == ErrAborted {
 		r.Err = ErrAborted
@@ -131,8 +131,8 @@ func (s span) device(r *Request, e extent) int64 {
 }
 
 // lookup returns the extents that r can be read from, pinned, and claims the
-// holes between them with fills. If a hole is claimed already, it does
-// nothing but put r in line for that fill, and says so.
+// holes between them with fills. If a hole is claimed already, it only puts r
+// in line for that fill, and says so.
 func (q *Queue) lookup(s span, r *Request) (hits []extent, joined bool) {
 	s.sh.Lock()
 	defer s.sh.Unlock()

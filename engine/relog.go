@@ -17,8 +17,9 @@ import (
 // references.
 
 // relogDeferred logs deferred parts again, the oldest first, if dirty_tail can pass
-// anything by that, and reports whether garbage collection may go on. When there is room for some of them
-// only, dirty_tail passes these, and collecting what it has passed makes room for more.
+// anything by that, and reports whether garbage collection may go on. When there is room
+// for some of them only, dirty_tail passes these, and collecting what it has passed makes
+// room for more.
 func (c *Cache) relogDeferred() (passed bool, err error) {
 	w := &c.writeback
 	var still []deferred
@@ -130,8 +131,8 @@ func (w *writeback) runs() (runs []run) {
 }
 
 // relog appends the keys of the first of the runs, at most a kset unless the very
-// first has more, and returns how many of the runs those are. It leaves out what the
-// index does not have all of any more: the log would bring back what has been
+// first has more, and returns how many of the runs those are. It leaves out runs of
+// which the index has lost a part: the log would bring back what has been
 // overwritten.
 func (c *Cache) relog(runs []run) (n int, err error) {
 	j := &c.journal
@@ -167,7 +168,7 @@ func (c *Cache) relog(runs []run) (n int, err error) {
 }
 
 // appendAgainLocked appends keys for dirty data that is in the cache already, and
-// leaves so many free segments alone.
+// leaves keep free segments alone.
 func (c *Cache) appendAgainLocked(keys []ondisk.Key, keep int) error {
 	for len(keys) > 0 {
 		some := keys[:min(len(keys), ondisk.MaxKeys)]
@@ -206,8 +207,8 @@ func (c *Cache) keysIn(p *part) int {
 }
 
 // keysOf appends the keys that name a part: one for each checksum that it has
-// to do with. What is damaged gets one that it cannot match, for it must not
-// pass for good after a restart.
+// to do with. Damaged data gets one that it cannot match, for it must not pass
+// for good after a restart.
 func (c *Cache) keysOf(keys []ondisk.Key, p *part) []ondisk.Key {
 	w := &c.writeback
 	for rest := p.e; rest.n > 0; {

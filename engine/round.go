@@ -12,19 +12,18 @@ import (
 // ended, writes what the index still has of their keys, sorted by address and joined
 // into large writes, flushes the disk once, and only then moves dirty_tail.
 //
-// What a later key has superseded is not written: that key is dirty too and
-// further on in the log, so dirty_tail cannot pass it unwritten, and until
-// then every read is answered by it. The parts of one round are therefore
+// Data that a later key has superseded is not written: the later key is dirty
+// too and further on in the log, so dirty_tail cannot pass it unwritten, and
+// until then every read is answered by it. The parts of one round are therefore
 // disjoint, and nothing of them can be overtaken by an older write.
 //
-// A round whose flush failed has moved nothing: the next one begins at the same
-// place and writes everything again, which is the only safe reading of a failed
-// flush. So does the one after a round that was told to rest, which starts no
-// transfer any more: what is under way must end, or it might come to the disk
-// behind what somebody else writes there later. Parts that could not be written are
-// deferred (deferred.go) or passed by (skip.go), so that the rest goes on. A round has
-// failed, too, of which the disk has taken nothing, and has refused more than can be
-// deferred.
+// A round whose flush failed has moved nothing: the next one begins at the same place
+// and writes everything again, which is the only safe reading of a failed flush. So
+// does the one after a round that was told to rest, which starts no transfer any more:
+// those under way must end, or their data might come to the disk behind data that
+// somebody else writes there later. Parts that could not be written are deferred
+// (deferred.go) or passed by (skip.go), so that the rest goes on. A round has failed,
+// too, of which the disk has taken nothing, and has refused more than can be deferred.
 
 // part is one run of dirty sectors of a round.
 type part struct {
@@ -99,8 +98,9 @@ func (c *Cache) round(until uint64) error {
 	w := &c.writeback
 	defer w.inRound.Store(0)
 	w.sweep.then = w.sweep.next // where a round that failed has left it
-	// In this order: what is taken up again was not overwritten by any key before
-	// to, so nothing that is collected up to there is newer and in its place.
+	// In this order: no key before to has overwritten the parts that are taken up
+	// again, so no part that is collected up to there is newer and in their
+	// place.
 	to, _ := c.journal.head()
 	w.parts = c.takeDue(w.parts[:0])
 	w.end = w.at
@@ -169,8 +169,8 @@ func (c *Cache) round(until uint64) error {
 	return nil
 }
 
-// writeParts writes the parts of the round and flushes the disk. What could
-// not be written says so itself.
+// writeParts writes the parts of the round and flushes the disk. A part that
+// could not be written says so itself.
 func (c *Cache) writeParts() error {
 	w := &c.writeback
 	if len(w.parts) == 0 {
@@ -277,7 +277,8 @@ func (c *Cache) collectParts(s span, off int64, p place, at logPoint, parts []ex
 	for _, e := range parts {
 		whole := part{s: s.sub(e), e: e, off: off + int64(e.off-s.off)<<sectorShift, key: at}
 		if whole.zero() {
-			// What a transfer of zeros costs has little to do with their number.
+			// The cost of a transfer of zeros has little to do with their
+			// number.
 			bytes += ondisk.SectorSize
 			w.parts = append(w.parts, whole)
 			continue

@@ -14,13 +14,13 @@ import (
 // takes what overwrites. To remember all of it would cost many times the memory of
 // the index. To stop there would keep the rest from the disk.
 //
-// So what is refused beyond that is passed by. The index knows that it is dirty, and
-// the log where it is named; all that is kept is the first place in the log behind
-// which there is any. dirty_tail stays in front of that. When write-back has come to
-// the end of what it is to write, it begins there once more, after a while or for a
-// flush that waits, and finds what has not been written. When garbage collection has
-// nothing left, the log from there on is logged again without what has been written,
-// batch by batch.
+// So a part that is refused beyond that is passed by. The index knows that it is
+// dirty, and the log where it is named; all that is kept is the first place in the
+// log behind which there is any. dirty_tail stays in front of that. When write-back
+// has come to the end of what it is to write, it begins there once more, after a
+// while or for a flush that waits, and finds what has not been written. When garbage
+// collection has nothing left, the log from there on is logged again without what
+// has been written, batch by batch.
 //
 // Pieces that are passed by are as large as they came. One that is refused takes
 // its neighbours in a transfer with it, so after a transfer that failed each part of
@@ -233,7 +233,7 @@ func (x *collection) walk(from logPoint, visit func(after logPoint) bool) *ondis
 				}
 				x.zeros[p.off] = p.len()
 			}
-			// What was divided for the transfers was one key, mostly.
+			// Parts that were divided for the transfers were one key, mostly.
 			if n := len(x.parts); n == 0 || !x.parts[n-1].extend(p) {
 				x.parts = append(x.parts, *p)
 			}

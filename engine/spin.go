@@ -28,8 +28,8 @@ func (l *spinning) Lock() {
 	}
 }
 
-// lockUnless locks, or reports false if done has been set. Only who has the lock may do
-// that, so once it is locked that is known for good.
+// lockUnless locks, or reports false if done has been set. Only the holder of the lock
+// may set it, so the answer holds as long as the lock does.
 func (l *spinning) lockUnless(done *atomic.Bool) (locked bool) {
 	if !l.spin(done) {
 		if done.Load() {

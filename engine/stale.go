@@ -20,15 +20,15 @@ import (
 // means nothing unless each sector of a segment has at most one place in the index.
 // That is true of what the queues allocate, but not of a log that somebody else
 // wrote, nor of zeros, which share their place: only segments begun since Open have
-// bits, and extents and keys of zeros are left out. Whatever else becomes of an
-// extent sets none: then somebody looks in vain, as before.
+// bits, and extents and keys of zeros are left out. Other changes of an extent set
+// none: then somebody looks in vain, as before.
 //
 // The bits of an extent are set under the lock of its shard, before the extent is
-// gone, and looked at without. Nobody can tell that from a look a moment later: the
-// key that overwrites was logged before its shards were locked, and who pins the
-// segment does so under the same lock. Each bit is set once in a segment's life, and
-// after the last one of an extent nothing is done to them any more: as soon as that
-// can be seen, the last key may be passed, and the segment begun anew.
+// gone, and looked at without. To look a moment later would find the same: the key
+// that overwrites was logged before its shards were locked, and a reader pins the
+// segment under the same lock. Each bit is set once in a segment's life, and after
+// the last one of an extent nothing is done to them any more: as soon as that can be
+// seen, the last key may be passed, and the segment begun anew.
 
 // staleSectors knows which sectors of the data segments are overwritten. A segment
 // that was begun before Open has no bits.

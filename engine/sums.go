@@ -11,11 +11,11 @@ import (
 )
 
 // Data is verified whenever it is used: before a read is answered with it, and
-// before it is written back. What there is to compare is the checksum of a
-// whole key, and an extent may be less than a key, or more. So the index does
-// not keep checksums; each segment keeps those of the pieces that were stored
-// in it, in the order in which they lie there, which is the order in which its
-// one writer filled it. Eight bytes a piece.
+// before it is written back. It can be compared with the checksum of a whole
+// key, and an extent may be less than a key, or more. So the index does not
+// keep checksums; each segment keeps those of the pieces that were stored in
+// it, in the order in which they lie there, which is the order in which its one
+// writer filled it. Eight bytes a piece.
 //
 // To use a part of a piece is to read all of it. That bounds the length of the
 // pieces we store: see maxSummed. The kernel makes longer ones.
@@ -150,9 +150,9 @@ type named struct {
 
 // enter adds what replay has found, in any order. A place is named by one key,
 // or again by keys for parts of it and of what the one covers (relog.go), of
-// which some may be gone from the log: the longest counts. What overlaps
-// otherwise is nobody's writing and refused, whichever comes first, or a cache
-// might open and, with some of its keys logged again, not a second time.
+// which some may be gone from the log: the longest counts. Nobody writes keys
+// that overlap otherwise, so they are refused, whichever comes first, or a
+// cache might open and, with some of its keys logged again, not a second time.
 func (t *sums) enter(list []named) error {
 	slices.SortFunc(list, func(a, b named) int {
 		return cmp.Or(cmp.Compare(a.pos, b.pos), cmp.Compare(b.n, a.n))

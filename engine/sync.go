@@ -18,12 +18,12 @@ import (
 // The obvious way, to take no more writes after a failure, is right as long as
 // the server lives, and forgotten with it. To note the failure on the media does
 // not help: that is the file which takes nothing. So Open does not ask what went
-// wrong before. It is known what may be lost: what was stored since the last sync
-// that succeeded, and the sync mark tells which that was (ondisk/syncmark.go).
-// All of that is made durable anew, and then the log is read, as the file has it.
-// If that fails, the cache does not open. No request is taken before.
+// wrong before. It is known what may be lost: all stores since the last sync that
+// succeeded, and the sync mark tells which that was (ondisk/syncmark.go). All of
+// that is made durable anew, and then the log is read, as the file has it. If
+// that fails, the cache does not open. No request is taken before.
 //
-// What may be lost:
+// These may be lost:
 //
 //   - the ksets behind the mark, and the data that their living keys name. The
 //     data of a kset in front of it was stored before the kset, so the same sync
@@ -33,28 +33,30 @@ import (
 //   - where there is no mark, all ksets, and the segments' own records: the log is
 //     the kernel's, or the file a copy, and nothing tells what was synced.
 //
-// With a mark nothing of the segments' own records is: their links never change, a
+// With a mark the segments' own records are safe: their links never change, a
 // generation is durable before a key names it, and where none does it is raised
-// once more. Whatever lies elsewhere, such as zeros behind the end of the log, is
-// stored again before it counts.
+// once more. All else, such as zeros behind the end of the log, is stored again
+// before it counts.
 //
-// What memory was too short for before that is what the file has: a kset then
-// ends the log, and data does if there are checksums, as after a power cut.
+// Pages for which memory was too short before that are as the file has them: a
+// kset that is lost so ends the log, and so does data if there are checksums,
+// as after a power cut.
 //
 // As long as the server lives there is no other sync. Write-back, which relies on
-// them, rests, too; what is dirty is saved by whoever opens the cache again, or
-// reads it offline.
+// them, rests, too; dirty data is saved when the cache is opened again, or read
+// offline.
 
-// syncs is how those of the region have gone. A sync is told of a failure only if
-// no other has been told before, so one begins when the one before has ended.
+// syncs is how the syncs of the region have gone. A sync is told of a failure
+// only if no other has been told before, so one begins when the one before has
+// ended.
 type syncs struct {
 	sync.Mutex // held during a sync
 	failed     error
 }
 
 // syncer answers FLUSH and FUA on a region that needs a sync: one sync for all
-// that came while the one before was running. The first failure is the last write
-// of the cache.
+// that came while the one before was running. After the first failure the cache
+// takes no more writes.
 type syncer struct {
 	syncs  syncs
 	kicked chan struct{}
@@ -98,7 +100,7 @@ func (c *Cache) sync() error {
 }
 
 // settle makes durable what is behind the sync mark of a region that is not in use.
-// What is no cache, or a damaged one, is for others to say.
+// A region without a cache, or with a damaged one, is left for others to report.
 func settle(mem Memory) error {
 	l, err := ondisk.ReadLayout(mem, mem.Size())
 	if err != nil {
@@ -107,7 +109,7 @@ func settle(mem Memory) error {
 	u := unsynced{l: l, pages: map[uint32]*segmentPages{}, found: l.SyncMark == 0}
 	end, _ := l.WalkLog(mem, l.KeyTail, u.kset)
 	if end.Damage != nil {
-		// What lies behind it may be needed to decide what becomes of it.
+		// Replay and repair judge the damage by the ksets behind it, too.
 		u.add(end.Pos.Seg, end.Pos.Off, ondisk.SegmentData-end.Pos.Off)
 	}
 	return mem.Settle(u.ranges)
@@ -181,9 +183,9 @@ func (u *unsynced) ranges(yield func(off, n int64) bool) {
 	}
 }
 
-// markSynced says that the log is durable up to the kset numbered seq, where
-// that goes without saying on a region that is Durable. Open, then syncLoop and
-// at last Close call it, one after the other.
+// markSynced says that the log is durable up to the kset numbered seq. On a
+// region that is Durable it does nothing. Open, then syncLoop and at last Close
+// call it, one after the other.
 func (c *Cache) markSynced(seq uint64) error {
 	if c.mem.Durable() {
 		return nil

@@ -17,8 +17,8 @@ import (
 // many sets only, and at fewer where it was in vain or was undone by part of a block:
 // somebody who wants a table now and a tree then gets trees.
 //
-// An index counts each block of a table as an extent. What is said of a table by
-// extents is said of runs: all blocks that continue each other, as one extent of a tree
+// An index counts each block of a table as an extent. To say
+// something of a table's extents is to say it of runs: all blocks that continue each other, as one extent of a tree
 // would.
 
 const (

@@ -64,10 +64,10 @@ func (e extent) to(off uint16) extent {
 // close together: the last takes the place of one that goes, and since it is a
 // root, one number tells who has to know.
 //
-// What an extent costs is then, in bytes: 24 where it is alone in its stripe,
-// 36 / 2 to 108 / 5 in small roots, and in larger trees 12 at best, about 17
-// after random insertions, and 30 at worst, when two neighbours of any level
-// are just too full to be joined. To that come 4 for each stripe of the device.
+// An extent then costs, in bytes: 24 where it is alone in its stripe, 36 / 2 to
+// 108 / 5 in small roots, and in larger trees 12 at best, about 17 after random
+// insertions, and 30 at worst, when two neighbours of any level are just too
+// full to be joined. To that come 4 for each stripe of the device.
 
 const classes = 7
 
@@ -290,8 +290,9 @@ func (s *slab) trim(chunks int) {
 	}
 }
 
-// moved has whoever names a node of the largest name it by its new number. The way to it
-// is that to the first extent below it, and goes by the old place, which is as it was.
+// moved is called for a node of the largest that has a new number: the parent, or the
+// stripe, gets that. The way to the node is that to the first extent below it, and
+// goes by the old place, which is as it was.
 func (s *slab) moved(from, to uint32) {
 	nd := s.at(to)
 	stripe := nd[0].seg

@@ -44,9 +44,9 @@ func (q *Queue) write(r *Request) {
 	q.turn = append(q.turn, r)
 }
 
-// writeAtOnce does what write is to do and reports true, or nothing that counts, where
-// more is to be done than mostly: where r has waited, its data does not fit into the
-// segment that the queue fills, or has checksums, or where memory fails.
+// writeAtOnce does the work of write and reports true, or does nothing that counts
+// where there is more work than usual: where r has waited, its data does not fit into
+// the segment that the queue fills, or has checksums, or where memory fails.
 func (q *Queue) writeAtOnce(r *Request) bool {
 	c, n := q.c, uint32(len(r.Buf))
 	if c.crc || r.ticket != 0 || !q.head.open || n > ondisk.SegmentData-q.head.off {
@@ -70,7 +70,7 @@ func (q *Queue) writeAtOnce(r *Request) bool {
 	return true
 }
 
-// storeNext stores what comes next of a write or zero.
+// storeNext stores the next part of a write or zero.
 func (q *Queue) storeNext(r *Request) (k ondisk.Key, ok bool) {
 	off := r.Off + int64(r.done)
 	if r.Op == Zero {
@@ -160,8 +160,8 @@ func (q *Queue) payOwed() {
 	}
 }
 
-// put allocates a place and stores what is to be there. A segment of which the
-// memory fails is given up for another; what it holds already stays.
+// put allocates a place and has store write to it. A segment of which the
+// memory fails is given up for another; its content stays.
 func (q *Queue) put(n int, r *Request, store func(n int, at int64) error) (seg, off uint32, got int, ok bool) {
 	for {
 		seg, off, got, ok = q.alloc(n, r)
@@ -195,8 +195,8 @@ const (
 	// as long as a key may be, a stripe, which makes a discard of a disk of 1 TiB
 	// a quarter of a million keys instead of a million.
 	zeroRun = 1 << 20
-	// zeroRunMin is how long it must be. What else is left of a segment is
-	// given up.
+	// zeroRunMin is how long it must be. A shorter rest of a segment is given
+	// up.
 	zeroRunMin = 64 << 10
 )
 
@@ -208,11 +208,11 @@ func zeroSum(n uint32) uint32 { return ondisk.Checksum(zeros[:n]) }
 // storeZeros returns a key for zeros like store does for data: without storing
 // any, if the head's segment has a run of them already.
 //
-// A block of the segment is left empty for it. Keys are what fills the log, and
-// there is no end to those that a run has room for. With a place of its own each is
-// to the cache like a write of a block: it waits where that would wait, and what
-// bounds the keys of data bounds those of zeros. And data that the end of the segment
-// divides is divided between blocks, or the disk would not take it.
+// A block of the segment is left empty for it. Keys fill the log, and one run has
+// room for any number of them. With a place of its own each is to the cache like a
+// write of a block: it waits where that would wait, and the keys of zeros are bounded
+// as those of data are. And data that the end of the segment divides is divided
+// between blocks, or the disk would not take it.
 func (q *Queue) storeZeros(n int, r *Request, off int64) (k ondisk.Key, ok bool) {
 	if left := q.headLeft(); left == 0 || q.zeros.n == 0 && left < zeroRunMin {
 		q.closeHead()

@@ -148,9 +148,9 @@ func (w *writeback) wrote() {
 	}
 }
 
-// pressWriteback asks for room that only write-back can make: what is demanded
-// already, or if nothing is, a round of what there is. It is in vain when
-// dirty_tail has meanwhile passed more ksets than the caller knows of.
+// pressWriteback asks for room that only write-back can make: by the ksets that
+// are demanded already or, if none are, a round of all there are. It is in vain
+// when dirty_tail has meanwhile passed more ksets than the caller knows of.
 func (c *Cache) pressWriteback(cleaned uint64) {
 	c.writeback.tail.Store(cleaned + 1)
 	c.writeback.pressed.Store(true)
@@ -208,11 +208,11 @@ func (x *expiry) expired(now time.Time, written uint64) uint64 {
 	return x.old
 }
 
-// Flush writes all data back that is dirty now, and returns when the disk has
-// confirmed its flush. It returns the error of the first round that fails from
-// now on, or, when everything has been tried, that of what could not be written.
-// It stays dirty, and write-back goes on trying. It returns ErrStopped where the cache
-// is closed, and ctx's error where that ends first. Any goroutine, any number at a time.
+// Flush writes all data back that is dirty now, and returns when the disk has confirmed
+// its flush. It returns the error of the first round that fails from now on, or, when
+// everything has been tried, that of a part that could not be written. The part stays
+// dirty, and write-back goes on trying. It returns ErrStopped where the cache is closed,
+// and ctx's error where that ends first. Any goroutine, any number at a time.
 func (c *Cache) Flush(ctx context.Context) error {
 	w := flushWaiter{done: make(chan error, 1)}
 	select {
@@ -245,7 +245,7 @@ func (c *Cache) Flush(ctx context.Context) error {
 }
 
 // answerFlushes tells those who wait for a flush how the last round went, and keeps
-// why not everything is well.
+// the reason if not everything is well.
 func (c *Cache) answerFlushes(err error) {
 	w := &c.writeback
 	tried := w.at.ksets
