@@ -103,7 +103,7 @@ func (c *Cache) eachRefused(runs []run, visit func(*run)) *ondisk.Damage {
 	if !s.on || c.writeback.sweep.on {
 		return nil
 	}
-	x := c.newCollection()
+	x := c.newUnwritten()
 	return x.walk(s.from, func(logPoint) bool {
 		for _, p := range x.parts {
 			visit(&run{part: p})

@@ -154,7 +154,7 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 			n++
 		}
 	}
-	left := c.newCollection()
+	left := c.newUnwritten()
 	damage := left.walk(w.skipped.from, func(logPoint) bool {
 		n += uint64(left.keys())
 		left.parts = left.parts[:0]
@@ -197,24 +197,24 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 	return passed, nil
 }
 
-// collection is what has not been written of a part of the log that write-back has
+// unwritten is what has not been written of a part of the log that write-back has
 // tried, without the deferred parts.
-type collection struct {
+type unwritten struct {
 	c     *Cache
 	known map[where][]extent
 	zeros map[int64]int // how much was found where, which many keys may name
 	parts []part
 }
 
-func (c *Cache) newCollection() *collection {
+func (c *Cache) newUnwritten() *unwritten {
 	w := &c.writeback
 	w.parts = w.parts[:0] // of the last round: what it has not written is to be found
-	return &collection{c: c, known: w.known(), zeros: map[int64]int{}}
+	return &unwritten{c: c, known: w.known(), zeros: map[int64]int{}}
 }
 
 // walk adds what the ksets name from a place on, until visit, which is told where each
 // has ended, returns false.
-func (x *collection) walk(from logPoint, visit func(after logPoint) bool) *ondisk.Damage {
+func (x *unwritten) walk(from logPoint, visit func(after logPoint) bool) *ondisk.Damage {
 	c, w := x.c, &x.c.writeback
 	return c.walk(&w.walker, from.pos, w.at.pos, func(k *ondisk.Kset, after ondisk.Position) bool {
 		for i := range k.Keys {
@@ -245,7 +245,7 @@ func (x *collection) walk(from logPoint, visit func(after logPoint) bool) *ondis
 }
 
 // keys is how many there are in the parts, about.
-func (x *collection) keys() (n int) {
+func (x *unwritten) keys() (n int) {
 	for i := range x.parts {
 		n += x.c.keysIn(&x.parts[i])
 	}
