@@ -17,9 +17,8 @@ import (
 // many sets only, and at fewer where it was in vain or was undone by part of a block:
 // somebody who wants a table now and a tree then gets trees.
 //
-// An index counts each block of a table as an extent. To say
-// something of a table's extents is to say it of runs: all blocks that continue each other, as one extent of a tree
-// would.
+// An index counts each block of a table as an extent. Asked for extents, a table gives
+// runs: all blocks that continue each other, as one extent of a tree would.
 
 const (
 	blockSectors = 8
