@@ -35,7 +35,7 @@ func TestManyKeysOfOneSegment(t *testing.T) {
 	}
 	// None of them can be read: all but those of the keys behind are hidden.
 	head, _ := r.journal.head()
-	dropped, damage := r.skip(head)
+	dropped, damage := r.forgetHidden(head)
 	if damage != nil || len(dropped) != 1 || dropped[0] != (references{seg, 4 + more}) {
 		t.Fatalf("hidden are %v, %v", dropped, damage)
 	}

@@ -203,7 +203,7 @@ func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dro
 		return end, dropped
 	}
 	c.noteLogDamage(damage, 0)
-	if dropped, damage = c.skip(to); damage != nil {
+	if dropped, damage = c.forgetHidden(to); damage != nil {
 		return from, nil
 	}
 	return to, dropped

@@ -99,8 +99,8 @@ func (s *sweep) swept() {
 	}
 }
 
-// skip is step 2: it returns the hidden references.
-func (c *Cache) skip(to ondisk.Position) (dropped []references, damage *ondisk.Damage) {
+// forgetHidden is step 2: it returns the hidden references.
+func (c *Cache) forgetHidden(to ondisk.Position) (dropped []references, damage *ondisk.Damage) {
 	c.index.forgetClean()
 	head, hidden := c.journal.account()
 	damage = c.walk(&c.gc.walker, to, head, func(k *ondisk.Kset, _ ondisk.Position) bool {
