@@ -137,6 +137,14 @@ func (k *Kset) Size() uint32 { return KsetSize(len(k.Keys)) }
 // KsetSize returns the bytes that a kset of n keys takes in the log.
 func KsetSize(n int) uint32 { return KsetHeaderSize + KeySize*uint32(n) }
 
+// after returns where the kset behind k belongs.
+func (k *Kset) after(at Position) Position {
+	if k.Last {
+		return Position{Seg: k.Next}
+	}
+	return Position{Seg: at.Seg, Off: at.Off + k.Size()}
+}
+
 // EncodeKset writes a kset of 1 to MaxKeys keys into the front of dst, which
 // has room for KsetSize(len(keys)), and returns that part of it. seq is its
 // log sequence number.

@@ -1,7 +1,6 @@
 package ondisk
 
 import (
-	"errors"
 	"fmt"
 )
 
@@ -25,9 +24,6 @@ import (
 // a continuation again as soon as the log gets there.
 //
 // Where a LAST alone is lost and the numbers prove what it led to, nothing is.
-
-// errFound ends a walk that has come to what it looked for.
-var errFound = errors.New("found")
 
 // tails concludes where the log and its dirty part begin. A log that begins
 // elsewhere must be seen to begin there: with no kset in front, nothing tells
@@ -139,14 +135,6 @@ func (r *repairer) isBehind() bool {
 		return errFound
 	})
 	return end.Damage != nil && end.Seq != 0 && first != 0 && SeqAfter(first, end.Seq)
-}
-
-// after returns where the kset behind k belongs.
-func (k *Kset) after(at Position) Position {
-	if k.Last {
-		return Position{Seg: k.Next}
-	}
-	return Position{Seg: at.Seg, Off: at.Off + k.Size()}
 }
 
 // behindDead returns the first position from which on no key is dead. A segment

@@ -1,6 +1,7 @@
 package ondisk
 
 import (
+	"errors"
 	"fmt"
 	"io"
 )
@@ -45,6 +46,9 @@ func (d *Damage) Error() string {
 }
 
 func (d *Damage) Unwrap() error { return d.Cause }
+
+// errFound ends a walk that has come to what it looked for.
+var errFound = errors.New("found")
 
 // WalkLog visits the ksets from a position on, in order, LAST records
 // included, with all their fields verified. visit must not keep k or its
