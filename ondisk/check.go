@@ -33,9 +33,6 @@ type Report struct {
 	left *remains // of a cache, if there is no superblock
 }
 
-// maxProblems bounds the report of an image that is wrong all over.
-const maxProblems = 100
-
 // Unwritten says how much the backing device lacks.
 func Unwritten(data, zeros int64) string {
 	switch {

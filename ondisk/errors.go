@@ -80,3 +80,6 @@ func (f Faults) Error() string {
 
 // Unwrap makes errors.Is find each of the faults.
 func (f Faults) Unwrap() []error { return f }
+
+// maxProblems bounds the report of an image that is wrong all over.
+const maxProblems = 100
