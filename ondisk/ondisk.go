@@ -103,6 +103,26 @@ func readFull(r io.ReaderAt, p []byte, off int64) error {
 	return err
 }
 
+// readAround reads what can be read, down to units of so many bytes, and zeros for
+// the rest.
+func readAround(r io.ReaderAt, p []byte, off int64, least int) {
+	for _, unit := range []int{4 << 10, 8} {
+		if len(p) <= unit || unit < least {
+			continue
+		}
+		for i := 0; i < len(p); i += unit {
+			part := p[i:min(i+unit, len(p))]
+			if readFull(r, part, off+int64(i)) != nil {
+				readAround(r, part, off+int64(i), least)
+			}
+		}
+		return
+	}
+	if readFull(r, p, off) != nil {
+		clear(p)
+	}
+}
+
 func isZero(p []byte) bool {
 	for len(p) > len(zeros) {
 		if !bytes.Equal(p[:len(zeros)], zeros[:]) {

@@ -184,26 +184,6 @@ func (o *Overlay) Copy(w interface {
 	return w.Sync()
 }
 
-// readAround reads what can be read, down to units of so many bytes, and zeros for
-// the rest.
-func readAround(r io.ReaderAt, p []byte, off int64, least int) {
-	for _, unit := range []int{overlayPageSize, 8} {
-		if len(p) <= unit || unit < least {
-			continue
-		}
-		for i := 0; i < len(p); i += unit {
-			part := p[i:min(i+unit, len(p))]
-			if readFull(r, part, off+int64(i)) != nil {
-				readAround(r, part, off+int64(i), least)
-			}
-		}
-		return
-	}
-	if readFull(r, p, off) != nil {
-		clear(p)
-	}
-}
-
 // writeSparse leaves out the blocks that are zero.
 func writeSparse(w io.WriterAt, p []byte, off int64) error {
 	const block = 4 << 10
