@@ -17,8 +17,9 @@ type Report struct {
 	Dead  int // keys of a generation that is past
 	Dirty int // keys at or after dirty_tail, neither clean nor dead
 
-	// What those keys cover, overwritten data too, each sector once unless there
-	// are too many runs of them (maxRuns). ZeroBytes is of zeros alone.
+	// The bytes that those keys cover, overwritten data too. Each sector counts
+	// once, unless there are more runs than maxRuns. ZeroBytes is the part that
+	// zeros alone cover, DirtyBytes the rest.
 	DirtyBytes, ZeroBytes int64
 	// Likewise, of the keys behind damage of the log.
 	behind unwritten
@@ -50,7 +51,7 @@ const maxRuns = 4 << 20
 // unwritten counts what the backing device lacks.
 type unwritten struct {
 	data, all Ranges
-	more      [2]int64 // of data and zeros, that were not looked at any more
+	more      [2]int64 // bytes of data and of zeros that came when there were maxRuns
 }
 
 func (u *unwritten) add(k *Key) {
@@ -84,8 +85,8 @@ func (rep *Report) problem(err error) {
 
 // Check reads the metadata and the whole log of a device of size bytes. With
 // data it also reads every piece of cached data that a living key names, and
-// compares its checksum if the cache keeps them. What lies behind damaged
-// metadata is looked at as it will be once that is mended.
+// compares its checksum if the cache keeps them. Where damaged metadata
+// hides the log, the log is read as it will be once that is mended.
 func Check(r io.ReaderAt, size int64, data bool) *Report {
 	rep := check(r, size, data)
 	if rep.Keys > 0 || len(rep.Problems) == 0 {
@@ -103,7 +104,7 @@ func Check(r io.ReaderAt, size int64, data bool) *Report {
 	return rep
 }
 
-// check goes as far as the metadata can be read as it is.
+// check takes the metadata as it is, and goes as far as it can be read.
 func check(r io.ReaderAt, size int64, data bool) *Report {
 	rep := &Report{}
 	l, err := ReadLayout(r, size)
@@ -137,8 +138,8 @@ func check(r io.ReaderAt, size int64, data bool) *Report {
 	return rep
 }
 
-// covered adds to damage of the log what dirty data lies behind it, and counts
-// that.
+// covered counts the dirty data that lies behind damage of the log, and
+// returns the damage as an error that names this data.
 func (l *Layout) covered(r io.ReaderAt, d *Damage) (dirty unwritten, err error) {
 	from := d.Ahead
 	if d.DirtyTail != nil {
@@ -167,7 +168,7 @@ type checker struct {
 	unwritten unwritten
 }
 
-// role is what a segment was seen used for. One is never used for both.
+// role says what a segment was seen used for. No segment is used for both.
 type role uint8
 
 const (

@@ -6,38 +6,38 @@ import (
 )
 
 // A log without an end record ends where no valid kset is found. So does a
-// log with a bad kset in its middle, and taking one for the other means to
-// forget acknowledged writes and then to write over them. What tells them
-// apart is what lies behind.
+// log with a bad kset in its middle. A server that takes the second for the
+// first forgets acknowledged writes, and then writes over them. The bytes
+// behind that place tell the two apart.
 //
 // A numbered log answers by itself: any kset with a number a little above the
 // expected one is younger than the bad one, and writers finish one before
-// they begin the next. It is looked for in the rest of the segment, at every
-// place where a kset may lie; and where the bad one may have been a LAST, at
-// the start of every other segment.
+// they begin the next. Such a kset is looked for in the rest of the segment,
+// at every place where a kset may lie; and where the bad one may have been a
+// LAST, at the start of every other segment.
 //
 // The kernel's ksets have no number, and valid old ones lie about wherever a
 // segment is used for the log again. But before a kset is written the 24
-// bytes behind it are zeroed. So the first place behind the bad one, at the
-// distance of a whole number of keys, that holds either zeros or a valid kset
-// decides: zeros are the end mark of a torn kset; a kset there is the
+// bytes behind it are zeroed. So the reader looks behind the bad one, at each
+// distance of a whole number of keys, for zeros or a valid kset. The first of
+// these decides: zeros are the end mark of a torn kset; a kset there is the
 // successor of a damaged one. No key of a log looks like an end mark, since
 // its first 24 bytes hold its length. But an old kset may still be valid where
 // a torn one has not arrived. So a successor must also fit what is left of the
-// header, its length or its number: one of them is right even if a word of it
-// is damaged, and no old kset fits either, since nothing stands at the end of
-// a torn one but the end mark.
+// bad one's header, its length or its number. One of the two is right even if
+// a word of the header is damaged. An old kset fits neither, since only the
+// end mark stands at the end of a torn one.
 //
-// Neither finds a damaged last kset of the log. If it is an acknowledged one
-// nothing on the media says that it was; dirty_tail behind it does.
+// Neither rule finds a damaged last kset of the log. Nothing on the media
+// says that such a kset was acknowledged, unless dirty_tail is behind it.
 
 // maxSeqAhead bounds how much younger a successor can be: as many ksets fit
 // into a segment. Leftovers of a cache formatted over have random numbers, of
 // which one in 2^30 is this near.
 const maxSeqAhead = SegmentData / (KsetHeaderSize + KeySize)
 
-// diagnose decides whether the walk's end, where the cause was found, is the
-// end of the log; nil if so. It uses up the walker.
+// diagnose returns the damage at which a walk ended, nil if that is the end
+// of the log. cause is why the walk ended. The walker loses its place.
 func (w *walker) diagnose(cause error) *Damage {
 	at := w.pos
 	ahead := w.ahead(cause)
@@ -60,8 +60,9 @@ func (w *walker) diagnose(cause error) *Damage {
 }
 
 // endsProperly reports whether a cause is what the end of a good log may look
-// like: zeros, leftovers, or a kset that was being written. The others passed
-// their crc and are nonsense, or cannot be read at all.
+// like: zeros, leftovers, or a kset that was being written. The other causes
+// are ksets that pass their crc and make no sense, and places that cannot be
+// read.
 func endsProperly(cause error) bool {
 	for _, proper := range []error{errNoKset, errKsetCRC, errKsetKeys, errKsetRoom, errKsetStale} {
 		if errors.Is(cause, proper) {
@@ -85,7 +86,7 @@ func (w *walker) ahead(cause error) *Position {
 	if found != nil {
 		return found
 	}
-	// Where the bad one may be the LAST of its segment, or the kset before it.
+	// The bad one may be the LAST of its segment, or the kset before it.
 	if w.pos.Off+2*(MaxKsetSize+KsetHeaderSize) > SegmentData {
 		for seg := range uint32(len(w.l.Chain)) {
 			start := Position{Seg: seg}
@@ -134,11 +135,11 @@ func (w *walker) unnumberedAhead(cause error) *Position {
 // fits reports whether the kset just read, n keys behind the bad one, agrees
 // with what is left of the bad one's header: with its length, or its number.
 //
-// What stands there may also be a LAST of which a part has arrived, over the end
-// mark of a log that is empty from here on. Where a kset has its length, it has
-// the segment that it leads to, which agrees with old ksets by chance. Its flags
-// tell, unless they are still the end mark's zeros: then the bad one is a kset
-// only if it can be restored to one.
+// The bad one may also be a LAST of which a part has arrived, over the end mark
+// of a log that is empty from here on. In the place of a length a LAST has the
+// number of the next segment, which agrees with old ksets by chance. Its flags
+// tell it from a kset, unless they are still the end mark's zeros: then the bad
+// one counts as a kset only if it can be restored to one.
 func (w *walker) fits(head []byte, n int) bool {
 	if w.seq != 0 && w.kset.Seq != 0 {
 		return true // follows knows better
@@ -184,8 +185,8 @@ func (w *walker) endsAt(at Position) bool {
 // do.
 func (w *walker) search(do func() bool) *Position { return w.searchTo(SegmentData, 8, do) }
 
-// searchTo is search up to a place in the segment, in what can be read in units of
-// so many bytes.
+// searchTo is search up to a place in the segment. unit is the least of
+// readAround.
 func (w *walker) searchTo(end uint32, unit int, do func() bool) *Position {
 	if end <= w.pos.Off {
 		return nil
@@ -226,8 +227,8 @@ func (w *walker) follows() bool {
 }
 
 // isAhead reports whether the kset just read proves that the expected one was
-// there. A LAST may be older than the kset in front of it (kset.go), so what
-// it leads to has to.
+// there. A LAST may be older than the kset in front of it (kset.go), so it
+// proves that only with the kset that it leads to.
 func (w *walker) isAhead(expected uint64) bool {
 	if w.kset.Seq == 0 {
 		return false

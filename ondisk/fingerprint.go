@@ -2,11 +2,11 @@ package ondisk
 
 import "io"
 
-// The fingerprint is a checksum of those areas of the backing device that
-// whoever mounts or partitions it writes, and the state of the log that it was
-// taken with. When a cache is opened and the device no longer has it, the
-// device was written without the cache. What that means, and when the two may
-// be compared at all, is the business of package engine.
+// The fingerprint is a checksum of some areas of the backing device, and the
+// state of the log that it was taken with. Everybody who mounts or partitions
+// the device writes to these areas. If the device has another checksum when a
+// cache is opened, it was written without the cache. Package engine knows what
+// that means, and when the two may be compared at all.
 //
 // It lies in the first 4 KiB, beside the identity record and the sync mark. The
 // kernel ignores it, and so leaves it behind when it formats.
@@ -20,7 +20,7 @@ const (
 	FingerprintSize = headerSize + 8 + 4 + 4 + 8 + 2*8
 )
 
-// FingerprintState is what a fingerprint is good for.
+// FingerprintState says what a fingerprint is good for.
 type FingerprintState uint32
 
 const (

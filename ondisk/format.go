@@ -5,8 +5,9 @@ import (
 	"io"
 )
 
-// Medium is what Format writes to. WriteAt and Zero are complete when they
-// return and ordered by Fence; Sync makes all of it durable.
+// Medium is a device that a cache is written to. WriteAt and Zero are
+// complete when they return, and Fence orders them; Sync makes all of it
+// durable.
 type Medium interface {
 	io.ReaderAt
 	io.WriterAt
@@ -23,16 +24,16 @@ type FormatOptions struct {
 	Identity  *Identity // of the backing device, nil if not known yet
 }
 
-// blankFront and blankSegment are how much of the device, and of each
-// segment's data area, has to be zero for Blank, in bytes.
+// Blank asks for zeros in the first blankFront bytes of the device, and in
+// the first blankSegment bytes of each segment's data area.
 const (
 	blankFront   = 1 << 20
 	blankSegment = 4 << 10
 )
 
-// Blank reports whether a device of size bytes holds nothing that a cache,
-// or most other things, would have left: its first MiB is zero, and so are
-// the header and the first 4 KiB of data of every segment.
+// Blank reports whether a device of size bytes shows no trace of a cache,
+// or of most other things: its first MiB is zero, and so are the header and
+// the first 4 KiB of data of every segment.
 func Blank(r io.ReaderAt, size int64) (bool, error) {
 	buf := make([]byte, SegmentHeader+blankSegment)
 	zero := func(off, n int64) (bool, error) {
@@ -62,13 +63,13 @@ func Blank(r io.ReaderAt, size int64) (bool, error) {
 // before. It is what the kernel would write, except that both copies of each
 // record are valid.
 //
-// The order makes an interruption harmless. First the superblock goes: from
-// then on the device opens as a cache to nobody. Its magic number comes back
-// last, when all else is durable.
+// The order makes an interruption harmless. The superblock is erased first:
+// from then on nobody can open the device as a cache. Its magic number is
+// written last, when all else is durable.
 //
-// What an earlier cache left in the segments stays there, to spare the time
-// of clearing the whole device. Three things keep it dead. The first header
-// of every segment is zeroed, so the log does not begin with it. A log
+// Leftovers of an earlier cache stay in the segments, since clearing the
+// whole device takes long. Three things keep them dead. The first header of
+// every segment is zeroed, so the log does not begin with them. A log
 // sequence number that is drawn anew does not continue an old one (see
 // FirstSeq). And generations begin above all that the old cache had: an old
 // key, even if it were reached, names a generation that is past. A device
@@ -118,8 +119,8 @@ func Format(m Medium, o FormatOptions) error {
 // bothCopies are the two copies of a new record, the older one first.
 var bothCopies = [2]Replica{{Slot: 0, Seq: 0}, {Slot: 1, Seq: 1}}
 
-// firstGeneration returns a generation that no key on the device has reached,
-// except those of segments that no cache can have.
+// firstGeneration returns a generation that no key on the device has reached.
+// It leaves out generations that are higher than any cache gets.
 func firstGeneration(r io.ReaderAt, segments uint32) (gen uint64) {
 	for phys := range segments {
 		var buf [GenerationSize]byte
@@ -178,7 +179,8 @@ func (f *formatter) sync() {
 	}
 }
 
-// segment writes what segment phys of a new cache begins with.
+// segment writes the records at the beginning of segment phys of a new
+// cache, and zeros where its first kset would be.
 func (f *formatter) segment(phys, segments uint32, gen uint64) {
 	var buf [SegmentInfoSize]byte
 	info := SegmentInfo{Type: segmentCacheData}

@@ -99,8 +99,8 @@ func TestFormatInterrupted(t *testing.T) {
 			}
 		}
 	}
-	// What was written since the Sync before may arrive in any order, so
-	// there must be one between all of it and the magic number.
+	// Writes since the last Sync may arrive in any order, so there must be one
+	// between all of them and the magic number.
 	s := newSparse(MinSize)
 	var before, after *sparse
 	s.onSync = func() { before, after = after, s.clone() }

@@ -9,8 +9,8 @@ import "bytes"
 // (the kernel's own) gets it when it is first opened with its backing device.
 //
 // A kernel that formats the device leaves the record of the cache that was
-// there before. It may refuse a backing device then, which a person has to
-// confirm, and it does not tell the new cache from the old one.
+// there before. That record may then refuse a backing device until a person
+// confirms it, and it does not tell the new cache from the old one.
 
 const (
 	identityMagic    = 0x4449454843414350 // "PCACHEID" in memory order

@@ -15,15 +15,14 @@ import (
 //
 // # The log sequence number
 //
-// The kernel's log has no numbering. Its end is wherever no valid kset is
-// found, which leaves two questions open: is the valid kset found there a
-// successor, or a leftover of an earlier use of this segment? And is the
-// invalid one the torn end, or a damaged one in the middle with good ones
-// behind it?
+// The kernel's log has no numbering. Its end is where no valid kset is
+// found. Two questions stay open. Is a valid kset a successor, or a
+// leftover of an earlier use of the segment? Is an invalid one the torn end
+// of the log, or a damaged one in its middle, with good ones behind it?
 //
 // Bits 16 to 63 of the flags carry a number that answers both. The kernel
 // looks at bit 0 alone and checks the crc, which covers the flags, so it
-// reads such a log as its own; what it writes has number 0, which stands for
+// reads such a log as its own. Its own ksets have number 0, which stands for
 // "none". The rule: of two successive numbers that are not 0, the second is
 // [NextSeq] of the first. A log begins at a number from [FirstSeq], random,
 // so that leftovers of a cache formatted over do not fit either.
@@ -82,9 +81,9 @@ const (
 	KeyEmpty KeyFlags = 1 << 0
 	// KeyClean marks data that the backing device holds as well.
 	KeyClean KeyFlags = 1 << 1
-	// KeyZero marks data that is nothing but zeros, of which many keys may
-	// name the same. It is this project's own: the kernel does not look at
-	// the bit (drivers/md/dm-pcache/cache_key.c of 7.3), and finds zeros.
+	// KeyZero marks data that is all zeros. Many keys with it may name the
+	// same place. The bit is this project's own: the kernel does not look at
+	// it (drivers/md/dm-pcache/cache_key.c of 7.3), and finds zeros.
 	KeyZero KeyFlags = 1 << 2
 	// KeyBad marks data that was damaged already when the key was logged. The
 	// kernel does not look at this bit either, and finds the wrong checksum.
@@ -102,8 +101,8 @@ type Key struct {
 	CRC    uint32 // Checksum of the data if the cache keeps them, else 0
 }
 
-// Validate checks k for a cache of segments segments. The bound that the
-// size of the backing device sets is the caller's to check.
+// Validate checks k for a cache of segments segments. It does not know the
+// size of the backing device, which the caller has to check.
 func (k *Key) Validate(segments uint32) error {
 	end := k.Off + uint64(k.Len)
 	switch {
@@ -182,8 +181,8 @@ func encodeKsetHeader(dst []byte, second uint32, flags uint64) {
 	le.PutUint64(dst[16:], flags)
 }
 
-// ksetLen returns how many bytes the kset with the header p claims, with
-// nothing of it verified but that it could be true.
+// ksetLen returns the length in bytes that the header p claims for its
+// kset. It verifies only that this can be true.
 func ksetLen(p []byte) (uint32, error) {
 	switch n := le.Uint32(p[4:]); {
 	case le.Uint64(p[8:]) != ksetMagic:

@@ -32,12 +32,13 @@ type Layout struct {
 	Gens  []uint64  // its generation
 	GenAt []Replica // where the newest copy of that stands
 
-	// DamagedCopies are those that were found damaged while the other one
-	// was good.
+	// DamagedCopies are the copies that were found damaged. The other copy of
+	// each is good, unless Alone is set.
 	DamagedCopies []DamagedCopy
 }
 
-// DamagedCopy is a damaged copy of a record that is otherwise fine.
+// DamagedCopy is a damaged copy of a record. A cache can be opened in spite
+// of it.
 type DamagedCopy struct {
 	What  string // the record
 	Seg   uint32 // cache_seg_id, for a generation or segment_info
@@ -62,10 +63,10 @@ func (n DamagedCopy) String() string {
 	return fmt.Sprintf("%s: copy %d at byte %d is damaged (%v), %s", what, n.Slot, n.Off, n.State, then)
 }
 
-// Heal makes the damaged copy what it was, or the same as the good one, and makes
-// sure that it can be read; where there is no good one it does nothing. It does
-// not persist. Where both are the same, whichever the next writer leaves alone
-// will do.
+// Heal stores the damaged copy again, as it was if that is known, and otherwise
+// as the good one is, and reads it back. Where there is no good one it does
+// nothing. It does not make the store durable. Two equal copies do no harm: the
+// next writer may replace either.
 func (n DamagedCopy) Heal(m interface {
 	io.ReaderAt
 	io.WriterAt
@@ -108,7 +109,7 @@ func (s stored) read(from io.ReaderAt, dst []byte) Copies {
 	return readCopies(from, s.off, s.distance, dst[:s.size])
 }
 
-// damaged returns the note of a copy.
+// damaged describes a damaged copy.
 func (s stored) damaged(slot int, c Copies) DamagedCopy {
 	place := [2]int64{s.off, s.off + s.distance}
 	return DamagedCopy{
@@ -179,9 +180,10 @@ func (l *Layout) readSuperblock(r io.ReaderAt, size int64) error {
 	return err
 }
 
-// readIdentity takes a record of which one copy was never written and the
-// other is torn for one whose first writing was cut off, since writers always
-// write both; and bytes without the record's magic for somebody else's.
+// readIdentity finds no record, and no fault, in two cases that are not
+// damage. If one copy was never written and the other one is torn, the first
+// writing was cut off, since writers always write both. Bytes without the
+// record's magic are somebody else's.
 func (l *Layout) readIdentity(r io.ReaderAt) error {
 	var buf [IdentitySize]byte
 	at := stored{what: recordIdentity, off: IdentityOff, distance: identityDistance, size: IdentitySize}
@@ -212,8 +214,8 @@ func (l *Layout) readIdentity(r io.ReaderAt) error {
 	return nil
 }
 
-// readSyncMark takes a lost mark for none: that only makes more of what is
-// found count as damage.
+// readSyncMark takes a lost mark for none: then more of what is found
+// counts as damage, never less.
 func (l *Layout) readSyncMark(r io.ReaderAt) {
 	var buf [SyncMarkSize]byte
 	at := stored{what: recordSyncMark, off: syncMarkOff, distance: identityDistance, size: SyncMarkSize}
@@ -235,9 +237,9 @@ func (l *Layout) readFingerprint(r io.ReaderAt) {
 	l.noteOurs(r, l.FingerprintCopies, at, fingerprintMagic)
 }
 
-// noteOurs is note for a record in the first 4 KiB, where a cache may do
-// without it and somebody else may have left something. A copy is ours if its
-// magic says so, or cannot be read.
+// noteOurs is note for a record in the first 4 KiB. A cache may do without
+// it, and somebody else may have left something there. A damaged copy is ours
+// if the other one is valid, or if its own magic says so or cannot be read.
 func (l *Layout) noteOurs(r io.ReaderAt, c Copies, at stored, magic uint64) {
 	for slot, state := range c.State {
 		if !state.damaged() {
@@ -265,8 +267,8 @@ func (l *Layout) readInfo(r io.ReaderAt) error {
 }
 
 // readChain follows the segments. A chain that closes a circle never ends, so
-// counting hops is enough to find one, and one that ends visits no segment
-// twice.
+// counting its segments is enough to find it. A chain that ends visits no
+// segment twice.
 func (l *Layout) readChain(r io.ReaderAt) error {
 	phys := l.Info.FirstSegment
 	for id := range l.Info.Segments {
@@ -294,8 +296,8 @@ func (l *Layout) readChain(r io.ReaderAt) error {
 	return nil
 }
 
-// lostLinks names the segments that nothing leads on from, beyond those of the
-// chain and the one at which it broke.
+// lostLinks names the other segments whose segment_info is lost, beside the
+// one at which the chain broke.
 func (l *Layout) lostLinks(r io.ReaderAt, broken uint32) (faults Faults) {
 	whole := make([]bool, l.Superblock.Segments)
 	whole[broken] = true
@@ -318,7 +320,8 @@ func (l *Layout) lostLinks(r io.ReaderAt, broken uint32) (faults Faults) {
 // readGenerations loads the generation of each segment. Every segment has
 // one from the format on (the kernel writes 0 explicitly), so a missing one
 // is damage, and taking it for 0 would bring dead keys back to life. So would
-// counting on from the last number there is, hence maxGeneration.
+// counting on from the highest number there is, which wraps: hence
+// maxGeneration.
 func (l *Layout) readGenerations(r io.ReaderAt) error {
 	l.Gens = make([]uint64, len(l.Chain))
 	l.GenAt = make([]Replica, len(l.Chain))
@@ -343,10 +346,10 @@ func (l *Layout) readGenerations(r io.ReaderAt) error {
 	return nil
 }
 
-// raiseGenerations finds the generations of which the newer copy is the damaged
-// one: taking the older one for granted would make the living keys of the segment
-// impossible. No writer goes up by more than one at a time, and where no key names
-// the segment it makes no difference.
+// raiseGenerations finds the generations whose newer copy is the damaged one, and
+// counts them up: with the older copy, the living keys of the segment would be
+// impossible. No writer counts up by more than one at a time. Where no key names
+// the segment, it makes no difference.
 func (l *Layout) raiseGenerations(r io.ReaderAt) {
 	noted := map[uint32]*DamagedCopy{}
 	for i := range l.DamagedCopies {

@@ -57,7 +57,7 @@ func DecodeSuperblock(p []byte, size int64) (Superblock, error) {
 }
 
 // bigEndianMagic is Magic as a big-endian host leaves it. Such a host's flag
-// bit is swapped as well, so the magic is what gives it away.
+// bit is swapped as well, so it is recognised by the magic.
 const bigEndianMagic = 0xEF96C596FA5EB065
 
 // InfoFlags are the options of a cache as cache_info holds them.
@@ -223,10 +223,10 @@ func decodeSegmentInfo(p []byte) SegmentInfo {
 	return SegmentInfo{HasNext: flags&1 != 0, Type: uint8(flags >> 1 & 0xF), Next: le.Uint32(p[12:])}
 }
 
-// maxGeneration is the highest generation that a segment may be found with. One
-// goes up each time that 16 MiB are used again, so a cache of a single segment
-// takes thousands of years to get there at any speed; a forged one must not be
-// made to wrap.
+// maxGeneration is the highest generation that a segment may be found with. A
+// generation goes up by one each time that 16 MiB are used again, so a cache of
+// a single segment takes thousands of years to get there at any speed; a forged
+// one must not be made to wrap.
 const maxGeneration = 1<<63 - 1
 
 func encodeGeneration(dst []byte, phys uint32, at Replica, gen uint64) (off int64) {

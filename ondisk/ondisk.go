@@ -54,7 +54,7 @@ const (
 const (
 	// SegmentSize is the distance in bytes from one segment to the next.
 	SegmentSize = 16 << 20
-	// SegmentHeader is what a segment spends on its own metadata, in bytes.
+	// SegmentHeader is the size of a segment's own metadata in bytes.
 	SegmentHeader = 12 << 10
 	// SegmentData is the size of a segment's data area in bytes. Every
 	// offset inside a segment, here and on the media, counts from its start.
@@ -84,8 +84,9 @@ var (
 	zeros      [4 << 10]byte
 )
 
-// crcStart is the register the kernel starts every checksum of this format
-// with. It also does without the final inversion, hence the two here.
+// crcStart is in the register when the kernel begins a checksum of this
+// format. The kernel inverts the register neither then nor at the end.
+// hash/crc32 does both, so Checksum undoes both.
 const crcStart = 0x3B15A
 
 // Checksum returns the crc32c of p as the format uses it, for metadata and
@@ -103,8 +104,8 @@ func readFull(r io.ReaderAt, p []byte, off int64) error {
 	return err
 }
 
-// readAround reads what can be read, down to units of so many bytes, and zeros for
-// the rest.
+// readAround fills p with what can be read, piece by piece, and with zeros
+// elsewhere. least is the smallest piece in bytes that is tried by itself.
 func readAround(r io.ReaderAt, p []byte, off int64, least int) {
 	for _, unit := range []int{4 << 10, 8} {
 		if len(p) <= unit || unit < least {

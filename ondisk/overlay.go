@@ -8,9 +8,9 @@ import (
 )
 
 // Overlay is a device in memory on top of one that is only read: stores go to
-// the overlay, and what was stored covers what lies below, be that readable or
-// not. A repair is tried there before anything is changed, and a cache can be
-// opened on one as if it had been repaired.
+// the overlay, and cover what lies below, readable or not. A repair is tried
+// there before anything is changed, and a cache can be opened on one as if it
+// had been repaired.
 //
 // It is a [Medium]. All methods may be called from any goroutine.
 type Overlay struct {
@@ -22,11 +22,12 @@ type Overlay struct {
 	}
 }
 
-// overlayPageSize is small, since what is mended is small and far apart.
+// overlayPageSize is in bytes. It is small, since repairs are small and far
+// apart.
 const overlayPageSize = 4 << 10
 
-// overlayPage covers the words of a page that were stored to, a bit each: eight
-// bytes, which memory keeps or loses as one.
+// overlayPage covers those words of a page that were stored to; set has a bit
+// for each. A word is eight bytes, which memory keeps or loses as one.
 type overlayPage struct {
 	data [overlayPageSize]byte
 	set  [overlayPageSize / 8 / 64]uint64
@@ -50,10 +51,10 @@ func (o *Overlay) Fence() {}
 // Sync has nothing to do either.
 func (o *Overlay) Sync() error { return nil }
 
-// Settle neither, since no Sync fails.
+// Settle has nothing to do, since no Sync fails.
 func (o *Overlay) Settle(iter.Seq2[int64, int64]) error { return nil }
 
-// ReadAt fails where the base does and nothing was stored.
+// ReadAt fails where the base fails and nothing was stored.
 func (o *Overlay) ReadAt(p []byte, off int64) (n int, err error) {
 	if off < 0 || off > o.size {
 		return 0, fmt.Errorf("%w: %d bytes at %d of %d", ErrOutside, len(p), off, o.size)
@@ -95,7 +96,7 @@ func (o *Overlay) runLocked(at, end int64) (*overlayPage, int64) {
 }
 
 // read fills p, which lies in the page, from the base and over that from the
-// page. What the page covers need not be readable.
+// page. The base need not be readable where the page covers it.
 func (g *overlayPage) read(base io.ReaderAt, p []byte, off int64) error {
 	readable := readFull(base, p, off) == nil
 	for n := 0; n < len(p); {
@@ -150,12 +151,13 @@ func (o *Overlay) Zero(off, n int64) error {
 	return nil
 }
 
-// copyChunk is how much Copy reads at a time.
+// copyChunk is how many bytes Copy reads at a time.
 const copyChunk = 1 << 20
 
 // Copy writes everything that is not zero to w, which is a new, sparse file of
 // the same size, and syncs it. The superblock comes last, so that a copy that
-// was not finished is no cache. What cannot be read is zero in the copy.
+// was not finished is no cache. Bytes that cannot be read are zero in the
+// copy.
 func (o *Overlay) Copy(w interface {
 	io.WriterAt
 	Sync() error

@@ -7,11 +7,10 @@ import (
 	"strings"
 )
 
-// Ranges is a set of sectors of the cached device: what damage covers. The
-// zero value is empty.
+// Ranges is a set of sectors of the cached device. The zero value is empty.
 type Ranges struct {
 	runs   []run
-	merged int // the first of them are in order and apart
+	merged int // so many of the first ones are in order and apart
 }
 
 type run struct{ off, end int64 } // bytes
@@ -52,7 +51,7 @@ func (r *Ranges) Each(visit func(off, n int64)) {
 	}
 }
 
-// Bytes returns how much it is altogether.
+// Bytes returns the size of the set.
 func (r *Ranges) Bytes() (n int64) {
 	r.Each(func(_, len int64) { n += len })
 	return n

@@ -10,21 +10,23 @@ import (
 // everything that is left of it.
 //
 // The obvious way is to walk through the structures and to set right what is
-// wrong with each. But the structures explain each other, and what is stored
-// on the way to a wrong conclusion cannot be taken back. So everything is
-// decided on an [Overlay] first, and only a person who has seen what will
-// become of it has it stored. Each thing is made again from what implies it:
+// wrong with each. But the structures explain each other, and a store that a
+// wrong conclusion led to cannot be taken back. So everything is decided on
+// an [Overlay] first, and stored only for a person who has seen what will
+// become of it. Each thing is made again from others that imply it:
 //
 //   - A copy of a record, from the other one. The other may be the older of
-//     the two, so what follows holds for a record with one bad copy as well.
+//     the two, so the rules below hold for a record with one bad copy as
+//     well.
 //   - The superblock: its only content is how many segments there are, and a
 //     format links them all into one chain.
 //   - cache_info: the first segment is the one that no other leads to. That
 //     data has a checksum is seen from the keys, which have 0 otherwise. The
 //     gc percentage is lost, and a matter of taste.
-//   - A segment_info: the only segment missing from the chain is the one that
-//     fits. More than one missing have no order, unless what is left ascends
-//     by one from segment to segment, as every format makes it.
+//   - A segment_info: if one segment is missing from the chain, it is the one
+//     that fits. If more are missing, nothing tells their order, unless the
+//     links that are left ascend by one from segment to segment, as every
+//     format makes them.
 //   - A generation: no key from key_tail on names a segment whose generation
 //     has moved on (engine/gc.go), so the keys tell it. A segment that none
 //     names is free or part of the log. Its generation only has to be above
@@ -32,25 +34,26 @@ import (
 //   - key_tail: dirty_tail will do. All before it is on the backing device, and
 //     references to segments are counted from wherever the log begins.
 //   - dirty_tail: key_tail will do. Everything in the log counts as dirty then,
-//     and is written back once more, in the order of the log, which ends in
-//     what the backing device has already. A key that was flagged clean is
-//     younger than all writes of its sectors in front of it, and stays clean.
+//     and is written back once more, in the order of the log. When that has
+//     come to where dirty_tail was, the backing device has again what it had. A
+//     key that was flagged clean is younger than all writes of its sectors in
+//     front of it, and stays clean.
 //   - Both: see findLog.
 //
-// A log that is broken off in the middle is another matter: what the damaged
-// ksets named was acknowledged, and nothing else tells what it was. As long as
-// it lies before dirty_tail, key_tail can move behind it for the price of some
-// clean data. Otherwise it has to be given up by somebody who may: see
-// repairlog.go.
+// A log that is broken off in the middle is another matter: the damaged ksets
+// named data that was acknowledged, and nothing else tells which. As long as
+// the damage lies before dirty_tail, key_tail can move behind it for the price
+// of some clean data. Otherwise somebody who may do so has to give that data
+// up: see repairlog.go.
 //
 // # Crashes
 //
-// A repair in place may be cut off at any store. It goes on where it was when
-// it is started again, because nothing is stored over what it was concluded
-// from: of a record with a valid copy only the other one is written, and a
-// record with none is concluded from others. The superblock is stored last,
-// so that a cache without one stays none until all the rest is durable, and a
-// tail only when the log that it belongs to is.
+// A repair in place may be cut off at any store. Started again, it goes on
+// where it was, because no store goes over bytes that it was concluded from:
+// of a record with a valid copy only the other one is written, and a record
+// with none is concluded from others. The superblock is stored last, so that
+// a cache without one stays none until all the rest is durable. A tail is
+// stored only when the log that it belongs to is durable.
 //
 // Run on its own result, it finds nothing to do.
 
@@ -80,7 +83,8 @@ type change struct {
 	p   []byte
 }
 
-// Repair concludes what size bytes of base should be. It changes nothing.
+// Repair concludes what a device of size bytes should hold. It only reads
+// base.
 func Repair(base io.ReaderAt, size int64, o RepairOptions) *Repaired {
 	r := &repairer{Repaired: &Repaired{Overlay: NewOverlay(base, size)}, options: o, l: &Layout{}}
 	if err := r.mend(); err != nil {
@@ -92,7 +96,7 @@ func Repair(base io.ReaderAt, size int64, o RepairOptions) *Repaired {
 // Verify looks at all of the result, cached data too.
 func (r *Repaired) Verify() { r.Report = check(r.Overlay, r.size, true) }
 
-// Done reports whether nothing was wrong, or all of it is mended: all but
+// Done reports whether everything is in order in the result, except for
 // clean data, which the backing device has as well.
 func (r *Repaired) Done() bool {
 	return len(r.Left) == 0 && len(r.Report.Problems)+r.Report.More == r.Report.Harmless
@@ -104,9 +108,9 @@ func (r *Repaired) Opens() bool {
 	return err == nil && r.Report.End.Damage == nil
 }
 
-// Copyable returns nil if a copy without the bytes that cannot be read is worth
-// as much as the original. Where zeros would be taken for what is lost, it is
-// not.
+// Copyable returns nil if a copy, with zeros for the bytes that cannot be read,
+// is worth as much as the original. It is worth less if somebody would take
+// these zeros for what was there.
 func (r *Repaired) Copyable() error {
 	d := r.Report.End.Damage
 	switch {
@@ -118,8 +122,8 @@ func (r *Repaired) Copyable() error {
 	return nil
 }
 
-// Store makes the repair in place. It goes on where the memory does not take
-// what is stored, and returns an error that names each such place.
+// Store makes the repair in place. Where the memory does not take a store,
+// it goes on with the next, and returns an error that names each such place.
 func (r *Repaired) Store(m Medium) error {
 	var errs []error
 	for _, step := range r.steps {
@@ -143,7 +147,7 @@ func (r *Repaired) Store(m Medium) error {
 }
 
 // repairer concludes in the order in which things follow from each other, and
-// stores in the order that a crash asks for.
+// stores in an order that makes a crash harmless.
 type repairer struct {
 	*Repaired
 	options RepairOptions
@@ -155,7 +159,7 @@ type repairer struct {
 	named      []uint64 // the highest generation that a key of the log has, by segment
 	isNamed    []bool
 	crc        bool // a key of the log has a checksum
-	foreign    bool // so has the log ksets without a number
+	foreign    bool // the log has ksets without a number
 
 	found [2]foundTail
 }
@@ -163,8 +167,8 @@ type repairer struct {
 // foundTail is a position as it was found.
 type foundTail struct {
 	pos Position
-	err error  // lost
-	why string // it is changed
+	err error  // why it is lost, nil if it is not
+	why string // why it is changed, empty if it is not
 }
 
 func (r *repairer) mend() error {
@@ -195,7 +199,8 @@ func (r *repairer) mend() error {
 	return lost
 }
 
-// store changes the overlay, and later the device.
+// store stores to the overlay now, and to the device when Repaired.Store is
+// called.
 func (r *repairer) store(p []byte, off int64) {
 	if _, err := r.WriteAt(p, off); err != nil {
 		panic(fmt.Sprintf("ondisk: repair stores outside the device: %v", err))
@@ -219,11 +224,11 @@ type record struct {
 	copies Copies
 	encode func(dst []byte, at Replica) (off int64)
 	size   int
-	stale  string // why it is not what its newest copy says; empty if it is
+	stale  string // why its newest copy is wrong; empty if it is right
 }
 
-// put makes both copies of a record good and the newest of them right. The one
-// good copy that there may be is not stored to.
+// put makes both copies of a record good and the newest of them right. It does
+// not store to the newest good copy.
 func (r *repairer) put(rec record) {
 	var buf [IdentitySize]byte
 	write := func(at Replica) {
@@ -260,7 +265,8 @@ func (r *repairer) readSuperblock() error {
 	return nil
 }
 
-// storeSuperblock counts the segments that a format has linked.
+// storeSuperblock makes a lost superblock again, for all segments up to the
+// last one of the chain.
 func (r *repairer) storeSuperblock() {
 	if r.superblock == nil {
 		return
@@ -323,7 +329,8 @@ func (r *repairer) firstPage() {
 	r.barrier()
 }
 
-// chain finds the order of the segments, and mends what says it.
+// chain finds the order of the segments, and mends the records that tell
+// it.
 func (r *repairer) chain() error {
 	l := r.l
 	err := l.readInfo(r)
@@ -339,7 +346,7 @@ func (r *repairer) chain() error {
 			return err
 		}
 	}
-	// Positions are validated against it, and so is the log.
+	// Positions and the log are validated against these.
 	l.Info.FirstSegment, l.Info.Segments = l.Chain[0], uint32(len(l.Chain))
 	for id, phys := range l.Chain {
 		want := SegmentInfo{Type: segmentCacheData}
@@ -365,7 +372,7 @@ func (r *repairer) readLink(phys uint32) (SegmentInfo, Copies) {
 	return decodeSegmentInfo(buf[:]), c
 }
 
-// What is known of where a segment leads, besides the next one.
+// The link of a segment, where it is not the number of the next one.
 const (
 	linkEnd     = -1
 	linkUnknown = -2
@@ -409,8 +416,8 @@ func (r *repairer) orderChain() error {
 	return nil
 }
 
-// ascending returns the chain that every format makes, if nothing that is known
-// speaks against it.
+// ascending returns the chain that every format makes, nil if a link that is
+// known contradicts it.
 func ascending(links []int, n, first int) (chain []uint32) {
 	if first > 0 {
 		return nil
@@ -469,7 +476,7 @@ func onlyChain(links []int, n, first int) (only []uint32) {
 }
 
 // follow returns the chain of n segments from a head on, with next for an
-// unknown link, nil if it is not one.
+// unknown link, nil if there is none.
 func follow(links []int, head, next, n int) (chain []uint32) {
 	for at := head; at != linkEnd; {
 		if len(chain) == n {
@@ -505,7 +512,7 @@ func (r *repairer) dead(k *Key) bool {
 	return r.genCopies[k.Seg].Valid() && k.Gen < r.l.Gens[k.Seg]
 }
 
-// readKeys finds out what the keys of the log tell, those behind damage, too.
+// readKeys collects what the keys of the log tell, and those behind damage.
 func (r *repairer) readKeys() {
 	r.l.walkOn(r, r.l.KeyTail, func(_ Position, k *Kset) error {
 		r.foreign = r.foreign || k.Seq == 0
@@ -519,12 +526,13 @@ func (r *repairer) readKeys() {
 	})
 }
 
-// generationGap is how far above all others a generation is put that nothing
-// tells: no segment is used so often that the one lost was higher.
+// generationGap is how far above all others a lost generation is put if no
+// key tells it: no segment is used so often that the lost one was higher.
 const generationGap = 1 << 32
 
-// generations mends those of which a copy is lost. One that is valid in both and
-// yet below that of a key is left: nothing tells which of the two is wrong.
+// generations mends the generations of which a copy is lost. If both copies are
+// valid, and a key has a higher one, it leaves the generation: nothing tells
+// which of the two is wrong.
 func (r *repairer) generations() {
 	l := r.l
 	top := uint64(0)

@@ -550,9 +550,9 @@ func TestRepairOlderTail(t *testing.T) {
 	}
 }
 
-// TestRepairLog damages each kset alone, and some in a row. What lies before
-// dirty_tail costs nothing. Behind it, nothing is given up without being asked
-// for, and then only what the damaged ksets held.
+// TestRepairLog damages each kset alone, and some in a row. Damage before
+// dirty_tail costs nothing. Behind it, nothing is given up unless that is
+// asked for, and then only the keys of the damaged ksets.
 func TestRepairLog(t *testing.T) {
 	p := newPatient(t, true, 3)
 	dirty := p.dirtyFrom()
@@ -758,9 +758,9 @@ var (
 	repairCases = flag.Int("repair.cases", 40, "how many caches are damaged at random")
 )
 
-// TestRepairRandom damages a cache in several places at once. Whatever becomes of
-// it, a repair does not panic, is done when it says so, and leaves every sector
-// right that was spared, if the cache opens.
+// TestRepairRandom damages a cache in several places at once. A repair never
+// panics, and is done when it says so. If the cache opens, every sector that was
+// spared is right.
 func TestRepairRandom(t *testing.T) {
 	seed := *repairSeed
 	if seed == 0 {

@@ -7,27 +7,28 @@ import (
 // # A log that is broken off
 //
 // Behind a damaged kset the log may go on for long, and only its sequence
-// numbers and the places of its ksets keep a reader from going on there. If
-// what the damaged ksets held has to be given up, the rest need not be: their
-// room is filled with ksets that mean nothing new, of the numbers that are
-// missing there. Their keys are all the same one, the first living key behind
-// them, for the same sectors and the same place. A replay of the log enters
-// it a few times more, before its turn, and then once more in its turn, over
-// whatever came in between. References are counted by the key, here and in the
-// kernel, and taken back by the key; write-back finds the place once more; and
-// checksums allow a place to be named again for the same sectors (engine/sums.go).
+// numbers and the places of its ksets keep a reader from going on there. If the
+// keys of the damaged ksets have to be given up, the rest need not be: their room
+// is filled with ksets that say nothing new, with the numbers that are missing
+// there. All of their keys are the same, the first living key behind them, for the
+// same sectors and the same place. A replay of the log enters it a few times
+// before its turn, and then once more in its turn, over whatever came in between.
+// References are counted for each key, here and in the kernel, and taken back for
+// each key; write-back finds the place a few times more; and checksums allow a
+// place to be named again for the same sectors (engine/sums.go).
 //
-// The ksets that were there left room for a whole number of keys each, so with
-// as many ksets, and the keys spread over them, it always comes out even. If it
-// does not, the damage is of another kind, and the log is cut off in front of it:
-// everything behind is given up and erased, since its numbers would look like
-// a continuation again as soon as the log gets there.
+// The ksets that were there had a whole number of keys each, so as many ksets,
+// with the keys spread over them, always fill the room exactly. If they cannot,
+// the damage is of another kind, and the log is cut off in front of it:
+// everything behind is given up and erased, since its numbers would look like a
+// continuation again as soon as the log gets there.
 //
-// Where a LAST alone is lost and the numbers prove what it led to, nothing is.
+// If only a LAST is lost, and the numbers prove where it led, nothing is given
+// up.
 
-// tails concludes where the log and its dirty part begin. A log that begins
-// elsewhere must be seen to begin there: with no kset in front, nothing tells
-// its end from damage.
+// tails concludes where the log and its dirty part begin. If key_tail moves,
+// the log must be seen to begin at the new place: with no kset in front,
+// nothing tells its end from damage.
 func (r *repairer) tails() error {
 	if err := r.concludeTails(); err != nil {
 		return err
@@ -59,16 +60,16 @@ const (
 	toFound = "where the log that was found by its ksets begins, so everything in it is written back once more"
 )
 
-// unclear reports whether a log that begins at a place cannot be read there, and
-// yet may have been there.
+// unclear reports whether no kset can be read at a place, although a log may
+// have begun there.
 func (r *repairer) unclear(at Position) bool {
 	w := &walker{l: r.l, r: r}
 	w.start(at)
 	return (w.read(at) != nil || w.check() != nil) && w.search(func() bool { return len(w.kset.Keys) > 0 }) != nil
 }
 
-// concludeTails does so from the two as they are found. One with a damaged copy
-// is not sure: the copy left may be the one before.
+// concludeTails concludes the tails from the copies that are found. A tail with
+// a damaged copy is not sure: the copy that is left may be the older one.
 func (r *repairer) concludeTails() error {
 	l := r.l
 	pos := func(t Tail) *Position { return [...]*Position{&l.KeyTail, &l.DirtyTail}[t] }
@@ -157,13 +158,14 @@ func (r *repairer) behindDead(from Position) Position {
 // which on it can be read as if key_tail were there.
 //
 // A log enters a segment at its beginning and leaves it by a LAST, so it is a
-// chain of segments that begin with a kset. It may begin before key_tail was: as
-// long as none of its keys is dead, what it adds is what the backing device
-// has. For any older version of a sector there is a younger one behind it.
+// chain of segments that begin with a kset. The place may lie before the lost
+// key_tail. As long as no key from there on is dead, the keys in between only
+// name data that the backing device has, and every older version of a sector has
+// a younger one behind it.
 //
 // Segments that were part of the log once begin with ksets as well until they
-// are used again. Where more than one chain has keys that are not dead, nothing
-// tells which is the log, and whatever was chosen, it could be old data.
+// are used again. If more than one chain has keys that are not dead, nothing
+// tells which is the log, and each of them could be old data.
 func (r *repairer) findLog() (Position, error) {
 	l := r.l
 	for _, c := range r.genCopies {
@@ -212,7 +214,7 @@ func (r *repairer) findLog() (Position, error) {
 }
 
 // storeTails stores dirty_tail first: it must never lie before key_tail. The
-// fingerprint holds for where it was and for where it will be.
+// fingerprint holds for its old and its new place.
 func (r *repairer) storeTails() {
 	l := r.l
 	r.barrier()
@@ -273,7 +275,7 @@ func namely(lost *Ranges) string {
 	return fmt.Sprintf(", of which can still be read that it wrote %v", lost)
 }
 
-// unsynced reports whether the damage is that of a power cut, behind what any
+// unsynced reports whether a power cut made the damage, behind all that a
 // sync has covered (see syncmark.go).
 func (r *repairer) unsynced(end LogEnd) bool {
 	lost := end.Damage.AheadSeq
@@ -298,7 +300,7 @@ func missing(end LogEnd) (n int, seq uint64) {
 	}
 }
 
-// relink stores a LAST again that is the only thing missing.
+// relink stores a LAST again if nothing else is missing.
 func (r *repairer) relink(end LogEnd) bool {
 	d := end.Damage
 	if d.Ahead == nil || d.Ksets == 0 || d.Ahead.Seg == d.At.Seg || end.Seq == 0 || d.AheadSeq == 0 {
@@ -376,8 +378,8 @@ func (r *repairer) firstAlive(from Position) (key Key, ok bool) {
 }
 
 // cut ends the log in front of the damage, and says what that gives up. It
-// erases nothing in segments that what is kept needs: a forged log may lead
-// there.
+// erases nothing in segments that the kept part of the log needs: a forged
+// log may lead there.
 func (r *repairer) cut(d *Damage) (what string) {
 	l := r.l
 	kept := make([]bool, len(l.Chain))

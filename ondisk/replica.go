@@ -9,15 +9,15 @@ import "io"
 // start: it reloads the newest slot's index and writes there.)
 //
 // The records are 16 to 168 bytes, and the memory below tears stores at 8. The
-// checksum lies in the first 8 bytes and covers all that follow it, so any
+// checksum lies in the first 8 bytes and covers all that follows it, so any
 // mixture of an old and a new copy fails it.
 //
 // A reader looks at both copies even when one is unreadable, which is the
 // case the copies exist for.
 
-// headerSize is the size in bytes of what every replicated record begins
-// with: crc u32, seq u8, version u8, reserved u16. The kernel leaves the last
-// two uninitialised in places; they are written as zero and never looked at.
+// headerSize is the size in bytes of the header of a replicated record: crc
+// u32, seq u8, version u8, reserved u16. The kernel leaves the last two
+// uninitialised in places; here they are written as zero and never looked at.
 const headerSize = 8
 
 // Replica names one of the two copies of a record and its sequence number.
@@ -28,8 +28,8 @@ type Replica struct {
 }
 
 // Next returns where the following version of the record goes: the other
-// slot. The caller keeps the result once the write is known to have
-// succeeded, and the old value when it is not.
+// slot. The caller keeps the result once it knows that the write succeeded,
+// and the old value until then.
 func (r Replica) Next() Replica {
 	return Replica{Slot: r.Slot ^ 1, Seq: r.Seq + 1}
 }
@@ -63,7 +63,7 @@ func (c Copies) Valid() bool {
 	return c.State[0] == CopyValid || c.State[1] == CopyValid
 }
 
-// damaged reports whether one of them was there and is not any more.
+// damaged reports whether at least one of them is damaged.
 func (c Copies) damaged() bool {
 	return c.State[0].damaged() || c.State[1].damaged()
 }

@@ -6,8 +6,8 @@ import (
 	"io"
 )
 
-// Holding is what a device holds, as somebody has to know it who is about to
-// write over it.
+// Holding is what a device holds, for somebody who is about to write over
+// it.
 type Holding struct {
 	Kind  HoldingKind
 	Dirty int64 // bytes of dirty data that can be found, overwritten data, too
@@ -33,7 +33,8 @@ const (
 	HoldsCache
 	// HoldsDamage is a cache that is not in order, or what is left of one.
 	HoldsDamage
-	// HoldsUnknown is one of which what cannot be read may have been a cache.
+	// HoldsUnknown is one that cannot be read in places where a cache may have
+	// been.
 	HoldsUnknown
 )
 
@@ -98,18 +99,19 @@ type remains struct {
 	unreadable error     // the first place that could not be read
 }
 
-// remainsSpan is how far behind the beginning of a segment a first kset is
-// looked for: as far as what overwrites a few pages reaches, and little enough
-// that a region of a terabyte takes seconds. remainsUnit is what is left out if it
-// cannot be read: much of a region may be that, and each try costs a signal.
+// A first kset is looked for in the first remainsSpan bytes of a segment: more
+// than an accident overwrites that hits a few pages, and so little that a region
+// of a terabyte takes seconds. Memory that cannot be read is left out in pieces of
+// remainsUnit bytes: much of a region may be unreadable, and each try costs a
+// signal.
 const (
 	remainsSpan = 64 << 10
 	remainsUnit = 4 << 10
 )
 
 // findRemains looks for the records of a cache where they belong, and for ksets.
-// A log enters a segment at its beginning. Segment 0 is searched to its end: what
-// overwrites a device by mistake begins at the front.
+// A log enters a segment at its beginning. Segment 0 is searched to its end: a
+// device that is overwritten by mistake is overwritten from the front.
 func findRemains(r io.ReaderAt, size int64) *remains {
 	m := &remains{}
 	n := SegmentsIn(size)
@@ -172,7 +174,7 @@ func (m *remains) segment(w *walker, seg uint32) {
 				}
 			}
 			if k.Last {
-				return errFound // and goes on in a segment that has its turn
+				return errFound // the segment that it leads to has its own turn
 			}
 			return nil
 		})

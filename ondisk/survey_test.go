@@ -61,7 +61,7 @@ func TestSurveyFindsKsets(t *testing.T) {
 	}
 }
 
-// TestCheckWithoutSuperblock: what is left of a cache is not called none.
+// TestCheckWithoutSuperblock: check sees that parts of a cache are left.
 func TestCheckWithoutSuperblock(t *testing.T) {
 	s := golden(t, "small-crc.pmem")
 	want := Check(s, s.Size(), false).Keys

@@ -53,10 +53,10 @@ func SeqAfter(a, b uint64) bool {
 // dozen years, or a million for an hour.
 const markLag = 1 << 32
 
-// SeqBeyond returns the number for the next kset of a log that has none left
-// to tell, only its sync mark. The segments still hold ksets with numbers that
-// the mark was too low to know of; one a little above the next would look like
-// its successor.
+// SeqBeyond returns the number for the next kset of a log that has no kset
+// left to tell it, only its sync mark. The mark may be too low, and the
+// segments still hold ksets with numbers above it. One of these a little above
+// the next number would look like its successor.
 func SeqBeyond(mark uint64) uint64 {
 	if mark > seqMask-markLag {
 		return mark + markLag - seqMask

@@ -6,7 +6,7 @@ import (
 )
 
 // TestUnwritten: data that the backing device lacks and zeros are told apart, and
-// what is named more than once counts once.
+// a sector that is named more than once counts once.
 func TestUnwritten(t *testing.T) {
 	s := newSparse(MinSize)
 	if err := Format(s, FormatOptions{}); err != nil {

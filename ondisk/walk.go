@@ -6,7 +6,7 @@ import (
 	"io"
 )
 
-// LogEnd is where a walk of the log came to its end.
+// LogEnd is the end of a walk of the log.
 type LogEnd struct {
 	Pos    Position // where the next kset goes, if Damage is nil
 	Seq    uint64   // the last log sequence number seen, 0 for none
@@ -21,7 +21,8 @@ func (e LogEnd) NextSeq() uint64 {
 	return NextSeq(e.Seq)
 }
 
-// Damage is a log that is broken off although it goes on, or should.
+// Damage is a place where the log is broken off although it goes on behind
+// it, or should.
 type Damage struct {
 	At    Position // of the kset that cannot be used
 	Cause error    // why it cannot
@@ -53,8 +54,8 @@ var errFound = errors.New("found")
 // WalkLog visits the ksets from a position on, in order, LAST records
 // included, with all their fields verified. visit must not keep k or its
 // keys, which are used again for the next. An error of visit ends the walk
-// and is returned as it is; nothing else is an error here, since whatever the
-// log may contain is described by the LogEnd.
+// and is returned as it is. There are no other errors: the LogEnd describes
+// whatever the log contains.
 //
 // A walk from l.KeyTail also finds out whether dirty_tail lies on the path.
 func (l *Layout) WalkLog(r io.ReaderAt, from Position, visit func(at Position, k *Kset) error) (LogEnd, error) {
@@ -84,10 +85,10 @@ func (l *Layout) WalkLog(r io.ReaderAt, from Position, visit func(at Position, k
 // The zero value is ready. One goroutine may use it at a time.
 type Walker struct{ w walker }
 
-// WalkTo visits the ksets of [from, to) of a log that is being written, both of
-// which are places that it came through, until visit returns an error. What it
-// cannot get past is damage; it does not look at what lies behind, where somebody
-// may be writing. visit must not keep k or its keys.
+// WalkTo visits the ksets of [from, to), two places that the log came through,
+// until visit returns an error. The log may be written meanwhile. A kset that
+// cannot be used is damage; WalkTo does not look behind it, where somebody may be
+// writing. visit must not keep k or its keys.
 func (x *Walker) WalkTo(l *Layout, r io.ReaderAt, from, to Position, visit func(k *Kset, after Position) error) (*Damage, error) {
 	if from == to {
 		return nil, nil
@@ -115,7 +116,8 @@ func (x *Walker) WalkTo(l *Layout, r io.ReaderAt, from, to Position, visit func(
 	}
 }
 
-// walkOn is WalkLog that goes on behind damage, wherever the log is found to.
+// walkOn is WalkLog that goes on behind damage, wherever the log is found
+// again.
 func (l *Layout) walkOn(r io.ReaderAt, from Position, visit func(at Position, k *Kset) error) {
 	begun := map[Position]bool{}
 	for at := &from; at != nil && !begun[*at]; {
@@ -177,8 +179,8 @@ func (w *walker) run(visit func(at Position, k *Kset) error) (cause, err error) 
 	}
 }
 
-// read decodes the kset at a position. Header and keys are read apart, so
-// that what lies behind the kset cannot make it unreadable.
+// read decodes the kset at a position. Header and keys are read apart: bad
+// memory behind the kset must not make it unreadable.
 func (w *walker) read(at Position) error {
 	if at.Off > SegmentData-KsetHeaderSize {
 		return errKsetRoom
@@ -192,7 +194,7 @@ func (w *walker) read(at Position) error {
 	if err != nil {
 		return err
 	}
-	// Behind all but a LAST there is room for one, even behind a kset of no
+	// There is room for a LAST behind every other kset, even behind one of no
 	// keys, which nobody writes: the next writer counts on it.
 	if le.Uint64(head[16:])&ksetLast == 0 && at.Off+size > SegmentData-KsetHeaderSize {
 		return errKsetRoom
@@ -205,7 +207,8 @@ func (w *walker) read(at Position) error {
 	return DecodeKset(w.buf[:size], &w.kset)
 }
 
-// check says what keeps the decoded kset from being the next of the log.
+// check returns why the decoded kset cannot be the next of the log, nil if
+// it can.
 func (w *walker) check() error {
 	k, segments := &w.kset, uint32(len(w.l.Chain))
 	if k.Seq != 0 && w.seq != 0 && k.Seq != NextSeq(w.seq) {
