@@ -10,13 +10,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A new file gets its name when it has its size and its space, so that a
-// process that is killed on the way leaves nothing that the same command would
-// then stumble over. A file without a name goes with the process. A file system
-// that cannot make one (NFS, FAT; fs/namei.c, vfs_tmpfile, says EOPNOTSUPP)
-// gives it a name of another kind first, which is never taken for a cache.
+// A new file gets its name when it has its size and its space. So if the
+// process is killed before that, the same command works again: a file without a
+// name goes with the process. Some file systems cannot make one (NFS, FAT;
+// fs/namei.c, vfs_tmpfile, says EOPNOTSUPP). There the file has a name of
+// another kind first, which is never taken for a cache.
 
-// unfinished is the end of that name.
+// unfinished is the end of that first name.
 const unfinished = ".unfinished"
 
 // create makes a file of size bytes, all of its space reserved, for this
@@ -41,7 +41,7 @@ func create(path string, size int64) (*os.File, error) {
 		err = name(f, temporary)
 	}
 	if temporary != "" {
-		os.Remove(temporary) // which the name has replaced, or nothing has come of
+		os.Remove(temporary) // it has the other name now, or making the file failed
 	}
 	if err == nil {
 		if err = syncDir(dir); err != nil {
@@ -74,7 +74,7 @@ func name(f *os.File, temporary string) error {
 	if temporary == "" {
 		err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), unix.AT_FDCWD, f.Name(), unix.AT_SYMLINK_FOLLOW)
 	} else {
-		// Not every file system has links, and not every one that has can rename
+		// Some file systems have no links, and some that have them cannot rename
 		// without replacing.
 		err = unix.Renameat2(unix.AT_FDCWD, temporary, unix.AT_FDCWD, f.Name(), unix.RENAME_NOREPLACE)
 		if errors.Is(err, unix.EINVAL) {

@@ -14,8 +14,8 @@ import (
 // to, can be copied at the price of what changes afterwards, and can be given
 // media errors.
 //
-// A store off the 8-byte grid or outside the region panics: whoever makes one
-// has taken an image at its word. Reads outside give ErrRange or io.EOF, as a
+// A store off the 8-byte grid or outside the region panics: its caller has
+// taken an image at its word. Reads outside give ErrRange or io.EOF, as a
 // Region does.
 //
 // All methods may be called from any goroutine. The lock inside orders stores
@@ -34,7 +34,7 @@ type Fake struct {
 }
 
 const (
-	// fakePageSize is what a store takes at least, in bytes, and what the
+	// fakePageSize is the least memory that a store takes, in bytes, and what the
 	// first store to a page costs to copy after Clone.
 	fakePageSize = 4 << 10
 	// fakeChunkPages keeps both the table that Clone copies and the one that
@@ -83,7 +83,7 @@ func (f *Fake) Clone() *Fake {
 	c := NewFake(f.size)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	// From now on every chunk there is belongs to neither.
+	// From now on all chunks belong to neither of the two.
 	f.mu.id = fakeID.Add(1)
 	for i := range f.mu.chunks {
 		if chunk := f.mu.chunks[i].Load(); chunk != nil {
@@ -103,9 +103,9 @@ func (f *Fake) Poison(off, n int64) {
 	f.mu.bad = append(f.mu.bad, badRange{off, off + n})
 }
 
-// Punch makes n bytes at off go away, both multiples of 8: reads are media
-// errors, and so are stores, which get as far as there. So it is with the pages
-// of a mapped file that was truncated.
+// Punch takes n bytes at off away, both multiples of 8: reads are media errors,
+// and so are stores, which store the bytes in front of that place. The pages of
+// a mapped file that was truncated are like that.
 func (f *Fake) Punch(off, n int64) {
 	f.Poison(off, n)
 	f.mu.Lock()
@@ -126,7 +126,7 @@ func (f *Fake) Size() int64 { return f.size }
 // Durable is true: a Fake is like DAX.
 func (f *Fake) Durable() bool { return true }
 
-// Fence does nothing: what is stored is there.
+// Fence does nothing: every store is there at once.
 func (f *Fake) Fence() {}
 
 // Sync does nothing.

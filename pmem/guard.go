@@ -11,7 +11,7 @@ import (
 
 // A signal for a bad address normally ends a Go program. With
 // debug.SetPanicOnFault it becomes a panic of the goroutine that touched the
-// address, whose value tells the address. A guarded function begins with
+// address, with the address in its value. A guarded function begins with
 //
 //	defer r.guard(armGuard(), &err)
 //
@@ -44,7 +44,7 @@ func (r *Region) guard(before bool, err *error) {
 	*err = &FaultError{Path: r.Path(), Off: int64(off), Cause: r.cause(int64(off))}
 }
 
-// cause says what a fault in a file has to do with the file, nil for nothing.
+// cause returns how the file itself caused a fault at off, nil if it did not.
 func (r *Region) cause(off int64) error {
 	if r.kind != File && r.kind != DAXFile {
 		return nil

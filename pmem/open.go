@@ -13,8 +13,8 @@ import (
 	"ublk-pcache/internal/filelock"
 )
 
-// MinSize is the least size in bytes that is opened: no cache is smaller, and
-// a typing error often is.
+// MinSize is the least size of a region in bytes. No cache is smaller, and a
+// size with a typing error often is.
 const MinSize = 512 << 20
 
 // pageSize is the grid that the size of a file must be on, in bytes.
@@ -118,7 +118,7 @@ func (s Spec) openFile(mode Mode) (f *os.File, created bool, err error) {
 func (s Spec) openExisting(mode Mode) (*os.File, error) {
 	f, err := os.OpenFile(s.Path, mode.openFlags()|unix.O_NONBLOCK, 0)
 	if errors.Is(err, unix.ENXIO) && isInDev(s.Path) {
-		return nil, ErrNoDriver // which a dax device that is used as system RAM has not
+		return nil, ErrNoDriver // a dax device that is used as system RAM has none
 	}
 	if err != nil {
 		return nil, plain(err)
@@ -154,9 +154,9 @@ func isInDev(path string) bool {
 	return false
 }
 
-// RefuseVolatile refuses a file, there or to be made, that a power cut or a
-// reboot takes, unless that was said. Open does, too, but what is below an
-// overlay or a loop device may not be seen from where it is called.
+// RefuseVolatile refuses a file, existing or to be made, that a power cut
+// or a reboot takes, unless s.Volatile allows that. Open does so, too, but
+// its caller may not see what is below an overlay or a loop device.
 func (s Spec) RefuseVolatile() error {
 	if err := s.refuseVolatile(); err != nil {
 		return fmt.Errorf("pmem %s: %w", s.Path, err)
@@ -180,10 +180,10 @@ func (s Spec) refuseVolatile() error {
 	return nil
 }
 
-// theKernelsNode returns f, or what is to be used in its place: for a
-// device-dax device the node in /dev that the kernel made for it. A device can
-// have any number of nodes, each of them an inode with a lock of its own, and
-// only one of them is the same for everybody.
+// theKernelsNode returns f, or in its place the node in /dev that the kernel
+// made, if f is a device-dax device. A device can have any number of nodes,
+// each of them an inode with a lock of its own, and only the kernel's is the
+// same for everybody.
 func theKernelsNode(f *os.File, mode Mode) (*os.File, error) {
 	dir, ok := daxDir(f)
 	if !ok {
@@ -193,7 +193,7 @@ func theKernelsNode(f *os.File, mode Mode) (*os.File, error) {
 	if other, err := isOtherNode(f, known); !other {
 		return f, err
 	}
-	// A process that does not do this may hold the lock of this node.
+	// A process that uses f itself may hold the lock of f's node.
 	l, err := lock(f, mode, filelock.Take)
 	if err == nil {
 		l.Close()
@@ -219,7 +219,7 @@ func isOtherNode(f *os.File, path string) (bool, error) {
 	return its.Mode&unix.S_IFMT == unix.S_IFCHR && its.Rdev == mine.Rdev && (its.Dev != mine.Dev || its.Ino != mine.Ino), nil
 }
 
-// claim takes or goes on with the lock of an open file.
+// claim is filelock.Take or filelock.Inherit.
 type claim func(fd int, mode filelock.Mode) (*filelock.Lock, error)
 
 // lock claims f.
@@ -278,7 +278,7 @@ func mapFile(f *os.File, want int64, mode Mode, claim claim) (_ *Region, err err
 	}
 	if r.kind == File {
 		// A process that locks its memory (mlockall with MCL_FUTURE) means its
-		// own, not as much page cache as the file is large.
+		// own memory, not the page cache of the whole file.
 		if err := unix.Munlock(r.mem); err != nil {
 			return nil, fmt.Errorf("unlock the mapping: %w", err)
 		}
@@ -288,8 +288,9 @@ func mapFile(f *os.File, want int64, mode Mode, claim claim) (_ *Region, err err
 }
 
 // sizeOf returns the size of f in bytes, and whether it is a device-dax
-// device. The size of one is in sysfs (drivers/dax/bus.c, 6.12 and 7.3), as
-// is the page size of its mappings, of which it is a multiple.
+// device. Such a device has its size in sysfs, and also the page size of
+// its mappings (drivers/dax/bus.c, 6.12 and 7.3). The size is a multiple of
+// that.
 func sizeOf(f *os.File) (size int64, device bool, err error) {
 	info, err := f.Stat()
 	if err != nil {

@@ -12,32 +12,32 @@ import (
 	"ublk-pcache/internal/mountinfo"
 )
 
-// Persistence is what a power cut leaves of a region. That a region is
-// device-dax, or mapped with MAP_SYNC, says only that stores reach the memory:
-// memory for a special purpose, and the volatile part of a CXL device, are
-// device-dax as well. What kind of memory it is says sysfs, by what the device
-// is a part of.
+// Persistence is what a power cut leaves of a region. Device-dax, and a
+// mapping with MAP_SYNC, mean only that stores reach the memory: memory for a
+// special purpose, and the volatile part of a CXL device, are device-dax as
+// well. Sysfs tells the kind of memory, by what the device is a part of.
 type Persistence string
 
 const (
-	// Persistent is all that was stored and fenced.
+	// Persistent: all that was stored and fenced is left.
 	Persistent Persistence = "persistent"
-	// OnSync is what was synced, of a file on something that persists.
+	// OnSync: all that was synced is left, of a file on something that
+	// persists.
 	OnSync Persistence = "on-sync"
-	// Volatile is nothing.
+	// Volatile: nothing is left.
 	Volatile Persistence = "volatile"
-	// Unknown means that the kernel has only somebody's word.
+	// Unknown: the kernel has only somebody's word.
 	Unknown Persistence = "unknown"
 )
 
 // sysfs is where sysfs is mounted. A variable, for tests.
 var sysfs = "/sys"
 
-// maxDepth is how many disks on top of each other are looked through.
+// maxDepth bounds how many disks on top of each other are looked through.
 const maxDepth = 8
 
-// Persistence returns what a power cut leaves of the region, and why if that is
-// not what is expected of its kind.
+// Persistence returns what a power cut leaves of the region, and a reason if a
+// user may expect something else of its kind.
 func (r *Region) Persistence() (p Persistence, why string) { return r.persistence, r.doubt }
 
 func (r *Region) findPersistence() {
@@ -49,9 +49,9 @@ func (r *Region) findPersistence() {
 	}
 }
 
-// PersistenceOf is Region.Persistence of what is, or would be, at a path: a
-// device-dax device, a block device, or a file or folder, of which it cannot
-// tell whether its file system does DAX.
+// PersistenceOf is Region.Persistence for a path: a device-dax device, a
+// block device, a file, or a folder in which a file would be made. It cannot
+// tell whether a file system does DAX.
 func PersistenceOf(path string) (p Persistence, why string) {
 	return persistenceOfPath(path, maxDepth)
 }
@@ -114,8 +114,8 @@ func persistenceOf(fd, depth int) (Persistence, string) {
 	return OnSync, ""
 }
 
-// overlayPersistence follows an overlay to where it keeps what is written, if
-// that can be seen from here.
+// overlayPersistence follows an overlay to the folder where it keeps what is
+// written, if this process can see that.
 func overlayPersistence(m mountinfo.Mount, depth int) (Persistence, string) {
 	upper := ""
 	for _, option := range strings.Split(m.Options, ",") {
@@ -174,7 +174,7 @@ func diskPersistence(dir string, depth int) (Persistence, string) {
 }
 
 // memoryPersistence goes up from a device in sysfs to the memory that it is a
-// part of, and returns "" if it comes to none. Linux 6.12 and 7.3:
+// part of, and returns "" if there is none. Linux 6.12 and 7.3:
 //
 //	nd_pmem       drivers/nvdimm/region_devs.c: an NVDIMM, a CXL device in mode
 //	              pmem, or what a provider says is one
@@ -182,10 +182,10 @@ func diskPersistence(dir string, depth int) (Persistence, string) {
 //	cxl_region    drivers/cxl/core/region.c, mode_show: ram, pmem
 //	hmem          drivers/dax/hmem: what the firmware has set apart
 //
-// virtio-pmem (drivers/nvdimm/virtio_pmem.c) is a file's pages in the host, which
-// are made durable by a request that a sync makes. e820
-// (drivers/nvdimm/e820.c) is what an old firmware calls persistent, or the
-// kernel's command line (memmap=), mostly of common memory.
+// virtio-pmem (drivers/nvdimm/virtio_pmem.c) is a file's pages in the host; a
+// sync makes the request that makes them durable. e820 (drivers/nvdimm/e820.c) is
+// memory that an old firmware calls persistent, or the kernel's command line
+// (memmap=). It mostly is common memory.
 func memoryPersistence(dir string) (Persistence, string) {
 	for ; len(dir) > len(sysfs); dir = filepath.Dir(dir) {
 		event := readUevent(dir)
@@ -238,7 +238,8 @@ func readLine(path string) string {
 	return strings.TrimSpace(string(text))
 }
 
-// mountOf finds the mount that a file is on, of which all is empty if it cannot.
+// mountOf finds the mount that a file is on. If it cannot, it returns an empty
+// one.
 func mountOf(fd int) (m mountinfo.Mount) {
 	var stat unix.Statx_t
 	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &stat); err != nil || stat.Mask&unix.STATX_MNT_ID == 0 {

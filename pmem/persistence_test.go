@@ -142,8 +142,8 @@ func TestPersistenceOfDisks(t *testing.T) {
 	}
 }
 
-// TestVolatile: what a reboot takes is refused unless that was said, whether it
-// is there or is to be made; and what is refused is not made.
+// TestVolatile: a file that a reboot takes, existing or to be made, is refused
+// unless ",volatile" is given; and a file that is refused is not made.
 func TestVolatile(t *testing.T) {
 	dir := mountTmpfs(t, "600m")
 	path := dir + "/cache"

@@ -3,8 +3,8 @@
 // stored there.
 //
 // A store is made in two steps. WriteAt and Zero put bytes into the memory
-// with stores that bypass the cache; Fence waits until all of those made
-// before, by this thread, have arrived. On DAX that makes them durable; on a
+// with stores that bypass the cache; Fence waits until all stores that this
+// thread made before have arrived. On DAX that makes them durable; on a
 // plain file it takes Sync as well, since the mapping is the page cache.
 //
 // # Why stores that bypass the cache
@@ -25,13 +25,14 @@
 //
 // Memory that lost its content answers with a signal: SIGBUS, in whatever
 // instruction touched it. The same happens in a file that was truncated, or
-// has a hole for which its file system finds no space. It must cost the
-// request and not the server, so accesses go through ReadAt, WriteAt and
-// Zero, which turn the signal into a *FaultError. The price is 15 ns.
+// has a hole for which its file system finds no space. Such a fault must
+// cost the request and not the server, so accesses go through ReadAt,
+// WriteAt and Zero, which turn the signal into a *FaultError. The price is
+// 15 ns.
 //
 // A store to a page that is not there faults at once, non-temporal or not. A
-// store to poisoned memory need not: it mends the line or is lost, as the
-// hardware likes, and only a read tells.
+// store to poisoned memory may not fault: it mends the line or is lost, as
+// the hardware likes, and only a read tells which.
 //
 // # Mapping
 //
@@ -39,8 +40,9 @@
 // and device-dax needs one fault per 2 MiB anyway. The kernel places DAX
 // mappings on 2 MiB boundaries by itself, so huge pages need no help.
 //
-// A Region may be used by any number of goroutines at a time, Close apart;
-// whoever writes and reads the same bytes at once gets either.
+// Any number of goroutines may use a Region at a time, but not while one
+// calls Close. A read of bytes that another goroutine is storing gets old
+// or new ones.
 package pmem
 
 import (
@@ -84,9 +86,9 @@ type Region struct {
 }
 
 // Heap returns a region of size bytes, a multiple of 8, on the Go heap. The
-// race detector follows accesses to it, as it does not for a mapping; they are
-// the same otherwise. A large one is on huge pages, if there are any, as a
-// device-dax is.
+// race detector follows accesses to it, which it does not do for a mapping;
+// otherwise the two are the same. A large region is on huge pages, if there
+// are any, as a device-dax device is.
 func Heap(size int64) *Region {
 	mem := make([]byte, size)
 	if size >= hugeHeap {
@@ -95,8 +97,8 @@ func Heap(size int64) *Region {
 	return &Region{mem: mem, kind: HeapMemory, persistence: Volatile, doubt: "it is on the heap"}
 }
 
-// hugeHeap is from how many bytes on a region on the heap is on huge pages. A smaller one
-// is a test's, which touches little of it.
+// hugeHeap is the least size in bytes of a region on the heap that is on huge pages. A
+// smaller one is a test's, which touches little of it.
 const hugeHeap = 1 << 30
 
 // Size returns the usable size in bytes.
@@ -105,7 +107,8 @@ func (r *Region) Size() int64 { return int64(len(r.mem)) }
 // Kind returns what the region is made of.
 func (r *Region) Kind() Kind { return r.kind }
 
-// Durable reports whether Fence is all it takes to survive a power cut.
+// Durable reports whether a Fence, without a Sync, makes stores survive a
+// power cut.
 func (r *Region) Durable() bool { return r.kind == DevDax || r.kind == DAXFile }
 
 // Path returns the name the region was opened by, empty for HeapMemory.
@@ -116,7 +119,8 @@ func (r *Region) Path() string {
 	return r.file.Name()
 }
 
-// File is what the region is mapped from, for a process that is to Inherit it.
+// File is the file that the region is mapped from, for a process that is to
+// Inherit it.
 func (r *Region) File() *os.File { return r.file }
 
 // ReadAt copies from the region; any offset and length, in bytes. It is an
@@ -134,9 +138,9 @@ func (r *Region) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, err
 }
 
-// ReadEach does what ReadAt does for each of the buffers, from its offset, in order, with
-// one guard for all of them, and returns how many it has read, whole: all before the one
-// that an error is of.
+// ReadEach fills each of the buffers in order, from its own offset, as ReadAt does, with
+// one guard for all of them. It returns how many of them it has filled: if there is an
+// error, it is about the next one.
 func (r *Region) ReadEach(bufs [][]byte, offs []int64) (n int, err error) {
 	defer r.guard(armGuard(), &err)
 	for i, p := range bufs {
@@ -150,8 +154,8 @@ func (r *Region) ReadEach(bufs [][]byte, offs []int64) (n int, err error) {
 	return n, nil
 }
 
-// WriteAt copies p into the region. off and len(p) are multiples of 8. What
-// it wrote is in order with other stores, and durable, only after Fence (and
+// WriteAt copies p into the region. off and len(p) are multiples of 8. The
+// bytes are in order with other stores, and durable, only after Fence (and
 // Sync). After a *FaultError any part of p may have been written.
 func (r *Region) WriteAt(p []byte, off int64) (n int, err error) {
 	if err := r.writable(off, int64(len(p))); err != nil {
@@ -186,12 +190,12 @@ func (r *Region) Zero(off, n int64) (err error) {
 	return nil
 }
 
-// Fence returns when what the calling thread wrote before has left the CPU:
-// for good if the region is Durable.
+// Fence returns when all stores that the calling thread made before have
+// left the CPU. If the region is Durable, they are durable then.
 func (r *Region) Fence() { fence() }
 
-// Sync makes everything written before durable. It has nothing to do unless
-// the region is a File; then it takes as long as the disk does.
+// Sync makes all stores before it durable. For a File it takes as long as
+// the disk does; for others it has nothing to do.
 func (r *Region) Sync() error {
 	if r.kind != File {
 		return nil

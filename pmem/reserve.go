@@ -7,13 +7,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A file with holes gets its blocks when they are stored to, in a fault; if
-// there are none the store is a fault like one of bad memory. So whoever is going
-// to store reserves them first, as Open does for a file that it makes.
+// A file with holes gets its blocks when they are stored to, in a fault; if there
+// are none, the store is a fault like one of bad memory. So the blocks are
+// reserved before anything is stored, as Open does for a file that it makes.
 //
-// It is no promise where stores go elsewhere than the data they replace: btrfs
-// (unless the file is NOCOW), ZFS, bcachefs, and on XFS a file that shares blocks
-// with a copy of it.
+// That promises nothing on a file system that stores new data elsewhere than the
+// data it replaces: btrfs (unless the file is NOCOW), ZFS, bcachefs, and on XFS a
+// file that shares blocks with a copy of it.
 
 // Reserve gives the holes of a file their blocks; what the region holds stays as
 // it is. If there are too few, nothing has changed.
@@ -34,7 +34,7 @@ func (r *Region) reserve() error {
 	if err := errors.Join(unix.Fstat(fd, &stat), unix.Fstatfs(fd, &fs)); err != nil {
 		return fmt.Errorf("stat: %w", err)
 	}
-	// What is compressed has fewer blocks, and what is reserved has blocks under
+	// A compressed file has fewer blocks, and a reserved one has blocks under
 	// its holes.
 	holes := r.holes()
 	missing := int64(0)
@@ -43,7 +43,8 @@ func (r *Region) reserve() error {
 	}
 	unallocated := size - stat.Blocks*512
 	missing = min(missing, unallocated)
-	// A fallocate that fails may keep what it has got, which can be all there is.
+	// A fallocate that fails may keep the blocks it has got, which can be all
+	// there are.
 	if free := int64(fs.Bfree) * fs.Bsize; missing > free {
 		return fmt.Errorf("%w: %d bytes of it are holes, and its file system has %d to spare (make room, or give another file)", ErrNoSpace, missing, free)
 	}

@@ -68,8 +68,8 @@ func TestReserve(t *testing.T) {
 	}
 }
 
-// TestReserveWithoutRoom: a file system that has not enough is left what it has,
-// and a store that finds none says so.
+// TestReserveWithoutRoom: a file system that has too few blocks keeps those it
+// has, and a store that finds none says so.
 func TestReserveWithoutRoom(t *testing.T) {
 	dir := mountTmpfs(t, "16m")
 	path, data := sparse(t, dir)

@@ -12,40 +12,40 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// After a sync that failed, the page cache and the file are not the same any more.
-// The kernel has reported the error, once to each open file, and has taken the
-// pages for written (lib/errseq.c, mm/filemap.c, 7.3). A later sync leaves them
-// out and succeeds. A process that opens the file later is told nothing, and reads
-// what was stored, until memory is short and it reads what the file has.
+// After a sync that failed, the page cache and the file differ. The kernel has
+// reported the error, once to each open file, and has taken the pages for written
+// (lib/errseq.c, mm/filemap.c, 7.3). A later sync leaves them out and succeeds. A
+// process that opens the file later is told nothing. It reads what was stored,
+// until memory is short; then it reads what the file has.
 //
 // The obvious way to mend that is to store the pages again, as they are, so that
-// they count as changed. That is enough for most file systems. ext4 remembers with
-// the page that its block has been written, also where that went wrong while the
-// block was one of a new file that has never been (fs/ext4/page-io.c,
-// ext4_end_io_end: "failed to convert unwritten extents", 7.3). Whatever is stored
-// to such a page afterwards is written, synced, and zeros when it is read again.
-// So pages are written past the page cache, which drops them, and all others are
-// dropped as well.
+// they count as changed. That is enough for most file systems. But ext4 remembers
+// with the page that its block has been written. It does so even if the write
+// failed and the block, of a new file, has never been written (fs/ext4/page-io.c,
+// ext4_end_io_end: "failed to convert unwritten extents", 7.3). Later stores to
+// such a page are written and synced, and yet the page reads as zeros afterwards.
+// So these pages are written past the page cache, which drops them there, and all
+// others are dropped as well.
 //
-// The page cache keeps several pages in one folio, and drops them together, those
-// that are not written yet, too. So what is to be kept of a folio is copied before
-// any of it is written.
+// The page cache keeps several pages in one folio, and drops them together, also
+// those that are not written yet. So all pages of a folio that are to be kept are
+// copied before one of them is written.
 
-// folioPages is how many pages a folio has at most, where pages have 4 KiB. It
-// begins at a multiple of its size (include/linux/pagemap.h, MAX_PAGECACHE_ORDER,
-// 7.3).
+// folioPages is the largest number of pages in a folio, where pages have 4 KiB. A
+// folio begins at a multiple of its size (include/linux/pagemap.h,
+// MAX_PAGECACHE_ORDER, 7.3).
 const folioPages = 512
 
-// Settle makes a region of kind File one like that no sync of which has ever
-// failed: the ranges, offsets and lengths in bytes, are durable as they are, and
-// elsewhere the region shows what the file has. Nobody may use it meanwhile. What
-// cannot be read stays so. After an error the ranges are as they were.
+// Settle makes a region of kind File as if no sync of it had ever failed: the
+// ranges, offsets and lengths in bytes, are durable as they are, and elsewhere
+// the region shows what the file has. Nobody may use it meanwhile. Bytes that
+// cannot be read stay so. After an error the ranges are as they were.
 func (r *Region) Settle(ranges iter.Seq2[int64, int64]) error {
 	if r.kind != File {
 		return nil
 	}
-	// An error that nobody has been told of is told to whoever opens the file
-	// next. It is about what is settled here.
+	// The kernel tells an error that nobody has been told yet to the next
+	// process that opens the file. It is about what is settled here.
 	_ = r.Sync()
 	s := settling{r: r, window: folioPages * int64(unix.Getpagesize())}
 	if err := s.rewrite(r.pages(ranges)); err != nil {
@@ -54,7 +54,7 @@ func (r *Region) Settle(ranges iter.Seq2[int64, int64]) error {
 	if err := r.Sync(); err != nil {
 		return err
 	}
-	// What is mapped is not dropped.
+	// Pages that are mapped are not dropped.
 	if err := unix.Madvise(r.mem, unix.MADV_DONTNEED); err != nil {
 		return fmt.Errorf("settle %s: unmap its pages: %w", r.Path(), err)
 	}
@@ -81,7 +81,7 @@ type settling struct {
 	direct bool     // the file can be written past the page cache
 	window int64    // bytes that no folio leaves
 	buf    []byte   // of a window, on a page
-	copied []extent // that are in buf
+	copied []extent // the extents in buf
 }
 
 func (s *settling) rewrite(list []extent) (err error) {
@@ -122,7 +122,7 @@ func (s *settling) in(e extent) []byte {
 	return s.buf[at : at+e.end-e.off]
 }
 
-// copy takes what can be read.
+// copy copies the pages that can be read.
 func (s *settling) copy(e extent) {
 	if _, err := s.r.ReadAt(s.in(e), e.off); err == nil {
 		s.copied = append(s.copied, e)
@@ -136,7 +136,7 @@ func (s *settling) copy(e extent) {
 	}
 }
 
-// store stores once more what was copied.
+// store stores the copied pages once more.
 func (s *settling) store() error {
 	for _, e := range s.copied {
 		if s.direct {
@@ -144,7 +144,7 @@ func (s *settling) store() error {
 			if err == nil {
 				continue
 			}
-			// The pages have gone from the page cache before that was known.
+			// The page cache may have dropped the pages before the write failed.
 			for _, e := range s.copied {
 				if _, stored := s.r.WriteAt(s.in(e), e.off); stored != nil {
 					return errors.Join(err, stored)
@@ -153,7 +153,7 @@ func (s *settling) store() error {
 			if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EOPNOTSUPP) {
 				return err
 			}
-			s.direct = false // its blocks are larger, or it has refused in its own way
+			s.direct = false // the file's blocks are larger, or its file system refuses
 		}
 		for page := e.off; page < e.end; page += pageSize {
 			if err := s.r.touch(page); err != nil {
@@ -176,7 +176,7 @@ func (s *settling) write(p []byte, off int64) error {
 	return nil
 }
 
-// touch makes the next sync write a page as it is.
+// touch makes the next sync write a page, which stays as it is.
 func (r *Region) touch(page int64) (err error) {
 	defer r.guard(armGuard(), &err)
 	atomic.AddUint64((*uint64)(unsafe.Pointer(&r.mem[page])), 0)

@@ -30,9 +30,9 @@ func resident(t *testing.T, f *os.File, size int) (n int) {
 	return n
 }
 
-// TestSettle: what was stored stays as it was, in ranges that are settled and
-// elsewhere, and the file has it. Pages of a file system that has a disk are gone
-// from the page cache.
+// TestSettle: all stores stay as they were, in ranges that are settled and
+// elsewhere, and the file has them. If the file system has a disk, the page
+// cache has no page of the file any more.
 func TestSettle(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "cache")
 	r, err := Open(path+",size=512M,volatile", ReadWrite)

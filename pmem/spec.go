@@ -6,15 +6,16 @@ import (
 	"strings"
 )
 
-// Spec is what a user says of a region.
+// Spec is a region as a user names it.
 type Spec struct {
 	Path     string
-	Size     int64 // in bytes: a file that is missing is made, one that is there must have it; 0 for as it is
-	Volatile bool  // may be where a power cut or a reboot takes all of it
+	Size     int64 // in bytes: a missing file is made of this size, an existing one must have it; 0 for any
+	Volatile bool  // the region may be lost in a power cut or a reboot
 }
 
 // ParseSpec reads PATH[,size=SIZE][,volatile], the options in any order. A path
-// may have commas: what is not an option, or is one again, belongs to it.
+// may have commas: text that is no option, or the same option again, belongs to
+// it.
 func ParseSpec(text string) (Spec, error) {
 	s := Spec{Path: text}
 	for {

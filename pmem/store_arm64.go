@@ -6,8 +6,9 @@ import (
 	"golang.org/x/sys/cpu"
 )
 
-// lineSize is how far apart the cache lines to clean are, in bytes.
-// CTR_EL0.DminLine, bits 16 to 19, is its logarithm in 4-byte words.
+// lineSize is the size of the smallest cache line in bytes, the step from
+// one line to clean to the next. CTR_EL0.DminLine, bits 16 to 19, is its
+// logarithm in 4-byte words.
 var lineSize = uintptr(4) << (cacheType() >> 16 & 0xF)
 
 // store copies n bytes to dst and cleans the lines they are in. The copy
@@ -25,8 +26,8 @@ func storeZero(dst unsafe.Pointer, n uintptr) {
 
 // clean starts writing back the lines of n bytes at p, to the point of
 // persistence. A CPU before ARMv8.2 does not know that point and has no
-// persistent memory; cleaning to the point of coherency keeps it working on
-// files.
+// persistent memory; there, cleaning to the point of coherency is enough
+// for files.
 func clean(p unsafe.Pointer, n uintptr) {
 	start := uintptr(p) &^ (lineSize - 1)
 	end := uintptr(p) + n
