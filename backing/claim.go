@@ -9,19 +9,19 @@ import (
 )
 
 // A disk that belongs to a cache, and that no server has open, is open to all: a
-// file system on it mounts, by its label too, and lacks what is in the cache
-// alone. Claim keeps others from it without a process: a loop device has it
-// open exclusively. That device begins where the disk ends, so it has size 0,
-// and nobody finds anything in it (drivers/block/loop.c: "offset is beyond
+// file system on it mounts, by its label too, and lacks the data that only the
+// cache has. Claim keeps others from it without a process: a loop device has it
+// open exclusively. That loop device begins where the disk ends, so it has size
+// 0, and nobody finds anything in it (drivers/block/loop.c: "offset is beyond
 // i_size, weird but possible").
 
-// claimName is what a claim has for the name of its file. losetup shows the
-// path of the disk, which the kernel knows.
+// claimName is the file name in the loop device of a claim. losetup shows
+// the path of the disk all the same, which the kernel knows.
 const claimName = "ublk-pcache"
 
-// Claim keeps everybody but Open from a block device, until Open opens it. A
-// device that somebody has claimed already, one that is not there, and a file
-// are left as they are.
+// Claim keeps everybody but Open from a block device, until Open opens it. It
+// leaves a device that somebody has claimed already, one that does not exist,
+// and a file as they are.
 func Claim(path string) error {
 	if err := claim(path); err != nil && !errors.Is(err, unix.EBUSY) {
 		return fmt.Errorf("claim %s: %w", path, err)
@@ -29,7 +29,8 @@ func Claim(path string) error {
 	return nil
 }
 
-// claim is Claim with EBUSY for what somebody has open exclusively.
+// claim is Claim, but returns EBUSY for a device that somebody has open
+// exclusively.
 func claim(path string) error {
 	var st unix.Stat_t
 	err := unix.Stat(path, &st)
@@ -79,7 +80,7 @@ func giveToLoop(fd int) error {
 }
 
 // unclaim takes back the claim to a block device, and reports whether there was one.
-// The kernel lets go of it when the last who has the loop device open closes it. It
+// The kernel lets go of it when nobody has the loop device open any more. unclaim
 // does not ask a loop device that has a size: its file may be on a file system that
 // does not answer.
 func unclaim(path string) (was bool) {

@@ -1,12 +1,12 @@
 // Package backing is the slow device behind the cache: a block device, or a
 // plain file in its place. Reads, writes, zeroing and flushes are asynchronous
 // and end in a callback; see lane for how. A thread with a ring of its own reads
-// there, see Reader, so a read somebody waits for is never queued behind
+// there, see Reader, so no read that somebody waits for is queued behind
 // write-back.
 //
 // The device is opened exclusively and, where it can be, without the page cache:
-// the cache in front of it is persistent memory, a second one in DRAM would only
-// make flushes slow and errors late.
+// the cache in front of it is persistent memory, and a second one in DRAM would
+// only make flushes slow and errors late.
 package backing
 
 import (
@@ -21,7 +21,8 @@ import (
 	"ublk-pcache/internal/filelock"
 )
 
-// fileBlock is the block size of a plain file, as of the disks it stands for.
+// fileBlock is the block size of a plain file in bytes, that of the disks it
+// stands for.
 const fileBlock = 512
 
 // Device is an open backing device. Its methods may be called from any
@@ -29,10 +30,11 @@ const fileBlock = 512
 //
 // The four operations return at once and do not allocate. done is called
 // exactly once, on a thread of this package that has other work to do: it must
-// not block, and may submit. Its error is nil when all of it was done, and
-// otherwise wraps a syscall.Errno. After a failed write or zeroing the content
-// of its range is unknown, after a failed flush that of everything changed since
-// the last good one. Operations in flight have no order among each other.
+// not block, and may submit. Its error is nil when the whole operation was done,
+// and otherwise wraps a syscall.Errno. After a failed write or zeroing the
+// content of its range is unknown; after a failed flush, the content of
+// everything that was changed since the last good one. Operations in flight have
+// no order among each other.
 //
 // Offsets, lengths and the addresses of buffers are multiples of BlockSize.
 // Buffers come from uring.AlignedBuffer or another mapping, never from the Go
@@ -44,9 +46,9 @@ type Device struct {
 	blockSize int
 	serial    string
 	cheap     bool // see ZeroesCheaply
-	inherited bool // fd is open from the beginning, with its flags
+	inherited bool // fd came from another process, open and with its flags
 	block     bool // a block device, not a file
-	claimed   bool // for the cache, until it was opened, see Claim
+	claimed   bool // it had a Claim, which Open has taken back
 
 	lock *filelock.Lock // of a file
 
@@ -69,8 +71,8 @@ func Open(path string) (*Device, error) {
 	return d, nil
 }
 
-// Inherit opens a device again by what another process has it open with, and
-// shares that process's claim to it.
+// Inherit opens a device by a descriptor of another process that has it
+// open, and shares that process's claim to it.
 func Inherit(f *os.File) (*Device, error) {
 	d := &Device{path: f.Name(), fd: -1, inherited: true}
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
@@ -85,8 +87,8 @@ func Inherit(f *os.File) (*Device, error) {
 	return d, nil
 }
 
-// File is what the device is open with, for a process that is to Inherit it.
-// It is the caller's to close.
+// File returns a copy of the device's descriptor, for a process that is to
+// Inherit it. The caller closes it.
 func (d *Device) File() (*os.File, error) {
 	fd, err := unix.FcntlInt(uintptr(d.fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
@@ -152,15 +154,15 @@ func (d *Device) openDescriptor(flags int) (err error) {
 	return err
 }
 
-// stillHeld is how long the kernel may take to let go of what was closed. A
-// request of a ring that a worker of the kernel has carried out (fallocate, say)
-// holds its file until that worker is done with it, and if the ring was closed
-// meanwhile, until the kernel has cleaned that up: some time after the answer
-// (io_uring/io_uring.c, io_wq_free_work and io_ring_exit_work, 7.3).
+// stillHeld is how long the kernel may take to let go of a file that was closed.
+// A request of a ring that a worker of the kernel has carried out (fallocate,
+// say) holds its file until that worker is done with it, and if the ring was
+// closed meanwhile, until the kernel has cleaned that up: some time after the
+// answer (io_uring/io_uring.c, io_wq_free_work and io_ring_exit_work, 7.3).
 const stillHeld = time.Second
 
-// onceFree calls claim until it gives another error than busy, but not for longer
-// than somebody may hold the device who has closed it.
+// onceFree calls claim until it returns something else than busy, for stillHeld
+// at most.
 func onceFree(busy error, claim func() error) error {
 	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
 		if err := claim(); !errors.Is(err, busy) || time.Since(begin) > stillHeld {
@@ -239,13 +241,13 @@ func (d *Device) openFile() error {
 
 // chooseDirect switches the file to O_DIRECT if it can do that in units of
 // fileBlock, and otherwise away from it. Buffers lie on its multiples, too. A
-// larger unit never becomes the block size: a cache may hold writes of fileBlock
-// bytes for this file.
+// larger unit must not become the block size: a cache may hold writes of
+// fileBlock bytes for this file.
 //
 // Only the kernel knows (statx(2), STATX_DIOALIGN, since 6.1), and not on all
-// file systems. A read proves nothing: one of a hole does not reach the disk,
-// and one of data only the disk that it is on. So a file system that does not say
-// goes through the page cache, which takes every unit.
+// file systems. A read proves nothing: a read of a hole does not reach the disk,
+// and a read of data only reaches the one disk that it is on. So a file system
+// that does not say goes through the page cache, which takes every unit.
 //
 // An inherited descriptor has the flags that another version chose.
 func (d *Device) chooseDirect() error {
@@ -261,7 +263,7 @@ func (d *Device) chooseDirect() error {
 	return err
 }
 
-// Path is what was given to Open.
+// Path is the path that was given to Open.
 func (d *Device) Path() string { return d.path }
 
 // Size is in bytes, a multiple of BlockSize.
@@ -271,8 +273,8 @@ func (d *Device) Size() int64 { return d.size }
 // or 4096 on common devices, 512 for a file.
 func (d *Device) BlockSize() int { return d.blockSize }
 
-// Serial is what the device's maker calls it: its world-wide name or serial
-// number, with "-partN" for a partition. It is empty for a device without one,
+// Serial is the world-wide name or serial number that the device has from its
+// maker, with "-partN" for a partition. It is empty for a device without one,
 // and for a file.
 func (d *Device) Serial() string { return d.serial }
 
@@ -290,20 +292,20 @@ func (d *Device) Write(buf []byte, off int64, done func(error)) {
 	d.lane.submit(op{kind: OpWrite, buf: buf, off: off, done: done})
 }
 
-// Flush makes durable what was written by operations that had finished when
-// it was called.
+// Flush makes durable the writes and zeroing that had finished when it was
+// called.
 func (d *Device) Flush(done func(error)) {
 	d.lane.submit(op{kind: OpFlush, done: done})
 }
 
-// Zero makes n bytes at off read as zeros, and cost no space where the device
+// Zero makes n bytes at off read as zeros, and take no space where the device
 // can do that. It works on every device, and is durable only after a Flush.
 func (d *Device) Zero(off, n int64, done func(error)) {
 	d.lane.submit(op{kind: OpZero, off: off, n: n, done: done})
 }
 
-// Waiting is how long the device has owed an answer to the oldest operation that
-// it was given, 0 if there is none.
+// Waiting is the age of the oldest operation that the device was given and has
+// not answered, 0 if there is none.
 func (d *Device) Waiting() time.Duration {
 	longest := d.lane.waiting()
 	d.readers.Lock()
@@ -315,8 +317,9 @@ func (d *Device) Waiting() time.Duration {
 }
 
 // Close waits for all operations but those of Readers, whose threads may have
-// gone, and gives the device back. If some of those are under way, as Waiting
-// tells, the kernel holds it until they end. Nothing may be submitted any more.
+// gone, and gives the device back. If operations of Readers are under way, as
+// Waiting tells, the kernel holds the device until they end. Nothing may be
+// submitted any more.
 func (d *Device) Close() error {
 	d.lane.close()
 	if err := d.release(); err != nil {
@@ -325,8 +328,8 @@ func (d *Device) Close() error {
 	return nil
 }
 
-// PutBack is Close for a device whose cache still has what it lacks: if it was
-// claimed, it is so again.
+// PutBack is Close for a device whose cache still has dirty data: if the
+// device was claimed before Open, it is claimed again.
 func (d *Device) PutBack() error {
 	return errors.Join(d.Close(), d.claimAgain())
 }
@@ -341,7 +344,7 @@ func (d *Device) claimAgain() error {
 	return nil
 }
 
-// release gives back as much as was taken.
+// release gives back all that was taken so far.
 func (d *Device) release() error {
 	if d.lock != nil {
 		d.lock.Close()

@@ -9,9 +9,9 @@ import (
 	"time"
 )
 
-// Fake is a disk in the Go heap, with the methods of Device, for testing what
-// is built on one: the race detector sees its memory, and it can be told to
-// misbehave. It behaves as badly as a real disk may:
+// Fake is a disk in the Go heap, with the methods of Device, for tests of
+// code that uses one: the race detector sees its memory, and it can be told
+// to misbehave. It behaves as badly as a real disk may:
 //
 //   - Operations in flight finish in any order, on a goroutine of its own.
 //   - Writes and zeroing go to a volatile cache. Reads see them, but only a flush makes
@@ -44,14 +44,14 @@ type Fake struct {
 	}
 }
 
-// Op is what a script gets to see of an operation.
+// Op is an operation, as a script sees it.
 type Op struct {
 	Kind Kind
 	Off  int64 // bytes
 	Len  int64 // bytes; 0 for a flush
 }
 
-// Fault is what happens to one operation; the zero value is nothing.
+// Fault is what happens to one operation; the zero value is no fault.
 type Fault struct {
 	Err   error // fails with this; should wrap a syscall.Errno
 	Delay time.Duration
@@ -76,7 +76,8 @@ type fakeOp struct {
 }
 
 // NewFake makes a disk of zeroes. size is in bytes, a multiple of blockSize.
-// The seed decides what is random; the scheduling of goroutines is as well.
+// The seed decides all that is random, except for the scheduling of
+// goroutines.
 func NewFake(size int64, blockSize int, seed uint64) *Fake {
 	f := &Fake{size: size, blockSize: blockSize, ended: make(chan struct{})}
 	f.mu.changed = sync.NewCond(&f.mu)
@@ -94,9 +95,9 @@ func (f *Fake) Size() int64 { return f.size }
 // BlockSize is in bytes.
 func (f *Fake) BlockSize() int { return f.blockSize }
 
-// Script sets what decides on the fate of each operation, when it is submitted;
-// nil lets all succeed. It is called with the Fake's lock held and must not use
-// the Fake.
+// Script sets the function that decides on the fate of each operation when it
+// is submitted; nil lets all succeed. It is called with the Fake's lock held
+// and must not use the Fake.
 func (f *Fake) Script(script func(Op) Fault) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -179,8 +180,8 @@ func (f *Fake) Counters() Counters {
 	return f.mu.counters
 }
 
-// Close releases what is held and waits for all operations. Nothing may be
-// submitted any more.
+// Close releases all held operations and waits for all operations. Nothing
+// may be submitted any more.
 func (f *Fake) Close() error {
 	f.Release()
 	f.mu.Lock()
@@ -191,7 +192,7 @@ func (f *Fake) Close() error {
 	return nil
 }
 
-// ReadAt reads what reads see, without being an operation.
+// ReadAt reads the content that a Read sees, without being an operation.
 func (f *Fake) ReadAt(p []byte, off int64) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -202,7 +203,8 @@ func (f *Fake) ReadAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
-// WriteAt sets the disk's content, stable, without being an operation.
+// WriteAt sets the disk's content and makes it stable, without being an
+// operation.
 func (f *Fake) WriteAt(p []byte, off int64) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -215,8 +217,8 @@ func (f *Fake) WriteAt(p []byte, off int64) (int, error) {
 }
 
 // Crash returns the disk as it could be found after a power cut at this
-// moment. The original goes on as if nothing had happened. Writes and zeroing in
-// flight may have got there, too, block by block.
+// moment. The original goes on as if nothing had happened. Each block of writes
+// and zeroing in flight may be there, too.
 func (f *Fake) Crash() *Fake {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -239,7 +241,8 @@ func (f *Fake) Crash() *Fake {
 	return after
 }
 
-// someBlocksLocked copies each block of each extent to where it belongs, or not.
+// someBlocksLocked copies some of the blocks of each extent to where they
+// belong, chosen at random.
 func (f *Fake) someBlocksLocked(from []extent, to []byte) {
 	for _, e := range from {
 		for at := 0; at < len(e.data); at += f.blockSize {

@@ -10,12 +10,12 @@ import (
 )
 
 // flight is the operations that the device has on one ring. Invariant: a slot is
-// free or has one operation, from start until done is called. It belongs to the
-// ring's thread, but for waiting.
+// free or has one operation, from start until done is called. Only the ring's
+// thread uses it, but any may call waiting.
 type flight struct {
 	fd    int
 	path  string // for errors
-	block bool   // the device is one, not a file
+	block bool   // a block device, not a file
 
 	// entry returns the ring's entry for the operation in a slot. There is one for
 	// each slot, and a slot is issued at most once between two entries into the
@@ -121,8 +121,8 @@ func (f *flight) complete(i uint32, res int32) {
 // epoch is before any operation, on a clock that nobody sets.
 var epoch = time.Now()
 
-// waiting returns how long the device has owed an answer to the oldest operation
-// with a slot; what waits for one is younger. Any goroutine.
+// waiting returns the age of the oldest operation with a slot; those that wait
+// for a slot are younger. Any goroutine may call it.
 func (f *flight) waiting() (longest time.Duration) {
 	for i := range f.since {
 		if at := f.since[i].Load(); at != 0 {

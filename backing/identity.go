@@ -10,10 +10,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What a device is known by begins with one of these where it is not a serial
-// number: the number of its partition; the number of a file, in a file system;
-// the number of the partition table that is on it. The last one is not the
-// device's own: who uses the device through a cache may replace it.
+// An identity that is not a serial number begins with one of these: the number
+// of its partition; the number of a file, in a file system; the number of the
+// partition table that is on it. The last one is not the device's own: users
+// of the device may replace it through a cache.
 const (
 	partitionPrefix = "partuuid:"
 	filePrefix      = "file:"
@@ -21,8 +21,8 @@ const (
 )
 
 // Identity tells the device from all others, across reboots and renaming: it is
-// the Serial where there is one, and otherwise what else there is. It is empty
-// where there is nothing. It may read the device.
+// the Serial if there is one, and otherwise a name with one of the prefixes
+// above. It is empty if there is neither. Identity may read the device.
 func (d *Device) Identity() string {
 	if !d.block {
 		return fileIdentity(d.fd)
@@ -53,8 +53,8 @@ func kind(identity string) string {
 	return ""
 }
 
-// OnDevice reports whether an identity lies on the device itself, where it may be
-// replaced through a cache.
+// OnDevice reports whether an identity is stored on the device itself, where it
+// may be replaced through a cache.
 func OnDevice(identity string) bool { return kind(identity) == tablePrefix }
 
 // IsFile tells whether an identity is a file's. A loop device on that file has it, too.
@@ -80,9 +80,9 @@ func (d disk) identity() string {
 	return table.disk
 }
 
-// loopIdentity is that of the file at path, and which part of it the device is.
-// A server's mount namespace may not have the file any more, as that of the first
-// process has.
+// loopIdentity is the identity of the file at path, and the part of it that the
+// device is. The file may be missing in a server's mount namespace, and visible
+// in that of the first process.
 func (d disk) loopIdentity(path string) string {
 	for _, root := range []string{"", "/proc/1/root"} {
 		fd, err := unix.Open(root+path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
@@ -122,7 +122,7 @@ func (d disk) table() (table, error) {
 // nodes is where devices have their nodes. A variable, for tests.
 var nodes = "/dev"
 
-// node is the device node of a folder in sysfs.
+// node returns the device node that belongs to a folder in sysfs.
 func node(dir string) (string, error) {
 	path := filepath.Join(nodes, strings.ReplaceAll(filepath.Base(dir), "!", "/"))
 	var st unix.Stat_t
@@ -142,9 +142,9 @@ const (
 	fsIocGetVersion = 0x80087601 // i_generation, of which it writes an int
 )
 
-// fileIdentity is that of a regular file: a copy of it has another one. A file
-// system that numbers its inodes anew with each mount has no generation of them
-// either, and so no file of it has an identity.
+// fileIdentity is the identity of a regular file; a copy of the file has
+// another one. A file system that numbers its inodes anew with each mount has
+// no generation of them either, so its files have no identity.
 func fileIdentity(fd int) string {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
@@ -206,9 +206,10 @@ func Find(identity string) (string, error) {
 	return "", fmt.Errorf("%w %q: %s", ErrAmbiguous, identity, strings.Join(found, ", "))
 }
 
-// mayBe tells without reading the disk. Those that are not looked for need not
-// answer, above all not the devices of this program, whose server may be dead,
-// and what is built on them.
+// mayBe reports whether a disk can have an identity, without reading the disk.
+// The other disks are not read, since they may never answer: above all the
+// devices of this program, whose server may be dead, and devices that are
+// built on them.
 func (d disk) mayBe(identity string) bool {
 	if strings.HasPrefix(filepath.Base(d.whole), "ublkb") {
 		return false

@@ -18,26 +18,26 @@ import (
 // Any goroutine may submit. The obvious way is a lock around the submission
 // queue, the submitter entering the kernel itself, and one goroutine waiting
 // for completions. But io_uring finishes an operation in the context of the
-// task that submitted it: a completion would interrupt the submitter, in our
-// case most often a queue thread asleep in its own ring, only to let it do
-// the bookkeeping for a ring that is none of its business, and the waiting
-// goroutine would hear of it after that. So submitters hand over instead: they
-// append to the queue, and one thread submits, waits and reaps, in the same
-// system call, on a ring that no other thread enters. A batch handed over
-// while it is busy costs it one system call, and its submitters none.
+// task that submitted it. A completion would interrupt the submitter, here
+// mostly a queue thread asleep in its own ring, only to let it do the
+// bookkeeping of another ring; the waiting goroutine would hear of it after
+// that. So submitters hand over instead: they append to the queue, and one
+// thread submits, waits and reaps, in the same system call, on a ring that no
+// other thread enters. A batch that is handed over while the thread is busy
+// costs the thread one system call, and the submitters none.
 //
 // # When a message is needed
 //
-// idle says that the thread is waiting in the kernel, or about to. Whoever
-// submits and finds it set clears it and sends the message, so there is at most
-// one per sleep, and none from done callbacks or while the thread is busy. The
-// thread sets it in the same critical section in which it finds the queue
+// idle says that the thread is waiting in the kernel, or about to. A submitter
+// that finds it set clears it and sends the message. So there is at most one
+// message per sleep, and none from done callbacks or while the thread is busy.
+// The thread sets it in the same critical section in which it finds the queue
 // empty or the slots full; with full slots a completion will wake it, and a
 // message too many does no harm.
 //
-// The thread waits as ordinary blocking system calls do, giving up its P: the
-// device's latency is above what that costs, and one thread fewer holds a P
-// for long.
+// The thread waits as in any blocking system call, and gives up its P: that
+// costs less than the device's latency, and one thread fewer holds a P for
+// long.
 type lane struct {
 	flight
 	ring  *uring.Ring
@@ -117,11 +117,11 @@ func (l *lane) close() {
 	<-l.ended
 }
 
-// wake lets the thread look at the queue. Where it has ended meanwhile, because a completion
-// woke it and the lane is closed, it has done all that it was to be woken for.
+// wake lets the thread look at the queue. If the thread has ended meanwhile, because a
+// completion woke it and the lane is closed, it has done all its work.
 func (l *lane) wake() {
 	if err := l.waker.Post(wakeUp); err != nil && err != uring.ErrClosed {
-		// A thread that cannot be woken is requests that hang for ever.
+		// If the thread cannot be woken, requests hang for ever.
 		panic(fmt.Sprintf("backing: wake the thread of a ring: %v", err))
 	}
 }

@@ -7,20 +7,20 @@ import (
 )
 
 // Reader reads the device for one thread, on a ring that this thread enters
-// anyway. What it asks for goes to the kernel, and what comes back is seen, with
-// whatever else the thread does there: no other thread has a part in it, nor a
-// message, which costs more than the read itself where the device is fast.
+// anyway. Its reads go to the kernel, and their results come back, together with
+// all else that the thread does there. It takes no other thread, and no message,
+// which costs more than the read itself where the device is fast.
 //
 // The methods are for that thread alone.
 type Reader struct {
 	flight
-	queue fifo // for a slot
+	queue fifo // reads that wait for a slot
 }
 
 // NewReader makes a Reader that has up to n reads under way. entry returns the
-// ring's next entry, whose answer is to come to Complete with the same number.
-// Numbers are below n, and none is used again before its answer has come, so the
-// ring needs room for n entries.
+// ring's next entry; the caller gives its answer to Complete with the same
+// number. Numbers are below n, and none is used again before its answer has
+// come, so the ring needs room for n entries.
 func (d *Device) NewReader(n int, entry func(id uint32) *uring.SQE) *Reader {
 	r := &Reader{flight: d.newFlight(n), queue: fifo{ops: make([]op, 1<<bits.Len(uint(n)))}}
 	r.entry = entry

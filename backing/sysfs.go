@@ -13,11 +13,11 @@ import (
 	"ublk-pcache/internal/mountinfo"
 )
 
-// disk is a block device's folder in sysfs, or nothing where there is no sysfs.
+// disk is a block device's folders in sysfs, empty where there is no sysfs.
 type disk struct {
 	dir       string // of the device itself
 	whole     string // of the disk it is a partition of, or the same
-	partition string // its number, or nothing
+	partition string // its number, empty for a whole disk
 }
 
 func findDisk(device uint64) disk {
@@ -45,8 +45,8 @@ func attribute(dir, name string) string {
 }
 
 // serial is the first name that the disk has, from world-wide to just the
-// vendor's. Each kind of driver puts it somewhere else: NVMe wwid, SCSI
-// device/wwid, NVMe again device/serial, virtio serial, device mapper and md
+// vendor's. Each kind of driver has it in another place: NVMe in wwid and in
+// device/serial, SCSI in device/wwid, virtio in serial, device mapper and md
 // in their own folders, and old SCSI disks in a page of their own.
 func (d disk) serial() string {
 	for _, name := range []string{"wwid", "device/wwid", "device/serial", "serial", "dm/uuid", "md/uuid", unitSerial} {
@@ -64,20 +64,22 @@ func (d disk) serial() string {
 	return ""
 }
 
-// unitSerial is a page as the disk has sent it (SPC-4, 7.8.16), with a head of so
-// many bytes.
+// unitSerial is a page as the disk has sent it (SPC-4, 7.8.16). Its head has
+// unitSerialHead bytes.
 const (
 	unitSerial     = "device/vpd_pg80"
 	unitSerialHead = 4
 )
 
-// zoned tells whether the disk refuses writes anywhere but at the end of a zone.
-// One that is only better off without them ("host-aware") is as any other.
+// zoned reports whether the disk refuses writes anywhere but at the end of a
+// zone. A disk that takes them, and is only faster without them ("host-aware"),
+// counts as any other.
 func (d disk) zoned() bool { return attribute(d.whole, "queue/zoned") == "host-managed" }
 
-// zeroesCheaply tells whether the disk has a command for writing zeros that does
-// not write them to the medium. That it has one is not enough: a SAS disk has,
-// and writes as long as if they had been sent. There are, the surest first,
+// zeroesCheaply reports whether the disk has a command for writing zeros that
+// does not write them to the medium. It is not enough that there is a command: a
+// SAS disk has one, and writes as long as if the zeros had been sent. The signs
+// are, the surest first,
 //
 //   - what the kernel says, since 6.17, also of disks that are built on others;
 //   - how a SCSI disk zeroes (drivers/scsi/sd.c, zeroing_mode);
@@ -102,7 +104,7 @@ func (d disk) zeroesCheaply() bool {
 	return d.number("queue/discard_max_bytes") > 0 || attribute(d.whole, "queue/rotational") == "0"
 }
 
-// number is 0 where there is none.
+// number returns an attribute that is a number, 0 if there is none.
 func (d disk) number(name string) uint64 {
 	n, _ := strconv.ParseUint(attribute(d.whole, name), 10, 64)
 	return n
@@ -148,8 +150,8 @@ func numberOf(device uint64) string {
 	return fmt.Sprintf("%d:%d", unix.Major(device), unix.Minor(device))
 }
 
-// namespaces is how many mount namespaces are looked at: all that are worth it
-// for an error message.
+// namespaces bounds how many mount namespaces are looked at: more are not
+// worth it for an error message.
 const namespaces = 256
 
 // mountOf finds where one of the devices is mounted, and says how to undo it. The
@@ -183,8 +185,9 @@ func mountOf(devices []string) string {
 }
 
 // mountedIn looks through the mounts of a process. btrfs, which may have several
-// devices, has a number of its own, and one of them as its source. That of other
-// file systems is no proof: anybody may mount some, and name what they like.
+// devices, has a number of its own, and one of them as its source. The source of
+// other file systems is no proof: anybody may mount some of them, and give any
+// source.
 func mountedIn(pid string, devices []string) string {
 	mounts, _ := mountinfo.Read(filepath.Join("/proc", pid, "mountinfo")) // none of a process that has ended
 	for _, m := range mounts {
@@ -207,7 +210,8 @@ func swapOn(devices []string) string {
 	return ""
 }
 
-// blockAt is the number of the block device at a path, or nothing.
+// blockAt returns the number of the block device at a path, empty if there
+// is none.
 func blockAt(path string) string {
 	var st unix.Stat_t
 	if !strings.HasPrefix(path, "/dev/") || unix.Stat(path, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {

@@ -10,8 +10,8 @@ import (
 	"strconv"
 )
 
-// table is what a partition table says of identities. All but disk is for
-// partitions, whose users cannot change it.
+// table is the identities in a partition table. All but disk are for
+// partitions, whose users cannot change them.
 type table struct {
 	disk       string   // identity of the disk, empty for an MBR
 	partitions []string // identities by number, from 1 on; empty where there is none
@@ -85,8 +85,8 @@ func readGPT(r io.ReaderAt, h []byte, block int64) (table, error) {
 	return t, nil
 }
 
-// partition is the identity of one, by the number that sysfs has for it, as
-// others write it (PARTUUID).
+// partition returns the identity of a partition, given by its number in
+// sysfs. It is written as other programs write it (PARTUUID).
 func (t table) partition(number string) string {
 	n, err := strconv.Atoi(number)
 	switch {
@@ -100,7 +100,7 @@ func (t table) partition(number string) string {
 	return t.partitions[n-1]
 }
 
-// guid is written with the first three parts in little endian.
+// guid writes a GUID, whose first three parts are little-endian.
 func guid(p []byte) string {
 	le := binary.LittleEndian
 	return fmt.Sprintf("%08x-%04x-%04x-%x-%x", le.Uint32(p), le.Uint16(p[4:]), le.Uint16(p[6:]), p[8:10], p[10:16])

@@ -8,16 +8,17 @@ import (
 )
 
 // zeroing is a way to make a range read as zeros, the best first. A lane begins
-// with the first and goes on to the next, for good, when one is not supported;
-// also one that has worked, because some drivers learn what their device cannot
-// do when it refuses (block/blk-lib.c of Linux 6.12, blkdev_issue_write_zeroes).
+// with the first and goes on to the next, for good, when one is not supported.
+// That can also be one that has worked before: some drivers learn only from a
+// refusal what their device cannot do (block/blk-lib.c of Linux 6.12,
+// blkdev_issue_write_zeroes).
 type zeroing uint8
 
 const (
-	// punchHole deallocates: blocks of a file, and on a block device what its
-	// command for writing zeros lets go of. It is refused by a device without
-	// that command (block/fops.c of Linux 6.12, blkdev_fallocate), so it never
-	// transfers data.
+	// punchHole deallocates: blocks of a file, and on a block device the
+	// blocks that its command for writing zeros frees. A device without that
+	// command refuses it (block/fops.c of Linux 6.12, blkdev_fallocate), so it
+	// never transfers data.
 	punchHole zeroing = iota
 
 	// zeroRange works on every block device: the block layer writes pages of
@@ -45,9 +46,9 @@ func (f *flight) issueZero(sqe *uring.SQE, o *op) {
 	}
 }
 
-// zeroMore takes the result of an OpZero and tells whether it must be issued
-// again: in another way, or for what is left of it. Many may be in flight when
-// the first of them is refused, hence by.
+// zeroMore takes the result of an OpZero and reports whether it must be issued
+// again: in another way, or for the rest of the range. Many may be in flight
+// when the first of them is refused, so each remembers by.
 func (f *flight) zeroMore(o *op, res int32) bool {
 	switch {
 	case res == -int32(syscall.EOPNOTSUPP) && o.by < writeZeros:
@@ -60,8 +61,8 @@ func (f *flight) zeroMore(o *op, res int32) bool {
 	return false
 }
 
-// punches tells whether a file's file system can punch holes, by punching one
-// behind its end, where there is nothing.
+// punches reports whether a file's file system can punch holes, by punching
+// one behind its end, where there is nothing.
 func punches(fd int, size int64) bool {
 	return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, size, fileBlock) == nil
 }
