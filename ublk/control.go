@@ -14,9 +14,9 @@ import (
 const controlPath = "/dev/ublk-control"
 
 // control sends the driver's control commands, one at a time. It is cheap and
-// short-lived: each operation opens its own, so that one which blocks
-// (START_DEV waits for every queue, DEL_DEV for every opener) is in nobody's
-// way.
+// short-lived. Each operation opens its own, so that no other has to wait for
+// a command that blocks (START_DEV waits for every queue, DEL_DEV for every
+// opener).
 //
 // The driver refuses to run these commands without blocking, so io_uring gives
 // them to a worker thread, which reads and writes the argument long after
@@ -100,7 +100,7 @@ func (c *control) features() (uint64, error) {
 	return *(*uint64)(unsafe.Pointer(unsafe.SliceData(c.arg))), nil
 }
 
-// requireFeatures checks for what this package cannot do without.
+// requireFeatures checks for the features that this package needs.
 func (c *control) requireFeatures() error {
 	have, err := c.features()
 	if err != nil {

@@ -10,18 +10,19 @@
 // # Death and recovery
 //
 // Every device is made with USER_RECOVERY and USER_RECOVERY_REISSUE. When the
-// server dies, the disk stays: new requests wait, and requests that were with
-// the dead server are given to the next one, which therefore may see a write
-// that has been carried out already. A user of the disk notices a pause.
-// Where the driver has QUIESCE (6.16), it is asked for as well, so that a
-// server can be told to finish what it holds and go.
+// server dies, the disk stays: new requests wait, and the next server gets
+// the requests that were with the dead one. So it may see a write that has
+// been carried out already. A user of the disk notices a pause. Where the
+// driver has QUIESCE (6.16), it is asked for as well, so that a server can be
+// told to finish the requests that it holds, and go.
 //
 // # How data moves
 //
 // The driver copies: a write's data is in the request's buffer when the
 // handler gets it, and a read's data is taken from there when it is completed.
 // Each tag has a buffer of the largest request. That is one copy more than
-// necessary, works on every kernel, and confines the choice to Request.Buf.
+// necessary, but works on every kernel, and only Request.Buf would change with
+// another way.
 package ublk
 
 import (
@@ -59,8 +60,8 @@ type Config struct {
 	MaxZeroes     int   // bytes in one WriteZeroes, 0 to offer none
 	VolatileCache bool  // requests may complete before they are durable; Flush and FUA make them so
 
-	// Mark is kept by the driver for as long as the device exists: whoever looks
-	// the device up can tell by it whose it is.
+	// The driver keeps Mark for as long as the device exists: it tells whose
+	// device it is.
 	Mark uint64
 }
 
@@ -69,7 +70,8 @@ type Config struct {
 // size would make mkfs lay out stripes that are not there.
 const physicalShift = 12
 
-// check catches what the driver would accept, or understand, wrongly.
+// check refuses values that the driver would accept although they are
+// wrong, or would take for others.
 func (c *Config) check() error {
 	if c.ID < -1 || c.ID > MaxID || c.Queues < 1 || c.Queues > maxQueues || c.Depth < 1 || c.Depth > maxQueueDepth {
 		return fmt.Errorf("%w: number %d, %d queues of depth %d", ErrGeometry, c.ID, c.Queues, c.Depth)
@@ -108,8 +110,8 @@ func (c *Config) params() params {
 }
 
 // NewHandler makes the handler of one queue. It is called for each queue in
-// order, on the caller's goroutine, before any request arrives. The queue is
-// given for its Wake, and for what it lends.
+// order, on the caller's goroutine, before any request arrives. The handler
+// may use the queue's Wake, Lend and Entry.
 type NewHandler func(q *Queue) Handler
 
 // Device is a device served by this process.
@@ -122,8 +124,8 @@ type Device struct {
 	ended  chan struct{}
 }
 
-// Add makes a device and returns when its disk is ready for I/O. See Create and
-// Start, which it consists of.
+// Add makes a device and returns when its disk is ready for I/O. It is Create
+// and Start.
 func Add(cfg Config, newHandler NewHandler, fatal func(error)) (*Device, error) {
 	u, err := Create(cfg, fatal)
 	if err != nil {
@@ -133,15 +135,15 @@ func Add(cfg Config, newHandler NewHandler, fatal func(error)) (*Device, error) 
 }
 
 // Unstarted is a device that has everything but its disk: a number, and queues
-// that wait to be told who handles their requests.
+// that have no handlers yet.
 type Unstarted struct {
 	control *control
 	d       *Device
 }
 
-// Create makes a device without a disk. What the driver may refuse, a number
-// that is taken, a geometry, one device too many, it refuses here. Start or
-// Discard must follow. If Create fails nothing is left behind.
+// Create makes a device without a disk. If the driver refuses the number,
+// the geometry, or one device more, it does so here. Start or Discard must
+// follow. If Create fails nothing is left behind.
 //
 // fatal is called when a queue cannot go on, on the queue's thread or that of
 // a Wake, possibly more than once. It must end the process: the disk hangs
@@ -218,7 +220,8 @@ func (u *Unstarted) Start(newHandler NewHandler) (*Device, error) {
 		return nil, errors.Join(err, u.control.delete(id))
 	}
 	if err := awaitNode(id); err != nil {
-		// With what is open: it may have failed for want of descriptors.
+		// This uses the control that is open: there may be no descriptor for
+		// another.
 		err = errors.Join(err, u.control.stop(id))
 		u.d.release()
 		return nil, errors.Join(err, u.control.delete(id))
@@ -249,7 +252,8 @@ const (
 	// deathPatience is how long a killed process may still look alive.
 	deathPatience = 2 * time.Second
 
-	// recoveryStep is a small part of the pause that an upgrade is.
+	// recoveryStep is the time between two tries, a small part of the pause
+	// that an upgrade makes.
 	recoveryStep = time.Millisecond
 )
 
@@ -271,9 +275,9 @@ type Successor struct {
 	d       *Device
 }
 
-// Prepare does what a recovery can do while the old server is there: it makes
-// the queues' memory, threads and rings. TakeOver, or the end of the process,
-// must follow. fatal is as for Create.
+// Prepare is the part of a recovery that can be done while the old server is
+// there: it makes the queues' memory, threads and rings. TakeOver, or the end
+// of the process, must follow. fatal is as for Create.
 func Prepare(id int, fatal func(error)) (*Successor, error) {
 	if err := checkID(id); err != nil {
 		return nil, err
@@ -306,9 +310,9 @@ func (s *Successor) prepare(id uint32, fatal func(error)) (err error) {
 	return s.d.makeQueues(fatal)
 }
 
-// CanLetGo tells whether the driver notices at once that a server has let go, and
-// whether the next one would find the device. Before 6.15 it takes a tag that is not
-// in use, or the end of the process.
+// CanLetGo returns an error if the driver does not notice at once that a server has
+// let go, or if the next one would not find the device. Before 6.15 it takes a tag
+// that is not in use, or the end of the process.
 func (d *Device) CanLetGo() error {
 	if d.info.flags&featureQuiesce == 0 {
 		return fmt.Errorf("%w: to replace a running server takes Linux 6.16", ErrTooOld)
@@ -334,11 +338,11 @@ func (s *Successor) TakeOver(newHandler NewHandler) (*Device, error) {
 	return d, nil
 }
 
-// LetGo ends the queues after the turn they are at, and gives the device to
-// the next server as if this one had died. What the handlers hold is submitted
-// there again; what they returned has been answered. It returns when the queues have
+// LetGo ends the queues after the turn they are at, and gives the device to the next
+// server as if this one had died. Requests that the handlers hold are submitted there
+// again; those that they have returned are answered. It returns when the queues have
 // ended. It is called once, and not after a Stop that has succeeded; afterwards only Done,
-// ID and Path may be.
+// ID and Path may be called.
 func (d *Device) LetGo() { d.leave() }
 
 // waitForDeath starts the recovery as soon as the driver lets go of the old
@@ -372,7 +376,7 @@ func (c *control) waitForDeath(id uint32) error {
 	}
 }
 
-// running tells whether a process exists and is more than a zombie.
+// running reports whether a process exists and is no zombie.
 func running(pid int) bool {
 	stat, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
 	if err != nil {
@@ -393,8 +397,8 @@ func (d *Device) check() error {
 }
 
 // bringUp does what adding and recovering have in common once the queues are
-// made: let every queue fetch its tags, start. If it fails all of it has been
-// taken back but the device itself.
+// made: let every queue fetch its tags, start. If it fails, it has taken all
+// of this back; the device itself stays.
 func (d *Device) bringUp(newHandler NewHandler, start func() error) error {
 	if err := d.fetch(newHandler); err != nil {
 		d.leave()
@@ -439,12 +443,11 @@ func (d *Device) openChar() error {
 	}
 }
 
-// makeQueues starts the queues' threads, and fetch lets them fetch all tags. It
-// takes these two steps because only when all queues have what may not be had,
-// a ring and its messenger, may any of them fetch: a recovery that fails
-// between the first and the last queue's fetches is what the next one, on 6.12,
-// dies of in the kernel (ublk_queue_reinit drops the task of a queue that has
-// none).
+// makeQueues starts the queues' threads, and fetch lets them fetch all tags.
+// These are two steps because a queue may fail to get its ring or messenger,
+// and none may fetch before all queues have theirs. If a recovery fails
+// between the first and the last queue's fetches, the next one, on 6.12, dies
+// in the kernel (ublk_queue_reinit drops the task of a queue that has none).
 func (d *Device) makeQueues(fatal func(error)) error {
 	for i := range int(d.info.nrHwQueues) {
 		q, err := newQueue(i, int(d.info.queueDepth), int(d.info.maxIOBufBytes), fatal)
@@ -520,7 +523,7 @@ func (d *Device) ID() int { return int(d.info.devID) }
 // Path is the disk, /dev/ublkbN.
 func (d *Device) Path() string { return diskPath(d.info.devID) }
 
-// Queues is how many queues the driver gave the device.
+// Queues is the number of queues that the driver gave the device.
 func (d *Device) Queues() int { return int(d.info.nrHwQueues) }
 
 // Done is closed when all queues have ended cleanly: after Stop or LetGo, or when
@@ -528,10 +531,11 @@ func (d *Device) Queues() int { return int(d.info.nrHwQueues) }
 func (d *Device) Done() <-chan struct{} { return d.ended }
 
 // Stop removes the disk, after the requests in flight, and ends the queues; no
-// handler is called afterwards. Unless force is set it refuses with ErrInUse
-// while somebody has the disk open; with it, their next request fails. Delete
-// must follow. When Done is already closed, Stop only gives the device up.
-// Not safe for concurrent use, and to be called once with success.
+// handler is called afterwards. While somebody has the disk open, it refuses
+// with ErrInUse, unless force is set: then their next request fails. Delete
+// must follow. When Done is already closed, Stop only gives the device up. It
+// is not safe for concurrent use, and is not called again once it has
+// succeeded.
 func (d *Device) Stop(force bool) error {
 	select {
 	case <-d.ended:
@@ -551,9 +555,9 @@ func (d *Device) Stop(force bool) error {
 	return nil
 }
 
-// Delete frees the device's number after Stop. It waits until the last of those who
-// have the disk open closes it, without an end to that. Any goroutine; called again, it
-// finds no device.
+// Delete frees the device's number after Stop. It waits, without a limit, until nobody
+// has the disk open any more. Any goroutine may call it; called again, it finds no
+// device.
 func (d *Device) Delete() error {
 	c, err := openControl()
 	if err != nil {

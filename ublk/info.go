@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// State is how a device is doing, as the driver sees it.
+// State is the state of a device, as the driver sees it.
 type State uint16
 
 const (
@@ -35,7 +35,7 @@ func (s State) String() string {
 	return fmt.Sprintf("state %d", uint16(s))
 }
 
-// Info is what the driver tells about a device, whoever serves it.
+// Info describes a device, as the driver does, with any server or none.
 type Info struct {
 	ID     int
 	State  State
@@ -52,7 +52,8 @@ type Info struct {
 // UBLK_MINORS).
 const MaxID = 1<<20 - 1
 
-// checkID refuses numbers that the driver would take for others: it has 32 bits.
+// checkID refuses numbers that the driver would take for others: a number has 32
+// bits there.
 func checkID(id int) error {
 	if id < 0 || id > MaxID {
 		return fmt.Errorf("ublk device %d: %w (there are 0 to %d)", id, ErrNoDevice, MaxID)
@@ -106,10 +107,10 @@ func List() ([]Info, error) {
 	return all, nil
 }
 
-// lookup does not read the parameters, which the driver keeps behind a lock that
-// START_DEV and STOP_DEV hold while they wait for the server (drivers/block/
-// ublk_drv.c, ublk_ctrl_get_params): whoever looks at a device must not wait for
-// one that does not answer.
+// lookup does not read the parameters: the driver keeps them behind a lock that
+// START_DEV and STOP_DEV hold while they wait for the server
+// (drivers/block/ublk_drv.c, ublk_ctrl_get_params), and a lookup must not wait
+// for a server that does not answer.
 func (c *control) lookup(id uint32) (Info, error) {
 	info, err := c.info(id)
 	if err != nil {
@@ -128,7 +129,8 @@ func (c *control) lookup(id uint32) (Info, error) {
 	}, nil
 }
 
-// VolatileCache tells what a device was made with, see Config.
+// VolatileCache returns the VolatileCache of the Config that a device was
+// made with.
 func VolatileCache(id int) (bool, error) {
 	c, err := openControl()
 	if err != nil {
@@ -161,8 +163,8 @@ func Remove(id int, force bool) error {
 		return err
 	}
 	defer c.close()
-	// A device that has no disk, since its server died before it was started or
-	// after it was stopped, is none to TRY_STOP_DEV, and still has its number.
+	// A device without a disk, whose server died before the start or after the
+	// stop, does not exist for TRY_STOP_DEV, and still has its number.
 	if err := c.stopUnused(uint32(id), force); err != nil && !errors.Is(err, ErrNoDevice) {
 		return err
 	}
@@ -181,12 +183,12 @@ func Features() (uint64, error) {
 
 // stopUnused stops a device, unless it is in use or force is set.
 //
-// Whether it is in use can only be told while nobody is just opening it, and so
-// the kernel does when it looks for partitions, right after the start. If the
-// server has died under that, the kernel's read waits for the next server, and
-// whoever asks about the disk waits for the read, deaf to signals. Nobody else
-// gets in meanwhile, so that looking around is enough; the stop then makes the
-// read fail, and with it the waiting end.
+// While somebody is just opening the disk, nothing tells whether it is in use.
+// The kernel opens it so, right after the start, to look for partitions. If the
+// server dies then, the kernel's read waits for the next server, and every
+// process that asks about the disk waits for the read, deaf to signals. Nobody
+// else gets in meanwhile, so looking around is enough. The stop then makes the
+// read fail, which ends the waiting.
 func (c *control) stopUnused(id uint32, force bool) error {
 	if force {
 		return c.stop(id)
@@ -221,11 +223,11 @@ func (c *control) stopUnused(id uint32, force bool) error {
 	}
 }
 
-// openPatience is much more than opening a disk takes that is served.
+// openPatience is much more than it takes to open a disk that is served.
 const openPatience = time.Second
 
-// stopUnopened stops a device that somebody has been opening for long, if that is
-// for want of a server. This takes a control of its own: the other one waits.
+// stopUnopened stops a device that somebody has been opening for long, if it has
+// no server. This takes a control of its own: the other one waits.
 func stopUnopened(id uint32) error {
 	c, err := openControl()
 	if err != nil {
@@ -247,24 +249,24 @@ func (c *control) served(id uint32) (bool, error) {
 	return State(info.state) != Quiesced, err
 }
 
-// udevQueue is there while udev has events to work on, and what udevadm settle
-// looks for (systemd, src/udev/udevd.c).
+// udevQueue exists while udev has events to work on; udevadm settle looks for
+// it (systemd, src/udev/udevd.c).
 const udevQueue = "/run/udev/queue"
 
 const (
-	// udevPatience is how long a look of udev at a disk may keep it from being
-	// stopped: many times what one takes, and less than whoever asked for the
-	// stop of a disk that others have open should wait for the answer.
+	// udevPatience is how long udev may keep a disk from being stopped by
+	// looking at it. It is many times what a look takes, and a short wait for
+	// the answer that others have the disk open.
 	udevPatience = 3 * time.Second
 	udevStep     = 20 * time.Millisecond
 )
 
-// stopIfUnused stops a device or returns ErrInUse. When a writer closes the disk
-// udev looks what has become of it, and has it open for that moment: this is no
-// use of it.
+// stopIfUnused stops a device or returns ErrInUse. When a writer closes the
+// disk, udev opens it for a moment to see what has become of it. This does not
+// count as use.
 func (c *control) stopIfUnused(id uint32) error {
 	for begin := time.Now(); ; time.Sleep(udevStep) {
-		_, idle := os.Stat(udevQueue) // before the try: what udev had open then it may have closed since
+		_, idle := os.Stat(udevQueue) // before the try, since udev may close the disk after it
 		err := c.tryStopIfUnused(id)
 		if !errors.Is(err, ErrInUse) || idle != nil || time.Since(begin) > udevPatience {
 			return err
@@ -274,11 +276,11 @@ func (c *control) stopIfUnused(id uint32) error {
 
 // tryStopIfUnused stops a device or returns ErrInUse.
 //
-// Since 7.0 the driver can do that in one step. Before, we look first: at an
-// exclusive claim (a mount, swap, a device on top) by trying to make one, at
-// ordinary openers by going through all processes' descriptors. Somebody can
-// come in between, and parts of the kernel that have it open without a claim may
-// not say so; that leaves them where force would.
+// Since 7.0 the driver can do that in one step. Before, we look first: for an
+// exclusive claim (a mount, swap, a device on top) by trying to make one, and
+// for other openers in the descriptors of all processes. Somebody can come in
+// between, and parts of the kernel that have it open without a claim may not say
+// so. To these the stop does what force would do.
 func (c *control) tryStopIfUnused(id uint32) error {
 	have, err := c.features()
 	if err != nil {

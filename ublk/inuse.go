@@ -14,16 +14,16 @@ import (
 	"ublk-pcache/internal/mountinfo"
 )
 
-// The users of a disk are found by its device numbers, never by a name:
-// names are made by whoever likes, in a mount namespace or a root folder of
-// their own, and a file called /dev/ublkb0 is no reason to keep the disk, nor is
-// a disk that is open under another name one to take it away.
+// The users of a disk are found by its device numbers, never by a name. Anybody
+// can make names, in a mount namespace or a root folder of their own: a file
+// called /dev/ublkb0 is no reason to keep the disk, and a disk that is open
+// under another name must not be taken away.
 //
 // Nothing here asks the disk, which may be without a server, and nothing waits
 // for a file system that others have brought along.
 
-// Users tells who has a disk in use, in words: what is mounted, devices on top,
-// processes. What the kernel itself has open it does not always tell.
+// Users tells who uses a disk, in words: mounts, devices on top, processes. It
+// does not always see where the kernel itself has the disk open.
 func Users(id int) []string { return users(uint32(id)) }
 
 func users(id uint32) []string {
@@ -40,8 +40,8 @@ func users(id uint32) []string {
 	}
 	disk.swapping(found)
 	disk.serving(found)
-	// In the order of numbers, so that of two who see a mount the first process of
-	// the machine does.
+	// In the order of numbers: a mount is then named as the first process of the
+	// machine sees it, if it does.
 	disk.processes(found)
 	return found.words
 }
@@ -90,8 +90,8 @@ func readNumber(file string) (dev uint64, ok bool) {
 	return unix.Mkdev(uint32(a), uint32(b)), err1 == nil && err2 == nil
 }
 
-// named reports whether a path, which the kernel has been given by root, leads to
-// the disk. Only in /dev: elsewhere looking might take for ever.
+// named reports whether a path leads to the disk. The kernel has the path from
+// root. Paths outside of /dev are not looked at, since that might take for ever.
 func (n numbers) named(path string) bool {
 	if filepath.Clean(path) != path || !strings.HasPrefix(path, "/dev/") {
 		return false
@@ -100,7 +100,7 @@ func (n numbers) named(path string) bool {
 	return unix.Stat(path, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && n[uint64(st.Rdev)]
 }
 
-// swapping looks for swap on the disk itself.
+// swapping looks for swap on the disk.
 func (n numbers) swapping(found *list) {
 	text, _ := os.ReadFile("/proc/swaps")
 	for line := range strings.SplitSeq(string(text), "\n") {
@@ -190,7 +190,7 @@ func (n numbers) open(proc string, mounts []mountinfo.Mount) bool {
 		if err != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK || !n[unix.Mkdev(st.Rdev_major, st.Rdev_minor)] {
 			continue
 		}
-		// With O_PATH everybody may have it, and has opened nothing.
+		// With O_PATH anybody may have it, and has not opened the disk.
 		if flags, err := strconv.ParseUint(field(info, "flags:"), 8, 64); err == nil && flags&unix.O_PATH == 0 {
 			return true
 		}
@@ -198,8 +198,8 @@ func (n numbers) open(proc string, mounts []mountinfo.Mount) bool {
 	return false
 }
 
-// mayWait reports whether looking at a file of such a file system may wait for
-// somebody to answer.
+// mayWait reports whether a look at a file of such a file system may have to
+// wait for a server's answer.
 func mayWait(fs string) bool {
 	for _, kind := range []string{"nfs", "9p", "cifs", "smb", "ceph", "afs", "fuse", "autofs"} {
 		if strings.HasPrefix(fs, kind) {
@@ -209,9 +209,9 @@ func mayWait(fs string) bool {
 	return false
 }
 
-// needDevice returns the file systems that are on a block device, which it takes
-// a right to the device to mount. Some have a number of their own all the same,
-// btrfs for one; for those their source counts.
+// needDevice returns the file systems that are on a block device; to mount one
+// takes a right to the device. Some of them have a number of their own all the
+// same, btrfs for one: for these the source of the mount counts.
 func needDevice() map[string]bool {
 	need := map[string]bool{}
 	text, _ := os.ReadFile("/proc/filesystems")
@@ -223,7 +223,8 @@ func needDevice() map[string]bool {
 	return need
 }
 
-// field is the rest of the line of a file in /proc that begins with name.
+// field returns the rest of the line that begins with name, in a file in
+// /proc.
 func field(file, name string) string {
 	text, _ := os.ReadFile(file)
 	for line := range strings.SplitSeq(string(text), "\n") {
@@ -240,7 +241,7 @@ func process(pid int) string {
 	return fmt.Sprintf("process %d (%s)", pid, quoteOdd(string(bytes.TrimSuffix(name, []byte("\n")))))
 }
 
-// quoteOdd quotes what would not be the same on a line.
+// quoteOdd quotes a text that would look different in a line of output.
 func quoteOdd(s string) string {
 	if q := strconv.Quote(s); q != `"`+s+`"` {
 		return q
@@ -248,7 +249,7 @@ func quoteOdd(s string) string {
 	return s
 }
 
-// inUse is ErrInUse with those who use a disk.
+// inUse is ErrInUse with the users of a disk.
 func inUse(users []string) error {
 	return fmt.Errorf("%w (%s)", ErrInUse, strings.Join(users, ", "))
 }
@@ -261,8 +262,9 @@ func lookUnused(id uint32) error {
 	return nil
 }
 
-// checkUnused is lookUnused for a disk that is served: it also tries to claim it,
-// which fails while it is mounted or has a device on top, whoever did that.
+// checkUnused is lookUnused for a disk that is served: it also tries to claim the
+// disk, which fails while this is mounted or has a device on top, in any
+// namespace.
 func checkUnused(id uint32) error {
 	disk := diskPath(id)
 	numbers := numbersOf(id)

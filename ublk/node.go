@@ -16,14 +16,14 @@ import (
 // already (drivers/base/devtmpfs.c, handle_create, leaves that in place): a file,
 // for instance, that somebody wrote to while there was no device. Users of the
 // disk would then be users of that file, which is in memory. So a name is only
-// given away as the disk's when the kernel's number for the disk is behind it.
+// called the disk's if it leads to the kernel's number for the disk.
 
-// nodePatience is how long a node may take to appear where the kernel does not
-// make it itself, but leaves that to udev.
+// nodePatience is how long a node may take to appear where udev makes it, and
+// not the kernel.
 const nodePatience = 5 * time.Second
 
-// CheckNames refuses a number for a new device if anything else than a device has
-// a name that it would have.
+// CheckNames refuses a number for a new device if one of its names is taken by
+// something that is no device.
 func CheckNames(id int) error {
 	if err := checkID(id); err != nil {
 		return err
@@ -72,7 +72,8 @@ func checkNode(path string, kind uint32, number string) error {
 	if kind == unix.S_IFCHR {
 		letter = "c"
 	}
-	// A device that fails to be made for this is gone then, and has no number.
+	// If a new device fails for this, it is deleted, and its number means
+	// nothing any more.
 	remedy := fmt.Sprintf("mount a devtmpfs on /dev, in a container the machine's, or for a device that is there: mknod %s %s %d %d", path, letter, unix.Major(want), unix.Minor(want))
 	var st unix.Stat_t
 	switch err := unix.Stat(path, &st); {
@@ -91,7 +92,7 @@ func checkNode(path string, kind uint32, number string) error {
 
 func diskPath(id uint32) string { return fmt.Sprintf("/dev/ublkb%d", id) }
 
-// charPath is the device that a server serves the disk by.
+// charPath is the character device through which a server serves the disk.
 func charPath(id uint32) string { return fmt.Sprintf("/dev/ublkc%d", id) }
 
 // checkChar is CheckNode for the character device.

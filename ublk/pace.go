@@ -10,20 +10,21 @@ import (
 // clients.
 //
 // A client that waits for each request before it makes the next pays for two
-// sleeps of a request: its own and the server's, with an interrupt of another
-// processor each, and whatever that processor does to save power. If the next
-// request comes within pollFor, the thread looks for it instead of sleeping.
+// sleeps with each request: its own and the server's. Each costs an interrupt
+// of another processor, and the time that this one needs to wake up if it
+// saves power. If the next request comes within pollFor, the thread looks for
+// it instead of sleeping.
 //
 // A client with many requests under way makes them one by one, and the first
-// wakes the thread. If that went to work at once it would do so for this one,
-// beside or instead of the client, sleep, and be woken for the next. So it lets
-// whoever else wants the processor have it for a moment, and takes all that
-// have come by then. On two processors with two clients that is worth a half of
-// the throughput and more.
+// wakes the thread. If the thread went to work at once, it would serve this
+// one, beside or instead of the client, sleep, and be woken for the next. So it
+// yields the processor for a moment, and takes all requests that have come by
+// then. On two processors with two clients that is worth a half of the
+// throughput and more.
 //
-// Both are given up, but for a try now and then, unless two of three do well:
-// polls that find nothing are time taken from others, and whoever else wants the
-// processor may not be the client, and not give it back soon.
+// Both are given up, but for a try now and then, unless two of three do well.
+// Polls that find nothing take time from others. And the processor may go to
+// others than the client, who may keep it for long.
 type pace struct {
 	alone              int // turns with one request in a row
 	polling, gathering trial
@@ -38,13 +39,14 @@ const (
 	// gatherFor is how long a client may take to make its requests: some
 	// dozens of them, on a slow machine.
 	gatherFor = time.Millisecond
-	// rarely is how rarely, as a power of two, is tried what does not do well.
+	// rarely bounds how many times in a row a trial that does badly is
+	// skipped, as a power of two.
 	rarely = 10
 )
 
-// turned is told how many completions a turn has brought. One that has brought
-// none was asked for by another thread, or by a kernel that has said more than is
-// true: then only sleeping tells, so it does not lead to a poll.
+// turned is told how many completions a turn has brought. A turn without any was
+// asked for by another thread, or by a kernel that has announced more than there
+// was. Then only a sleep tells, so such a turn does not lead to a poll.
 func (p *pace) turned(came int) {
 	switch came {
 	case 0:
@@ -59,8 +61,9 @@ func (p *pace) turned(came int) {
 // polls reports whether to poll this time.
 func (p *pace) polls() bool { return p.alone >= pollAlone && p.polling.due() }
 
-// poll returns whether there is something, as soon as there is. It looks at least
-// once, however long others have had the processor, and they get it between looks.
+// poll looks until there is something, for pollFor at most, and reports whether
+// there is. It looks at least once, and others get the processor between two
+// looks.
 func (p *pace) poll(something func() bool) bool {
 	begin := time.Now()
 	found := something()
@@ -75,7 +78,7 @@ func (p *pace) poll(something func() bool) bool {
 // gathers reports whether a thread that was woken lets others go on first.
 func (p *pace) gathers() bool { return p.alone == 0 && p.gathering.due() }
 
-// gather does so.
+// gather lets others have the processor for a moment.
 func (p *pace) gather() {
 	begin := time.Now()
 	yield()
@@ -84,7 +87,7 @@ func (p *pace) gather() {
 
 func yield() { unix.RawSyscallNoError(unix.SYS_SCHED_YIELD, 0, 0, 0) }
 
-// trial is something that is done as long as it does well.
+// trial decides whether something that may do well or badly is tried again.
 type trial struct {
 	failed int // two for each that went badly, one off for each other
 	skip   int // times not to try

@@ -34,16 +34,16 @@ type Request struct {
 	Buf    []byte // Read and Write: Len bytes, page-aligned, mapped; otherwise nil
 }
 
-// Completion ends a request. With Err 0 all of it was done: the driver's
-// treatment of short results depends on its version, and 7.3 acknowledges the
-// whole request, so there is no way to express one here.
+// Completion ends a request. With Err 0 the whole request was done. A short
+// result cannot be expressed: the driver's treatment of one depends on its
+// version, and 7.3 acknowledges the whole request.
 type Completion struct {
 	Tag uint16
 	Err syscall.Errno
 }
 
-// Handler serves one queue. Both methods run on the queue's own thread, which
-// nothing else runs on; they must not block, and should not allocate.
+// Handler serves one queue. Both methods run on the queue's own thread, and
+// nothing else runs there; they must not block, and should not allocate.
 type Handler interface {
 	// Submit takes a request. It cannot complete it yet.
 	Submit(r *Request)
@@ -77,13 +77,13 @@ type Handler interface {
 //
 // The other clean way out is to leave: the device is meant for another server,
 // which takes it over as from one that died, or has not been started. The
-// commits of the last turn are submitted, and the driver requeues what else the
-// handler holds once the character device is closed.
+// commits of the last turn are submitted, and once the character device is
+// closed, the driver requeues all other requests that the handler holds.
 //
 // Every other end is fatal, and not only for this queue: when the thread that
 // fetched a tag goes away, the driver cancels the fetch, marks every queue as
 // being cancelled, and the disk hangs until the character device is closed.
-// Only the end of the process does that reliably, and then a new one can
+// Only the end of the process closes it reliably, and then a new process can
 // recover the device.
 //
 // # Being woken
@@ -93,10 +93,10 @@ type Handler interface {
 // call, so it is sent only to a thread that sleeps: state says so. The thread
 // declares itself asleep before it enters the kernel, unless a Wake has come
 // since the last Turn began; then it enters without waiting. A message may arrive
-// when its sleeper has meanwhile been woken by a request; it then causes one
-// turn too many, but never more than one is sent per sleep.
+// when a request has woken the sleeper already. It then causes one turn too many,
+// but at most one is sent per sleep.
 //
-// When to sleep, and when rather not, is in pace.go.
+// pace.go says when the thread sleeps and when it does not.
 type Queue struct {
 	id     int
 	char   int // descriptor of the character device
@@ -172,13 +172,13 @@ func (q *Queue) Depth() int { return len(q.tags) }
 // results, for which completed is called, come with the requests, before a Turn.
 // NewHandler may call it.
 //
-// When the queue ends, what is under way is forgotten: the kernel finishes it
-// some time later, so its memory must stay mapped.
+// When the queue ends, operations under way are forgotten: the kernel
+// finishes them some time later, so their memory must stay mapped.
 func (q *Queue) Lend(completed func(id uint32, res int32)) { q.completed = completed }
 
-// Entry returns the ring's entry for operation id of the handler's, its user data
-// filled in. No id may be used again before completed has been called with it.
-// Only for the queue's thread.
+// Entry returns the ring's entry for the handler's operation id, with its user
+// data filled in. No id may be used again before completed has been called with
+// it. Only the queue's thread may call it.
 func (q *Queue) Entry(id uint32) *uring.SQE {
 	sqe := q.ring.SQE()
 	sqe.UserData = ownFirst + uint64(id)
@@ -187,8 +187,8 @@ func (q *Queue) Entry(id uint32) *uring.SQE {
 }
 
 // Wake makes the queue's thread call Handler.Turn soon. Any goroutine may call
-// it at any time, also before the queue runs and after it has ended. Wakes
-// that come before the Turn they cause are one.
+// it at any time, also before the queue runs and after it has ended. Any
+// number of Wakes before a Turn cause one Turn.
 func (q *Queue) Wake() {
 	if q.state.Swap(woken) != asleep {
 		return
@@ -198,9 +198,9 @@ func (q *Queue) Wake() {
 	}
 }
 
-// serve is the queue's thread. It reports on ready when it has a ring, waits to
-// hear whether to fetch, and reports again when all tags have been fetched; or
-// why not.
+// serve is the queue's thread. It reports on ready that it has a ring, waits to
+// hear whether to fetch, and reports again that it has fetched all tags. If it
+// cannot, it reports the error and ends.
 func (q *Queue) serve(ready chan<- error, fetch <-chan bool) {
 	// The driver knows a tag's owner by its task, and so does the ring.
 	runtime.LockOSThread()
@@ -226,8 +226,8 @@ func (q *Queue) serve(ready chan<- error, fetch <-chan bool) {
 }
 
 func (q *Queue) makeRing() (err error) {
-	// A tag is either fetched or committed, once per turn, and there may be as many
-	// of the handler's own operations.
+	// Each tag is fetched or committed once per turn, and the handler may have as
+	// many operations of its own.
 	if q.ring, err = uring.New(uring.Options{Entries: 2 * uint32(len(q.tags)), SingleIssuer: true}); err != nil {
 		return err
 	}
@@ -251,7 +251,7 @@ func (q *Queue) fetchAll() (err error) {
 	if err := q.ring.Submit(); err != nil {
 		return err
 	}
-	// A fetch that is refused completes at once, one that is accepted cannot
+	// A fetch that is refused completes at once. One that is accepted cannot
 	// complete before the device is started.
 	if cqe, ok := q.ring.Next(); ok {
 		return fetchError(cqe)
@@ -284,7 +284,7 @@ func (q *Queue) loop() error {
 			came++
 		}
 		q.pace.turned(came)
-		q.state.Swap(awake) // this Turn is what a Wake has asked for up to here
+		q.state.Swap(awake) // this Turn answers all Wakes up to here
 		q.done = q.handler.Turn(q.done[:0])
 		for _, c := range q.done {
 			q.commit(c)
@@ -298,9 +298,9 @@ func (q *Queue) loop() error {
 func (q *Queue) enter() error {
 	defer q.state.Store(awake)
 	if q.lent {
-		// Some drivers sleep while they take an operation, which no signal ends. In
-		// a call that kept its P the runtime would wait for that, and everybody for
-		// the runtime.
+		// Some drivers sleep while they take an operation, and no signal ends that
+		// sleep. If the call kept its P, the runtime would wait for it, and all
+		// goroutines for the runtime.
 		q.lent = false
 		if err := q.ring.Wait(0); err != nil || q.pending() {
 			return err
