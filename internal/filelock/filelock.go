@@ -1,31 +1,32 @@
-// Package filelock keeps a file to one server, or to some readers, and leaves
-// those no say in it who may only read the file.
+// Package filelock keeps a file to one server, or to some readers. Users who
+// may only read the file cannot interfere.
 //
 // # The obvious way
 //
-// flock(2) asks for no more than a descriptor. Any user who can read the file
-// takes a lock, waits in line while the server lives, and has the file when it dies: the
-// next server is locked out. Leases and locks for reading are no better, each can
-// be had, or kept from others, by those who read.
+// flock(2) takes no more than a descriptor. Any user who can read the file asks for a
+// lock, waits in line while the server lives, and has the lock when it dies: the next
+// server is locked out. Leases and locks for reading are no better: a reader can have
+// each of them, or keep it from others.
 //
 // A lock for writing (fcntl(2), F_OFD_SETLK) takes a descriptor for writing, so
-// nobody else can have it. But who reads can keep it from being given.
+// nobody else can have it. But a reader can keep it from being given.
 //
 // # What is done
 //
-// A server takes both, flock because other versions know no other. One that it
-// does not get is somebody's. If that is a lock for writing, the file is in use.
-// If not, those who have the file open are looked at: it is in use if one has it
-// for writing, or is this program and root's, which reads a file that must not
-// change meanwhile. Else it is a reader's lock, and passed by.
+// A server takes both, flock because other versions know no other. If it does
+// not get one, somebody else has a lock. If that is a lock for writing, the file
+// is in use. If not, the server looks at the processes that have the file open.
+// The file is in use if one has it open for writing, or is root's and runs this
+// program: it reads a file that must not change meanwhile. Else it is a reader's
+// lock, and passed by.
 //
 // A lock that was passed by is asked for again until it is given. Until then the
 // next server meets the reader, looks around as well, and finds this one's
-// descriptor for writing. Everybody opens the file before looking, so of two
-// at least one sees the other; both may, and then both refuse.
+// descriptor for writing. Every server opens the file before it looks, so of two
+// servers at least one sees the other. If both do, both refuse.
 //
-// Processes outside of the PID namespace are not seen. So elsewhere than in the
-// first one, and where /proc does not tell, no lock is passed by.
+// Processes outside of the PID namespace are not seen. So only a server in the
+// first PID namespace passes a lock by, and only if it can read /proc.
 package filelock
 
 import (
@@ -36,10 +37,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrHeld: somebody uses the file who has the right to.
+// ErrHeld: the file is in use, by a process that has the right to use it.
 var ErrHeld = errors.New("another process has locked it")
 
-// Mode is what a file is wanted for.
+// Mode says what a file is wanted for.
 type Mode int
 
 const (
@@ -56,21 +57,21 @@ func (m Mode) record() int16 {
 	return [...]int16{unix.F_WRLCK, unix.F_RDLCK}[m]
 }
 
-// place is the byte that the lock for writing is on: far from those that others
-// lock, which lie in files or just behind them.
+// place is the offset of the byte that the lock for writing is on. It is far
+// from bytes that other programs lock, which lie in files or just behind them.
 const place = 1 << 62
 
-// again is how often a lock is asked for that a reader has.
+// again is the time after which a lock that a reader has is asked for
+// again.
 const again = time.Second
 
-// Lock is held until it is closed and all copies of the descriptor are: first
-// the one, then the other.
+// Lock is held until it is closed, and then all copies of the descriptor.
 type Lock struct {
 	stop, ended chan struct{} // nil with both locks in hand
 }
 
-// Take locks the file that is open with fd, or says that it is in use and leaves
-// it as it was.
+// Take locks the file that is open with fd. If the file is in use, it returns
+// ErrHeld and leaves the locks as they were.
 func Take(fd int, mode Mode) (*Lock, error) {
 	flocked, err := flock(fd, mode)
 	if err == nil && !flocked {
@@ -91,8 +92,8 @@ func Take(fd int, mode Mode) (*Lock, error) {
 	return keep(fd, mode, flocked && recorded), nil
 }
 
-// Inherit goes on with the locks of a descriptor that another process has taken
-// them for, which may know of flock alone.
+// Inherit goes on with the locks that another process has taken with this
+// descriptor. That process may know of flock alone.
 func Inherit(fd int, mode Mode) (*Lock, error) {
 	both, err := both(fd, mode)
 	if err != nil {
@@ -122,7 +123,7 @@ func keep(fd int, mode Mode, complete bool) *Lock {
 	return l
 }
 
-// Close comes before the descriptor is closed.
+// Close must be called before the descriptor is closed.
 func (l *Lock) Close() {
 	if l.stop != nil {
 		close(l.stop)
@@ -153,13 +154,14 @@ func record(fd int, mode Mode) (bool, error) {
 	return !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EACCES), nil
 }
 
-// inUse tells what to make of a lock that was not given.
+// inUse returns nil if a lock was not given because of a reader, and
+// otherwise ErrHeld, with the user of the file if that is known.
 func inUse(fd int) error {
 	user, err := findUser(fd)
 	if user != "" {
 		return fmt.Errorf("%w, %s: stop that", ErrHeld, user)
 	}
-	// What keeps a lock for reading from being given is one for writing.
+	// Only a lock for writing keeps a lock for reading from being given.
 	writer := unix.Flock_t{Type: unix.F_RDLCK, Start: place, Len: 1}
 	if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &writer); err == nil && writer.Type == unix.F_WRLCK {
 		return ErrHeld

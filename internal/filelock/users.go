@@ -15,8 +15,8 @@ import (
 // include/linux/proc_ns.h, 6.12 and 7.3).
 const firstPIDNamespace = "pid:[4026531836]"
 
-// findUser returns a process that has the file of fd open besides, for writing or
-// as one of us; empty if there is none.
+// findUser returns another user of fd's file: a process that has it open for
+// writing, or is one of ours. It is empty if there is none.
 func findUser(fd int) (user string, err error) {
 	if ns, err := os.Readlink("/proc/self/ns/pid"); err != nil {
 		return "", err
@@ -59,13 +59,13 @@ func findUser(fd int) (user string, err error) {
 	return "", nil
 }
 
-// file tells files apart.
+// file identifies a file.
 type file struct {
 	major, minor uint32
 	inode        uint64
 }
 
-// fileAt does not ask the servers of network file systems, which may not answer.
+// fileAt does not ask the servers of network file systems: they may not answer.
 func fileAt(link string) (file, error) {
 	var st unix.Statx_t
 	err := unix.Statx(unix.AT_FDCWD, link, unix.AT_STATX_DONT_SYNC, unix.STATX_INO, &st)
@@ -84,9 +84,9 @@ func writes(fdinfo string) bool {
 	return false
 }
 
-// ours reports whether a process is root's in every way, and runs this program or
-// another version of it. A program that runs as root for somebody else may have
-// been handed a descriptor by them.
+// ours reports whether a process has all four user ids of root, and runs this
+// program or another version of it. A program that runs as root for other users
+// may have got the descriptor from them.
 func ours(dir string) bool {
 	name := func(dir string) string {
 		exe, _ := os.Readlink(dir + "/exe")

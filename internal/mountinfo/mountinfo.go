@@ -1,10 +1,10 @@
 // Package mountinfo reads the kernel's list of mounts.
 //
-// Much of it is what users of the machine chose: mount points and sources are
-// any bytes but 0. The kernel writes four of those as a backslash and three
-// octal digits, so that lines and fields can be told apart, and of the rest
-// nothing can be assumed, not that it is UTF-8, nor that what separates words
-// elsewhere does here (fs/proc_namespace.c, show_mountinfo, Linux 7.3).
+// Users of the machine choose much of it: mount points and sources are any
+// bytes but 0. The kernel writes four of those as a backslash and three octal
+// digits, so that lines and fields can be told apart. Nothing can be assumed
+// of the others: the text may not be UTF-8, and only a space separates fields
+// (fs/proc_namespace.c, show_mountinfo, Linux 7.3).
 package mountinfo
 
 import (
@@ -13,13 +13,13 @@ import (
 	"strings"
 )
 
-// A Mount is one that can be seen from the process whose list it is from.
+// A Mount is a mount, as the process sees it whose list this is.
 type Mount struct {
 	ID, Parent   int
 	Major, Minor uint32 // of the file system: of its disk, or of none (major 0)
-	Point        string // where it is, an absolute path
+	Point        string // mount point, an absolute path
 	Type         string // of the file system
-	Source       string // what it is of: a disk's path, or any word
+	Source       string // what is mounted: a disk's path, or any word
 	Options      string // of the file system, as the kernel writes them, each to be unescaped
 }
 
@@ -32,8 +32,8 @@ func Read(path string) ([]Mount, error) {
 	return Parse(string(text)), nil
 }
 
-// Parse decodes a list of mounts. A line that is none is passed by: whoever
-// asks must not fail for what somebody has mounted elsewhere.
+// Parse decodes a list of mounts. A line that cannot be decoded is passed
+// by: a caller must not fail because of a mount elsewhere.
 func Parse(text string) []Mount {
 	var all []Mount
 	for line := range strings.SplitSeq(text, "\n") {
@@ -72,8 +72,8 @@ func number(s string) (uint32, error) {
 	return uint32(n), err
 }
 
-// Unescape undoes what the kernel does to a path in this list, and in that of
-// swaps (fs/seq_file.c, mangle_path). A backslash that it did not write stays.
+// Unescape undoes the kernel's escapes in a path of this list, or of that of
+// swaps (fs/seq_file.c, mangle_path). A backslash that begins no escape stays.
 func Unescape(field string) string {
 	var b strings.Builder
 	for i := 0; i < len(field); i++ {

@@ -1,7 +1,7 @@
-// Package prefetch asks the processor for memory that will be looked at soon. It is
-// a hint, which changes nothing but when that memory comes.
+// Package prefetch asks the processor for memory that will be read soon. This is a
+// hint: it only changes when that memory comes.
 //
-// Go's own is not for programs to use (internal/runtime/sys).
+// Programs cannot use Go's own (internal/runtime/sys).
 package prefetch
 
 import "unsafe"

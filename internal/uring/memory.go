@@ -21,7 +21,7 @@ func AlignedBuffer(size int) ([]byte, error) {
 	return b, nil
 }
 
-// FreeBuffer unmaps what AlignedBuffer returned. Pass the original slice.
+// FreeBuffer unmaps a buffer. b is the slice that AlignedBuffer returned.
 func FreeBuffer(b []byte) {
 	if err := unix.Munmap(b); err != nil {
 		panic("uring: FreeBuffer of a slice that AlignedBuffer did not return: " + err.Error())

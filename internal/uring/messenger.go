@@ -8,10 +8,10 @@ import (
 )
 
 // Messenger wakes the thread that waits in one ring, from any goroutine, by
-// putting a completion there (IORING_OP_MSG_RING). It is how work finished on
-// other threads reaches a thread that sleeps in io_uring_enter: 2.5 µs, where
-// a channel to a goroutine on a locked thread costs more than twice that and
-// cannot be waited for together with I/O.
+// putting a completion there (IORING_OP_MSG_RING). So other threads tell a
+// thread that sleeps in io_uring_enter that they have finished work for it. A
+// message takes 2.5 µs. A channel to a goroutine on a locked thread costs
+// more than twice that, and cannot be waited for together with I/O.
 //
 // It owns a small ring, because the target may be entered only by its own
 // thread. Close it before the target: a descriptor number is reused at once,
@@ -26,8 +26,8 @@ type Messenger struct {
 
 // NewMessenger makes a messenger to target.
 func NewMessenger(target *Ring) (*Messenger, error) {
-	// One entry: each message is submitted alone, and one that the kernel did
-	// not take yet keeps the next from being queued behind it.
+	// One entry: each message is submitted alone, and while the kernel has not
+	// taken one, no other can be queued behind it.
 	ring, err := New(Options{Entries: 1})
 	if err != nil {
 		return nil, err
@@ -41,9 +41,9 @@ func NewMessenger(target *Ring) (*Messenger, error) {
 // the target. Any number of goroutines may call it. It returns ErrClosed
 // after Close.
 //
-// The kernel allocates the completion and, should the target's queue be full,
-// keeps it aside, so a message is not lost; when memory for that is
-// short, Post tries again rather than let the target sleep through it.
+// The kernel allocates the completion, and keeps it aside if the target's
+// queue is full, so no message is lost. When memory for that is short, Post
+// tries again: the target must not sleep through the message.
 func (m *Messenger) Post(userData uint64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -1,5 +1,5 @@
 // Package uring is one io_uring: its memory, its two indices, and the system
-// call that moves them. It knows operations but not what they are for.
+// call that moves them. It knows the operations, but not their purpose.
 //
 // It exists because the available Go bindings cannot do what a ublk server
 // needs: 128-byte submission entries for the driver's control commands, and a
@@ -16,10 +16,10 @@
 // is given back must come after the last look at the entry. The interface
 // asks for release stores and acquire loads; sync/atomic's are sequentially
 // consistent, hence at least that on every architecture, and since they run
-// once per system call rather than once per entry the difference costs
-// nothing. Nothing else needs a barrier. In particular a command that seems
-// never to arrive is not an ordering problem: with DEFER_TASKRUN, completions
-// are produced only inside io_uring_enter, by the thread that calls it.
+// once per system call, and not once per entry, the difference costs nothing.
+// Nothing else needs a barrier. In particular, a command that seems never to
+// arrive is no problem of ordering: with DEFER_TASKRUN, completions are
+// produced only inside io_uring_enter, by the thread that calls it.
 package uring
 
 import (
@@ -33,9 +33,9 @@ import (
 
 // Options describes a ring.
 type Options struct {
-	// Entries is how many operations can be queued between two entries into
-	// the kernel; rounded up to a power of two. There is room for twice as
-	// many completions before the kernel has to store them elsewhere.
+	// Entries is the number of operations that can be queued between two
+	// entries into the kernel, rounded up to a power of two. There is room for
+	// twice as many completions before the kernel has to store them elsewhere.
 	Entries uint32
 
 	// SQE128 doubles the submission entry, for commands of up to 80 bytes.
@@ -114,8 +114,8 @@ func (r *Ring) mapMemory(p *params) error {
 	r.cq.head, r.cq.tail, r.cq.mask = word(p.cq.head), word(p.cq.tail), p.cqEntries-1
 	r.cq.entries = unsafe.Pointer(&r.mem[p.cq.cqes])
 
-	// The kernel finds entries through an array of indices, meant for callers
-	// that fill them out of order. Ours is the identity for ever.
+	// The kernel finds entries through an array of indices, for callers that
+	// fill them out of order. Ours never changes: index i is entry i.
 	array := unsafe.Slice(word(p.sq.array), p.sqEntries)
 	for i := range array {
 		array[i] = uint32(i)
@@ -126,8 +126,8 @@ func (r *Ring) mapMemory(p *params) error {
 // Fd is the ring's file descriptor, the address for messages to it.
 func (r *Ring) Fd() int { return r.fd }
 
-// Close gives the ring back. Operations in flight are cancelled by the kernel
-// some time afterwards, so memory they use must stay mapped.
+// Close gives the ring back. The kernel cancels operations in flight some
+// time afterwards, so memory that they use must stay mapped.
 func (r *Ring) Close() {
 	if r.sq.mem != nil {
 		unix.Munmap(r.sq.mem)
@@ -166,8 +166,9 @@ func (r *Ring) Next() (CQE, bool) {
 	return cqe, true
 }
 
-// ready is how many completions can be taken. It looks at the kernel's tail
-// only when the known ones are used up, so reading a batch costs one load.
+// ready returns the number of completions that can be taken. It looks at
+// the kernel's tail only when the known ones are used up, so reading a
+// batch costs one load.
 func (r *Ring) ready() uint32 {
 	if r.cq.at == r.cq.known {
 		r.cq.known = atomic.LoadUint32(r.cq.tail)
@@ -175,10 +176,11 @@ func (r *Ring) ready() uint32 {
 	return r.cq.known - r.cq.at
 }
 
-// Pending reports whether there is a completion to take, or the kernel says
-// that entering it would make one. It is no system call. Only a ring made with
-// SingleIssuer is told. The kernel's word may be old: it takes it back only when
-// it has some work to do (6.12 to 7.3, io_uring.c), so an entry may find nothing.
+// Pending reports whether there is a completion to take, or the kernel says that
+// entering it would make one. It makes no system call. The kernel says so only to
+// a ring made with SingleIssuer. That may be out of date: the kernel takes it
+// back only when it has some work to do (6.12 to 7.3, io_uring.c), so an entry
+// may find nothing.
 func (r *Ring) Pending() bool {
 	return r.ready() > 0 || atomic.LoadUint32(r.sq.flags)&(sqTaskrun|sqCQOverflow) != 0
 }
@@ -206,18 +208,18 @@ func (r *Ring) Wait(n uint32) error {
 // An ordinary blocking call tells the scheduler "this thread may be away":
 // the P is retaken and handed to another thread, and on return the goroutine
 // has to find a P again, often by waking a thread. A queue thread would pay
-// that on every turn. Its wait is measured in microseconds and its P is not
-// missed as long as there are some to spare, so it makes the raw call and
-// simply holds on.
+// that on every turn. Its wait is measured in microseconds, and nobody
+// misses its P as long as there are some to spare. So it makes the raw call
+// and keeps the P.
 //
-// What makes that legal is preemption. The runtime, when it stops the world or
-// finds the goroutine running for more than 10 ms, sends SIGURG to the thread. The
-// sleep then ends in EINTR. The handler itself cannot preempt, because the
-// interrupted instruction is in a system call, but it leaves the request in
-// the goroutine's stack guard, and the prologue of the next ordinary function
-// honours it. hold is that function: it must not be inlined, and the loop must
-// come back to it after every return from the kernel. A signal that hits
-// between the prologue and the call is lost, but the runtime repeats it.
+// Preemption makes that legal. The runtime, when it stops the world or finds the
+// goroutine running for more than 10 ms, sends SIGURG to the thread. The sleep
+// then ends in EINTR. The handler itself cannot preempt, because the interrupted
+// instruction is in a system call, but it leaves the request in the goroutine's
+// stack guard, and the prologue of the next ordinary function honours it. hold is
+// that function: it must not be inlined, and the loop must come back to it after
+// every return from the kernel. A signal that hits between the prologue and the
+// call is lost, but the runtime repeats it.
 //
 // So three things are required of the program: GOMAXPROCS exceeds the number
 // of threads in Turn by a few, asynchronous preemption is on, and nobody
@@ -231,17 +233,17 @@ func hold(trap, a1, a2, a3, a4, a5, a6 uintptr) (r1, r2 uintptr, errno syscall.E
 	return syscall.RawSyscall6(trap, a1, a2, a3, a4, a5, a6)
 }
 
-// enterUntil may return early only by taking the wait as satisfied: an
-// interrupted call reports what it submitted rather than EINTR, and the
-// indices, not the result, say what has been done.
+// enterUntil waits for n completions, or for fewer when memory is short. It
+// trusts the indices and not the result of the call: an interrupted call
+// returns the number of entries that it submitted, and no EINTR.
 func (r *Ring) enterUntil(n uint32, call func(trap, a1, a2, a3, a4, a5, a6 uintptr) (r1, r2 uintptr, errno syscall.Errno)) error {
 	for {
 		_, _, errno := call(unix.SYS_IO_URING_ENTER, r.publish(), uintptr(r.queued()), uintptr(n), enterGetEvents, 0, 0)
 		switch errno {
 		case 0, unix.EINTR:
 		case unix.EAGAIN, unix.EBUSY:
-			// No memory for a request, or for storing completions: taking the
-			// completions that are there is what helps.
+			// No memory for a request, or for storing completions: it helps to take
+			// the completions that are there.
 			if r.ready() > 0 {
 				return nil
 			}

@@ -67,8 +67,8 @@ func (s *SQE) PrepareFallocate(fd int, mode uint32, off, n int64) {
 	s.len = mode
 }
 
-// PrepareCommand is a driver's own command and returns its argument area: 16
-// bytes, or 80 in a ring with SQE128.
+// PrepareCommand is a driver's own command. It returns the area for its
+// argument: 16 bytes, or 80 in a ring with SQE128.
 func (s *SQE) PrepareCommand(fd int, command uint32) unsafe.Pointer {
 	s.opcode = opURingCmd
 	s.fd = int32(fd)
