@@ -1,11 +1,10 @@
 package main
 
 import (
+	"crypto/rand"
 	"fmt"
 	"slices"
 	"strings"
-
-	"github.com/google/uuid"
 
 	"ublk-pcache/backing"
 	"ublk-pcache/ondisk"
@@ -30,7 +29,20 @@ import (
 
 // identityOf describes a disk for the cache that belongs to it.
 func identityOf(d *backing.Device) *ondisk.Identity {
-	return &ondisk.Identity{UUID: uuid.New(), BackingSize: d.Size(), Serial: d.Identity()}
+	return &ondisk.Identity{UUID: newUUID(), BackingSize: d.Size(), Serial: d.Identity()}
+}
+
+// newUUID makes a random UUID (RFC 9562, version 4).
+func newUUID() (u [16]byte) {
+	rand.Read(u[:])
+	u[6] = u[6]&0x0f | 4<<4    // the version
+	u[8] = u[8]&0x3f | 0b10<<6 // the variant
+	return u
+}
+
+// uuidText is a UUID as it is written everywhere.
+func uuidText(u [16]byte) string {
+	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
 }
 
 // proof is between the identity of a table and the fingerprint of its disk.

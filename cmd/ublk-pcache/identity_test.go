@@ -1,6 +1,7 @@
 package main
 
 import (
+	"regexp"
 	"testing"
 
 	"ublk-pcache/backing"
@@ -128,5 +129,23 @@ func TestBind(t *testing.T) {
 		if asked := err == nil && l.Identity.BackingSize == s.disk.Size(); asked != c.asked {
 			t.Errorf("fingerprint %v, %q when it was bound: asked %v, %v", c.fingerprint, c.proven, asked, err)
 		}
+	}
+}
+
+// TestUUID: a cache's own name is a random UUID, written as older servers wrote it into
+// the state file.
+func TestUUID(t *testing.T) {
+	version4 := regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
+	seen := map[[16]byte]bool{}
+	for range 256 {
+		u := newUUID()
+		if seen[u] || !version4.MatchString(uuidText(u)) {
+			t.Fatalf("%s after %d others", uuidText(u), len(seen))
+		}
+		seen[u] = true
+	}
+	known := [16]byte{0x6b, 0xa7, 0xb8, 0x10, 0x9d, 0xad, 0x11, 0xd1, 0x80, 0xb4, 0, 0xc0, 0x4f, 0xd4, 0x30, 0xc8}
+	if text := uuidText(known); text != "6ba7b810-9dad-11d1-80b4-00c04fd430c8" {
+		t.Errorf("it is written as %s", text)
 	}
 }

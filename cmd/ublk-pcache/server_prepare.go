@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/google/uuid"
 	"go.uber.org/zap"
 
 	"ublk-pcache/engine"
@@ -53,7 +52,7 @@ func (s *server) chooseQueues(o *serveOptions, segments int) {
 // mustHave refuses a cache that is not the one that the device began with: an
 // empty one, say, made in its place.
 func (d *device) mustHave(id *ondisk.Identity) error {
-	if id != nil && (d.Cache == "" || d.Cache == uuid.UUID(id.UUID).String()) { // older servers did not note it
+	if id != nil && (d.Cache == "" || d.Cache == uuidText(id.UUID)) { // older servers did not note it
 		return nil
 	}
 	return fmt.Errorf("%s holds another cache than the one of device %d, which must have been formatted meanwhile (put the right one there; the device waits; to give up what it held: ublk-pcache del --force %d)", d.PMEM, d.ID, d.ID)
@@ -95,7 +94,7 @@ func (s *server) knowCache() error {
 	if err := s.dev.mustHave(layout.Identity); err != nil {
 		return err
 	}
-	s.dev.Cache = uuid.UUID(layout.Identity.UUID).String()
+	s.dev.Cache = uuidText(layout.Identity.UUID)
 	return nil
 }
 

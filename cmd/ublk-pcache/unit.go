@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -16,7 +17,6 @@ import (
 	"github.com/coreos/go-systemd/v22/unit"
 	"github.com/coreos/go-systemd/v22/util"
 	godbus "github.com/godbus/dbus/v5"
-	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
@@ -74,7 +74,7 @@ func unitOf(pmem string, n int) string {
 func spawnUnit(systemd *dbus.Conn, self string, o serveOptions) (answer string, err error) {
 	interrupted, stop := untilBrokenOff()
 	defer stop()
-	o.Answer = "@ublk-pcache-" + uuid.NewString()
+	o.Answer = "@ublk-pcache-" + rand.Text()
 	caller, err := net.ListenUnix("unix", &net.UnixAddr{Name: o.Answer, Net: "unix"})
 	if err != nil {
 		return "", fmt.Errorf("listen for the server: %w", err)
