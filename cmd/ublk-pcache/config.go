@@ -16,6 +16,10 @@ import (
 // A service's description says at the next boot what it said when it was
 // written, or nothing: whatever could be taken for something else than it is
 // meant to be is refused, with its line.
+//
+// It is read here and by no library, since those for files of this kind lose something:
+// go-systemd's unit and gopkg.in/ini.v1 the numbers of the lines, github.com/creachadair/ini
+// the quotes and comments that begin with #.
 
 // readConfig reads the description of a service.
 func readConfig(path string) (serveOptions, error) {
@@ -70,6 +74,7 @@ func located(err error, path string, lines map[string]int) error {
 type setting struct {
 	line              int
 	text, name, value string
+	wrong             error // with the value, which is as it was written then
 }
 
 // settings reads a description, and judges nothing.
@@ -89,7 +94,8 @@ func settings(path string) (all []setting, err error) {
 			continue
 		}
 		if name, value, ok := strings.Cut(s.text, "="); ok {
-			s.name, s.value = dashes(strings.TrimSpace(name)), strings.TrimSpace(value)
+			s.name = dashes(strings.TrimSpace(name))
+			s.value, s.wrong = unquote(strings.TrimSpace(value))
 		}
 		all = append(all, s)
 	}
@@ -98,6 +104,37 @@ func settings(path string) (all []setting, err error) {
 	}
 	return all, nil
 }
+
+// unquote returns a value without the quotes, of either kind, that it may have around it
+// for the sake of what is in it. A backslash in quotes stands for itself in some files, and
+// in systemd's it does not, so it is refused.
+func unquote(value string) (string, error) {
+	if value == "" || !strings.Contains(quotes, value[:1]) {
+		switch {
+		case strings.Contains(value, " #") || strings.Contains(value, "\t#"):
+			return value, errComment
+		case value != "" && strings.Contains(quotes, value[len(value)-1:]):
+			return value, errors.New("no quote begins what this one ends")
+		}
+		return value, nil
+	}
+	inner, behind, closed := strings.Cut(value[1:], value[:1])
+	switch behind = strings.TrimSpace(behind); {
+	case !closed:
+		return value, errors.New("the quote has no end")
+	case strings.HasPrefix(behind, "#"):
+		return value, errComment
+	case behind != "":
+		return value, errors.New("the value goes on behind the quote (put quotes around all of it, of the kind that is not in it)")
+	case strings.Contains(inner, `\`):
+		return value, errors.New("a backslash in quotes (write it without quotes)")
+	}
+	return inner, nil
+}
+
+const quotes = `"'`
+
+var errComment = errors.New("give the comment a line of its own, or if it belongs to the value, put that in quotes")
 
 // dashes is the name of an option, which may be written with underscores.
 func dashes(name string) string { return strings.ReplaceAll(name, "_", "-") }
@@ -108,12 +145,10 @@ func (s *setting) check(known *pflag.FlagSet) error {
 		return fmt.Errorf("%q is not OPTION = VALUE", s.text)
 	case known.Lookup(s.name) == nil:
 		return fmt.Errorf("no option %q (see 'ublk-pcache run --help')", s.name)
+	case s.wrong != nil:
+		return fmt.Errorf("%s = %s: %w", s.name, s.value, s.wrong)
 	case s.value == "":
 		return fmt.Errorf("%s has no value", s.name)
-	case strings.ContainsAny(s.value[:1]+s.value[len(s.value)-1:], `"'`):
-		return fmt.Errorf("%s = %s: write it without quotes", s.name, s.value)
-	case strings.Contains(s.value, " #") || strings.Contains(s.value, "\t#"):
-		return fmt.Errorf("%s = %s: give the comment a line of its own", s.name, s.value)
 	case s.name == "pmem" || s.name == "backing":
 		return checkPath(s.name, s.value)
 	}

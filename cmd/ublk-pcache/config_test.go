@@ -49,8 +49,17 @@ func TestConfig(t *testing.T) {
 		{"backing = /dev/sdb\npmem = /cache,size=1G", "data.conf:2: pmem /cache,size=1073741824: a service makes no pmem"},
 		{good + "pmem = /dev/dax1.0", `data.conf:3: pmem is given again, after line 1`},
 		{good + "gc_percent = 50\ngc-percent = 50", `data.conf:4: gc-percent is given again, after line 3`},
-		{"backing = \"/dev/sdb\"", `data.conf:1: backing = "/dev/sdb": write it without quotes`},
-		{"backing = '/dev/sdb'", `write it without quotes`},
+		{"\nbacking = \"/dev/sdb", `data.conf:2: backing = "/dev/sdb: the quote has no end`},
+		{"backing = '/dev/sdb\"", `data.conf:1: backing = '/dev/sdb": the quote has no end`},
+		{"backing = /dev/sdb'", `data.conf:1: backing = /dev/sdb': no quote begins`},
+		{"backing = '/dev/sdb'1", `data.conf:1: backing = '/dev/sdb'1: the value goes on behind the quote`},
+		{"backing = '/it's'", `data.conf:1: backing = '/it's': the value goes on`},
+		{`backing = "/dev/disk/by-id/a\x20b"`, `data.conf:1: backing = "/dev/disk/by-id/a\x20b": a backslash in quotes`},
+		{"backing = '/dev/sdb' # the big one", `data.conf:1: backing = '/dev/sdb' # the big one: give the comment a line of its own`},
+		{"backing = ''", `data.conf:1: backing has no value`},
+		{"backing = 'sdb'", `data.conf:1: backing = sdb: give the whole path`},
+		{good + "depth = '4 '", `data.conf:3: invalid argument "4 "`},
+		{good + "pmem = '/dev/dax0.0'", `data.conf:3: pmem is given again, after line 1`},
 		{"backing = /dev/sdb # the big one", `data.conf:1: backing = /dev/sdb # the big one: give the comment a line of its own`},
 		{good + "depth = 4\t# deep", `data.conf:3: depth = 4`},
 		{"pmem = dax0.0", `data.conf:1: pmem = dax0.0: give the whole path`},
@@ -74,6 +83,24 @@ func TestConfigSpelling(t *testing.T) {
 	}
 	if o.Device.PMEM != "/cache#1" || o.GCPercent == nil || *o.GCPercent != 7 || o.Device.Writeback != 3 || o.DataCRC == nil || !*o.DataCRC {
 		t.Errorf("%+v", o)
+	}
+}
+
+// TestConfigQuotes: what is in quotes is the value, a # and the other quotes with it. Without
+// them it is what it was before there were any.
+func TestConfigQuotes(t *testing.T) {
+	for written, value := range map[string]string{
+		`"/dev/sdb"`: "/dev/sdb", `'/dev/sdb'`: "/dev/sdb", `"/a #1"`: "/a #1", `'/a "b"'`: `/a "b"`, `"/it's"`: "/it's", `'/a '`: "/a ",
+		`/a b`: "/a b", `/a"b"c`: `/a"b"c`, `/a\x20b`: `/a\x20b`, `/it's "a" b`: `/it's "a" b`,
+	} {
+		path := config(t, "pmem = '/cache'\nbacking = "+written+"\ndepth = \"4\"\n")
+		o, err := readConfig(path)
+		if err != nil || o.Device.PMEM != "/cache" || o.Device.Backing != value || o.Device.Depth != 4 {
+			t.Errorf("%s: %+v, %v", written, o.Device, err)
+		}
+		if service := backedBy(filepath.Dir(path), []string{value}); service != "data" {
+			t.Errorf("%s: its disk is found for %q", written, service)
+		}
 	}
 }
 

@@ -26,7 +26,7 @@ func TestService(t *testing.T) {
 	s := startSystemd(t, map[string]string{
 		// There is no journal, and the time is what a stop waits for a server that does not end.
 		"/etc/systemd/system/ublk-pcache@.service.d/test.conf": "[Service]\nTimeoutStopSec=3s\nStandardOutput=file:/dev/kmsg\nStandardError=file:/dev/kmsg\n",
-		"/etc/ublk-pcache/quoted.conf":                         "pmem = \"" + dax + "\"\nbacking = " + byID + "\n",
+		"/etc/ublk-pcache/quoted.conf":                         "pmem = \"" + dax + "\nbacking = " + byID + "\n",
 		"/etc/ublk-pcache/late.conf":                           "pmem = " + dax + "\nbacking = /dev/disk/by-id/late\n",
 	})
 	s.waitFor(t, "test.target", "ActiveState=active")
