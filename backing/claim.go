@@ -59,7 +59,7 @@ func giveToLoop(fd int) error {
 	copy(config.Info.File_name[:], claimName)
 	control, err := unix.Open("/dev/loop-control", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("open /dev/loop-control: %w (modprobe loop)", err)
+		return fmt.Errorf("%w: open /dev/loop-control: %w", ErrNoLoop, err)
 	}
 	defer unix.Close(control)
 	for {

@@ -33,6 +33,9 @@ var (
 	ErrBadSegments = errors.New("too many segments have bad memory")
 	// errRest: a round of write-back was broken off to be made again later.
 	errRest = errors.New("write-back was told to rest")
+	// ErrSync: a region that needs syncs has failed one, and the cache takes no more
+	// writes until it is opened again.
+	ErrSync = errors.New("sync the cache")
 	// ErrAborted: the cache was told to give up what waits.
 	ErrAborted = errors.New("the cache is being removed and waits for nothing")
 	// ErrStopped: the cache was closed before the work was done.

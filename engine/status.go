@@ -53,6 +53,7 @@ const (
 type Status struct {
 	State State
 	Error string // why it is not healthy
+	Cause error  `json:"-"` // the same for State Failed, for errors.Is
 
 	Segments, UsedSegments int
 	GCPercent              int
@@ -142,7 +143,7 @@ func (c *Cache) Status() Status {
 		s.State, s.Error = Degraded, degraded.Error()
 	}
 	if err := c.failure(); err != nil {
-		s.State, s.Error = Failed, err.Error()
+		s.State, s.Error, s.Cause = Failed, err.Error(), err
 	}
 	return s
 }

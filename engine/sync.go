@@ -93,7 +93,7 @@ func (c *Cache) sync() error {
 		return s.failed
 	}
 	if err := c.mem.Sync(); err != nil {
-		s.failed = fmt.Errorf("sync the cache: %w (make sure that its file can be written to, then end the server and start it again)", err)
+		s.failed = fmt.Errorf("%w: %w", ErrSync, err)
 		c.fail(s.failed)
 	}
 	return s.failed

@@ -32,7 +32,7 @@ func create(path string, size int64) (*os.File, error) {
 	}
 	switch {
 	case errors.Is(err, unix.EEXIST):
-		return nil, fmt.Errorf("%w (remove %s)", ErrUnfinished, temporary)
+		return nil, fmt.Errorf("%w: there is %s", ErrUnfinished, temporary)
 	case err != nil:
 		return nil, fmt.Errorf("make a file in %s: %w", dir, err)
 	}
@@ -60,7 +60,7 @@ func reserveNew(f *os.File, size int64) error {
 	err := unix.Fallocate(int(f.Fd()), 0, 0, size)
 	switch {
 	case errors.Is(err, unix.EOPNOTSUPP):
-		return fmt.Errorf("%w (write all of it: dd if=/dev/zero of=%s bs=1M count=%d, and leave out size=)", ErrNoReserving, f.Name(), size>>20)
+		return &UnreservedError{Path: f.Name(), Size: size}
 	case err != nil:
 		return fmt.Errorf("%w: fallocate of %d bytes: %w", ErrNoSpace, size, err)
 	}

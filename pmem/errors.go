@@ -8,23 +8,49 @@ import (
 
 // Why a region cannot be opened.
 var (
-	ErrMissing     = errors.New("no such file (a new one needs its size: PATH,size=1G)")
-	ErrNoDevice    = errors.New("no such device (daxctl list shows those that there are; a file is not made in /dev)")
-	ErrDangling    = errors.New("a symbolic link that leads to nothing (give what it should lead to)")
-	ErrNoDriver    = errors.New("the device is there, but not in mode devdax (daxctl reconfigure-device --mode=devdax)")
-	ErrBlockDevice = errors.New("a block device cannot be mapped as persistent memory (for a pmem namespace: ndctl create-namespace -f -e NAMESPACE -m devdax --map=MAP, with the map that ndctl list shows for it, then give /dev/daxN.N)")
+	ErrMissing     = errors.New("no such file")
+	ErrNoDevice    = errors.New("no such device, and a file is not made in /dev")
+	ErrDangling    = errors.New("a symbolic link that leads to nothing")
+	ErrNoDriver    = errors.New("the device is there, but not in mode devdax")
+	ErrBlockDevice = errors.New("a block device cannot be mapped as persistent memory")
 	ErrNotMappable = errors.New("neither a device-dax device nor a file")
 	ErrTooSmall    = errors.New("smaller than 512 MiB, the least a cache takes")
 	ErrMisaligned  = errors.New("size is not a multiple of the page size")
 	ErrInUse       = errors.New("in use by another process")
-	ErrOtherSize   = errors.New("exists with another size (leave out size= to use it, or remove it)")
+	ErrOtherSize   = errors.New("exists with another size")
 	ErrBadSize     = errors.New("size must be a number of bytes, or one followed by K, M, G or T")
 	ErrNoSpace     = errors.New("no space could be reserved for the file")
 	ErrNoReserving = errors.New("its file system cannot reserve space for it")
 	ErrVolatile    = errors.New("it would be lost in a power cut or a reboot")
-	ErrAppeared    = errors.New("somebody else has made it meanwhile (try again)")
+	ErrAppeared    = errors.New("somebody else has made it meanwhile")
 	ErrUnfinished  = errors.New("an attempt to make it is under way, or was cut off")
 )
+
+// VolatileError is an ErrVolatile.
+type VolatileError struct {
+	Why  string
+	Said Spec // what was asked for, with the word that the loss is accepted
+}
+
+func (e *VolatileError) Error() string { return fmt.Sprintf("%v: %s", ErrVolatile, e.Why) }
+
+func (e *VolatileError) Unwrap() error { return ErrVolatile }
+
+// UnreservedError is an ErrNoReserving.
+type UnreservedError struct {
+	Path  string
+	Size  int64 // of the file, in bytes
+	Holes int64 // how many of them have no blocks; 0 for a file that was to be made
+}
+
+func (e *UnreservedError) Error() string {
+	if e.Holes > 0 {
+		return fmt.Sprintf("%v: %d bytes of it are holes", ErrNoReserving, e.Holes)
+	}
+	return ErrNoReserving.Error()
+}
+
+func (e *UnreservedError) Unwrap() error { return ErrNoReserving }
 
 // What is wrong with a call on an open region.
 var (

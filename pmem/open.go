@@ -175,7 +175,7 @@ func (s Spec) refuseVolatile() error {
 	}
 	if p, why := PersistenceOf(path); p == Volatile {
 		s.Volatile = true
-		return fmt.Errorf("%w: %s (give a file that is on a disk, or if it may be lost: %v)", ErrVolatile, why, s)
+		return &VolatileError{Why: why, Said: s}
 	}
 	return nil
 }

@@ -153,8 +153,9 @@ func TestVolatile(t *testing.T) {
 		}
 	}
 	_, err := Open(path+",size=512M", ReadWrite)
-	if err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "tmpfs") || !strings.Contains(err.Error(), path+",size=536870912,volatile") {
-		t.Errorf("the refusal does not say how: %v", err)
+	var volatile *VolatileError
+	if !errors.As(err, &volatile) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "tmpfs") || volatile.Said.String() != path+",size=536870912,volatile" {
+		t.Errorf("the refusal does not say what may be said: %v", err)
 	}
 	if _, err := os.Stat(path); err == nil {
 		t.Fatal("a refused file is there")

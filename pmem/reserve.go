@@ -46,19 +46,19 @@ func (r *Region) reserve() error {
 	// A fallocate that fails may keep the blocks it has got, which can be all
 	// there are.
 	if free := int64(fs.Bfree) * fs.Bsize; missing > free {
-		return fmt.Errorf("%w: %d bytes of it are holes, and its file system has %d to spare (make room, or give another file)", ErrNoSpace, missing, free)
+		return fmt.Errorf("%w: %d bytes of it are holes, and its file system has %d to spare", ErrNoSpace, missing, free)
 	}
 	err := unix.Fallocate(fd, unix.FALLOC_FL_KEEP_SIZE, 0, size)
 	switch {
 	case err == nil, errors.Is(err, unix.EOPNOTSUPP) && unallocated <= 0:
 		return nil
 	case errors.Is(err, unix.EOPNOTSUPP):
-		return fmt.Errorf("%w: %d bytes of it are holes (fill them: cp --sparse=never %s COPY, and give that)", ErrNoReserving, unallocated, r.Path())
+		return &UnreservedError{r.Path(), size, unallocated}
 	}
 	for _, h := range holes {
 		unix.Fallocate(fd, unix.FALLOC_FL_KEEP_SIZE|unix.FALLOC_FL_PUNCH_HOLE, h.from, h.to-h.from)
 	}
-	return fmt.Errorf("%w: fallocate of %d bytes: %w (make room, or give another file)", ErrNoSpace, missing, err)
+	return fmt.Errorf("%w: fallocate of %d bytes: %w", ErrNoSpace, missing, err)
 }
 
 type hole struct{ from, to int64 }

@@ -6,10 +6,10 @@ import (
 	"syscall"
 )
 
-// Before anything is tried. All of these are shown to users as they are.
+// Before anything is tried. All of these are shown to users.
 var (
-	ErrNotRoot  = errors.New("ublk devices need root (CAP_SYS_ADMIN): run this as root")
-	ErrNoDriver = errors.New("no " + controlPath + ": load the driver with 'modprobe ublk_drv' (CONFIG_BLK_DEV_UBLK, Linux 6.5 or later)")
+	ErrNotRoot  = errors.New("ublk devices need root (CAP_SYS_ADMIN)")
+	ErrNoDriver = errors.New("no " + controlPath + ", so no ublk driver (CONFIG_BLK_DEV_UBLK, Linux 6.5 or later)")
 
 	// ErrTooOld is wrapped with the name of what is missing.
 	ErrTooOld = errors.New("the kernel is too old")
@@ -17,7 +17,7 @@ var (
 	ErrGeometry = errors.New("no disk can have this shape")
 
 	// ErrNoPreemption: see uring.Ring.Turn for why.
-	ErrNoPreemption = errors.New("GODEBUG=asyncpreemptoff=1 would hang the server at its first garbage collection: unset it")
+	ErrNoPreemption = errors.New("GODEBUG=asyncpreemptoff=1 would hang the server at its first garbage collection")
 )
 
 // About one device.
@@ -26,10 +26,10 @@ var (
 	ErrNoDevice = errors.New("no such ublk device")
 
 	// ErrInUse says that somebody has the disk open or mounted.
-	ErrInUse = errors.New("the disk is in use: unmount it and close what has it open, or force")
+	ErrInUse = errors.New("the disk is in use")
 
 	// ErrExists says that the requested number is taken.
-	ErrExists = errors.New("the number is taken: choose another, or none for the first free one")
+	ErrExists = errors.New("the number is taken")
 
 	// ErrNode says that the name of a device leads to something else.
 	ErrNode = errors.New("the device has no name in /dev")
@@ -38,7 +38,7 @@ var (
 	ErrServed = errors.New("its server is alive")
 
 	// ErrNotRecoverable says that the device has no disk that waits for a server.
-	ErrNotRecoverable = errors.New("it has no disk that waits for a server: delete it and add it again")
+	ErrNotRecoverable = errors.New("it has no disk that waits for a server")
 )
 
 // While serving: these reach only the fatal callback.

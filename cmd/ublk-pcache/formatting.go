@@ -56,7 +56,10 @@ func (f formatting) check(r *pmem.Region, backing string) error {
 	case h.Kind == ondisk.HoldsForeign:
 		return fmt.Errorf("%s holds no cache, but is not blank (to overwrite what is there: %s)", path, giveUp)
 	case h.Kind == ondisk.HoldsUnknown:
-		return fmt.Errorf("%s: %w, so nothing tells whether it holds a cache (look with 'ublk-pcache check %s'; to overwrite what is there: %s)", path, h.Err, path, giveUp)
+		return &remedied{
+			fmt.Errorf("%s: %w, so nothing tells whether it holds a cache", path, h.Err),
+			fmt.Sprintf("look with 'ublk-pcache check %s'; to overwrite what is there: %s", path, giveUp),
+		}
 	case h.Kind == ondisk.HoldsCache && h.Harmless:
 		return fmt.Errorf("%s holds a cache without dirty data (to give up what it holds: %s)", path, giveUp)
 	case h.Kind == ondisk.HoldsCache:
@@ -66,7 +69,10 @@ func (f formatting) check(r *pmem.Region, backing string) error {
 	if h.Harmless {
 		found = "without dirty data"
 	}
-	return fmt.Errorf("%s holds a damaged cache, %s: %w (%s; to give up what it holds: %s)", path, found, h.Err, damageRemedies(h.Err, h.Mendable, path, backing), giveUp)
+	return &remedied{
+		fmt.Errorf("%s holds a damaged cache, %s: %w", path, found, h.Err),
+		fmt.Sprintf("%s; to give up what it holds: %s", damageRemedies(h.Err, h.Mendable, path, backing), giveUp),
+	}
 }
 
 // damageRemedies names what helps a damaged cache, in the order of their use.

@@ -74,7 +74,7 @@ func execute(cmd *cobra.Command, args ...string) (string, error) {
 	return out.String(), err
 }
 
-// fails makes sure that an error is one line with each of the words.
+// fails makes sure that an error is one line with each of the words, as it is shown.
 func fails(t *testing.T, err error, words ...string) {
 	t.Helper()
 	if err == nil {
@@ -82,8 +82,8 @@ func fails(t *testing.T, err error, words ...string) {
 		return
 	}
 	for _, w := range words {
-		if !strings.Contains(err.Error(), w) || strings.Contains(err.Error(), "\n") {
-			t.Errorf("error %q, want a line with %q", err, words)
+		if line := oneLine(err); !strings.Contains(line, w) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("error %q, want a line with %q", line, words)
 		}
 	}
 }

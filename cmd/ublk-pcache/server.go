@@ -382,6 +382,9 @@ const hangsAfter = 5 * time.Second
 // cache has no error to show.
 func (s *server) status() *engine.Status {
 	st := s.cache.Status()
+	if st.Cause != nil {
+		st.Error = oneLine(st.Cause)
+	}
 	if waiting := s.disk.Waiting(); waiting > hangsAfter && st.State != engine.Failed {
 		st.State = engine.Degraded
 		st.Error = fmt.Sprintf("backing device %s has not answered for %v", s.dev.Backing, waiting.Round(time.Second))
@@ -393,7 +396,15 @@ func (s *server) status() *engine.Status {
 type logger struct{ *zap.Logger }
 
 func (l logger) Info(msg string, err error)  { l.Logger.Info(msg, zap.Error(err)) }
-func (l logger) Error(msg string, err error) { l.Logger.Error(msg, zap.Error(err)) }
+func (l logger) Error(msg string, err error) { l.Logger.Error(msg, withRemedy(err)) }
+
+// withRemedy is an error in the log, nil for none.
+func withRemedy(err error) zap.Field {
+	if err == nil {
+		return zap.Skip()
+	}
+	return zap.String("error", oneLine(err))
+}
 
 // protect keeps the server working when memory is short, as far as it is not
 // inherited (see launch.go), and its memory to itself.

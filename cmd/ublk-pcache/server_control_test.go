@@ -43,7 +43,12 @@ func controlled(tb testing.TB) (execute func(context.Context, command) (reply, e
 // someServer is a cache without a device. Its caller ends the cache.
 func someServer(tb testing.TB) *server {
 	tb.Helper()
-	mem := pmem.NewFake(ondisk.MinSize)
+	return serverOnMemory(tb, pmem.NewFake(ondisk.MinSize))
+}
+
+// serverOnMemory makes the cache of someServer in mem.
+func serverOnMemory(tb testing.TB, mem engine.Memory) *server {
+	tb.Helper()
 	if err := ondisk.Format(mem, ondisk.FormatOptions{GCPercent: ondisk.DefaultGCPercent}); err != nil {
 		tb.Fatal(err)
 	}
@@ -61,6 +66,33 @@ func someServer(tb testing.TB) *server {
 	}
 	tb.Cleanup(func() { dev.Close() })
 	return &server{cache: cache, disk: dev, region: pmem.Heap(8)}
+}
+
+// unsynced is a region whose syncs fail from some time on.
+type unsynced struct {
+	*pmem.Fake
+	fails bool
+}
+
+func (*unsynced) Durable() bool { return false }
+
+func (u *unsynced) Sync() error {
+	if u.fails {
+		return unix.EIO
+	}
+	return nil
+}
+
+// TestStatusHasRemedy: what a user does about a cache that has failed is in its status.
+func TestStatusHasRemedy(t *testing.T) {
+	mem := &unsynced{Fake: pmem.NewFake(ondisk.MinSize)}
+	s := serverOnMemory(t, mem)
+	mem.fails = true
+	err := s.cache.Close()
+	st := s.status()
+	if st.State != engine.Failed || err == nil || st.Error != oneLine(err) || !strings.Contains(st.Error, "then end the server and start it again") {
+		t.Errorf("closed with %v, %s: %s", err, st.State, st.Error)
+	}
 }
 
 // connected returns the two ends of a unix socket.

@@ -164,7 +164,7 @@ func (s *server) openOwnDisk(o *serveOptions) (err error) {
 	case missing == nil:
 	default:
 		if err != nil {
-			err = fmt.Errorf("%w; and %w (if it has another name now: ublk-pcache recover %d -b BACKING)", err, missing, s.dev.ID)
+			err = &remedied{fmt.Errorf("%w; and %w", err, missing), fmt.Sprintf("if it has another name now: ublk-pcache recover %d -b BACKING", s.dev.ID)}
 		}
 		return err // what is there is refused as any other that does not fit
 	}

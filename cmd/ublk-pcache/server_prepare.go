@@ -164,11 +164,11 @@ func (s *server) openError(o *serveOptions, err error) error {
 
 // damagedError says what can be done about a cache that is damaged.
 func (s *server) damagedError(o *serveOptions, mendable bool, err error) error {
-	remedies := damageRemedies(err, mendable, s.dev.PMEM, s.dev.Backing)
+	do := damageRemedies(err, mendable, s.dev.PMEM, s.dev.Backing)
 	if o.Recover {
-		return fmt.Errorf("cache %s cannot continue device %d: %w (%s; the device waits)", s.dev.PMEM, s.dev.ID, err, remedies)
+		return &remedied{fmt.Errorf("cache %s cannot continue device %d: %w", s.dev.PMEM, s.dev.ID, err), do + "; the device waits"}
 	}
-	return fmt.Errorf("cache %s: %w (%s; to give up what it holds: %s)", s.dev.PMEM, err, remedies, o.formatting(s.dev.PMEM).byAll)
+	return &remedied{fmt.Errorf("cache %s: %w", s.dev.PMEM, err), do + "; to give up what it holds: " + o.formatting(s.dev.PMEM).byAll}
 }
 
 // gone says why a device cannot be continued whose cache is not there any more, or
