@@ -82,23 +82,53 @@ var errRetired = errors.New("the new server failed")
 // errRemoved is for a server whose device was removed before it had another one.
 var errRemoved = errors.New("it has been removed meanwhile")
 
-// upgrade replaces this server by a new one. Unless the error is another than
-// errRetired, all that is left to do is to end. When ctx ends before the new one is
-// prepared, the old one goes on.
+// upgrade replaces this server by a new one. When that has worked, and after errRetired,
+// this one only has to end. After any other error it goes on. The end of ctx is such an
+// error, until the new one is prepared.
 func (s *server) upgrade(ctx context.Context) (reply, error) {
 	if !s.upgrading.TryLock() {
 		return reply{}, fmt.Errorf("device %d: an upgrade is under way already", s.dev.ID)
 	}
 	defer s.upgrading.Unlock()
+	if err := s.canHandOver(); err != nil {
+		return reply{}, err
+	}
+	head, err := s.rest(ctx)
+	if err != nil {
+		return reply{}, err
+	}
+	n, err := s.prepareNext(ctx, head)
+	if err != nil {
+		return reply{}, err
+	}
+	pause, err := s.handOver(n)
+	if err != nil {
+		return reply{}, err
+	}
+	if err := s.awaitReady(n); err != nil {
+		return reply{}, err
+	}
+	s.log.Info("replaced", zap.Int("by", n.cmd.Process.Pid), zap.Duration("pause", pause))
+	return reply{Upgrade: &upgraded{PID: n.cmd.Process.Pid, Pause: pause}}, nil
+}
+
+// canHandOver returns why this server cannot be replaced now, nil if it can.
+func (s *server) canHandOver() error {
 	switch err := s.ublk.CanLetGo(); {
 	case errors.Is(err, ublk.ErrTooOld):
-		return reply{}, fmt.Errorf("device %d: %w (del and add it, or end its server and recover)", s.dev.ID, err)
+		return fmt.Errorf("device %d: %w (del and add it, or end its server and recover)", s.dev.ID, err)
 	case err != nil:
-		return reply{}, fmt.Errorf("device %d: %w", s.dev.ID, err)
+		return fmt.Errorf("device %d: %w", s.dev.ID, err)
 	}
 	if waiting := s.disk.Waiting(); waiting > hangsAfter {
-		return reply{}, fmt.Errorf("device %d: backing device %s has not answered for %v, the old server goes on", s.dev.ID, s.dev.Backing, waiting.Round(time.Second))
+		return fmt.Errorf("device %d: backing device %s has not answered for %v, the old server goes on", s.dev.ID, s.dev.Backing, waiting.Round(time.Second))
 	}
+	return nil
+}
+
+// rest brings the cache to rest, and returns the log's head then. After an error the
+// cache goes on, unless the device is being removed.
+func (s *server) rest(ctx context.Context) (engine.Head, error) {
 	resting, cancel := context.WithTimeout(ctx, restPatience)
 	defer cancel()
 	head, err := s.cache.Rest(resting)
@@ -108,13 +138,20 @@ func (s *server) upgrade(ctx context.Context) (reply, error) {
 		if !s.removal.done {
 			s.cache.Resume()
 		}
-		return reply{}, fmt.Errorf("device %d cannot be handed over: %w", s.dev.ID, err)
+		return head, fmt.Errorf("device %d cannot be handed over: %w", s.dev.ID, err)
 	}
+	return head, nil
+}
+
+// prepareNext starts a new server and returns it prepared. From then on the device
+// cannot be removed: s.removal is locked, and stays so until this process ends. After an
+// error the new server is killed and the cache goes on, unless the device is being
+// removed.
+func (s *server) prepareNext(ctx context.Context, head engine.Head) (*next, error) {
 	n, err := s.startNext(head)
 	if err == nil {
 		err = n.expect(ctx, prepared)
 	}
-	// Held until the end of the process, if it comes to that.
 	s.removal.Lock()
 	s.removal.next = nil
 	if s.removal.done {
@@ -123,15 +160,21 @@ func (s *server) upgrade(ctx context.Context) (reply, error) {
 	if err == nil {
 		_, err = s.cache.Rest(ctx) // it may have failed meanwhile
 	}
-	if err != nil {
-		n.kill()
-		if !s.removal.done {
-			s.cache.Resume()
-			err = fmt.Errorf("the new server did not get ready, the old one goes on: %w", err)
-		}
-		s.removal.Unlock()
-		return reply{}, fmt.Errorf("device %d: %w", s.dev.ID, err)
+	if err == nil {
+		return n, nil
 	}
+	n.kill()
+	if !s.removal.done {
+		s.cache.Resume()
+		err = fmt.Errorf("the new server did not get ready, the old one goes on: %w", err)
+	}
+	s.removal.Unlock()
+	return nil, fmt.Errorf("device %d: %w", s.dev.ID, err)
+}
+
+// handOver gives the device to a prepared server, and returns how long requests waited
+// for that. An error is an errRetired, and the device waits.
+func (s *server) handOver(n *next) (pause time.Duration, err error) {
 	if s.socket != nil {
 		s.socket.Close() // the new server has it, too, and takes what waits there
 	}
@@ -144,19 +187,23 @@ func (s *server) upgrade(ctx context.Context) (reply, error) {
 	if err == nil {
 		err = n.expect(context.Background(), live)
 	}
-	pause := time.Since(began)
+	pause = time.Since(began)
 	if err != nil {
 		n.kill()
 		s.log.Error("the new server has failed, the device waits (ublk-pcache recover continues)", zap.Error(err))
-		return reply{}, fmt.Errorf("%w: %w (device %d waits: ublk-pcache recover %d)", errRetired, err, s.dev.ID, s.dev.ID)
+		return 0, fmt.Errorf("%w: %w (device %d waits: ublk-pcache recover %d)", errRetired, err, s.dev.ID, s.dev.ID)
 	}
-	// The device is the new server's now, whatever becomes of what it has to say yet.
+	return pause, nil
+}
+
+// awaitReady waits until a server that has the device can be found and asked. An error
+// is an errRetired, since the device is the new server's.
+func (s *server) awaitReady(n *next) error {
 	if err := n.expect(context.Background(), readyPrefix+s.dev.Device); err != nil {
 		s.log.Error("the new server serves, but has not said that it is ready", zap.Error(err))
-		return reply{}, fmt.Errorf("%w after it had taken over: %w (see 'ublk-pcache list'; if it is dead: ublk-pcache recover %d)", errRetired, err, s.dev.ID)
+		return fmt.Errorf("%w after it had taken over: %w (see 'ublk-pcache list'; if it is dead: ublk-pcache recover %d)", errRetired, err, s.dev.ID)
 	}
-	s.log.Info("replaced", zap.Int("by", n.cmd.Process.Pid), zap.Duration("pause", pause))
-	return reply{Upgrade: &upgraded{PID: n.cmd.Process.Pid, Pause: pause}}, nil
+	return nil
 }
 
 // next is a new server, as the old one sees it.
@@ -274,13 +321,7 @@ func takeOver(o serveOptions, tell io.Writer) (_ *server, err error) {
 	if err := protect(s.dev.Queues); err != nil {
 		return nil, err
 	}
-	if s.disk, err = backing.Inherit(inherited(inheritedDiskFD, s.dev.Backing)); err != nil {
-		return nil, err
-	}
-	if s.region, err = pmem.Inherit(inherited(inheritedPmemFD, s.dev.PMEM)); err != nil {
-		return nil, err
-	}
-	if err := s.inheritSocket(o.Socket); err != nil {
+	if err := s.inherit(o.Socket); err != nil {
 		return nil, err
 	}
 	if err := s.keepsPromise(); err != nil {
@@ -313,7 +354,25 @@ func takeOver(o serveOptions, tell io.Writer) (_ *server, err error) {
 		return nil, err
 	}
 	fmt.Fprintln(tell, live)
-	// From here on nothing may fail: the device is ours.
+	s.announce()
+	s.log.Info("serving, in place of another server", zap.String("version", longVersion()), zap.Any("device", s.dev))
+	return s, nil
+}
+
+// inherit takes over disk and pmem, and the control socket where it was handed over.
+func (s *server) inherit(socket bool) (err error) {
+	if s.disk, err = backing.Inherit(inherited(inheritedDiskFD, s.dev.Backing)); err != nil {
+		return err
+	}
+	if s.region, err = pmem.Inherit(inherited(inheritedPmemFD, s.dev.PMEM)); err != nil {
+		return err
+	}
+	return s.inheritSocket(socket)
+}
+
+// announce tells commands and systemd of a server that has taken over. The device is
+// ours by then, so what fails is only logged.
+func (s *server) announce() {
 	if err := s.dev.publish(); err != nil {
 		s.log.Error("others do not hear of the new server", zap.Error(err))
 	}
@@ -332,8 +391,6 @@ func takeOver(o serveOptions, tell io.Writer) (_ *server, err error) {
 	if _, err := daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d", os.Getpid())); err != nil {
 		s.log.Error("systemd does not hear of the new server, and does not start another when it dies", zap.Error(err))
 	}
-	s.log.Info("serving, in place of another server", zap.String("version", longVersion()), zap.Any("device", s.dev))
-	return s, nil
 }
 
 // inheritSocket takes over the control socket. Where it was not handed over, as by
