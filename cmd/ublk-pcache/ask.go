@@ -86,7 +86,7 @@ func askOnce(id int, cmd command) (r *reply, pid int, err error) {
 			}
 			return &a.reply, pid, nil
 		case <-time.After(lifeSign):
-			// Stopped, it would not come to answer, and nobody need wait for that.
+			// A server that is stopped does not come to answer, so the wait ends.
 			if !halted(pid) && showsLife(id) {
 				continue
 			}

@@ -145,7 +145,7 @@ func (d *device) printDirtyOfDead() error {
 		return fmt.Errorf("device %d is removed, but how much of cache %s is dirty cannot be told: %w", d.ID, d.PMEM, err)
 	}
 	defer r.Close()
-	// What is overwritten by zeros counts as data.
+	// Data that is overwritten by zeros counts as data.
 	rep := ondisk.Check(r, r.Size(), false)
 	fmt.Print(d.leftDirty("up to ", rep.DirtyBytes, rep.ZeroBytes))
 	return nil

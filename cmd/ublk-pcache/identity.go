@@ -15,8 +15,8 @@ import (
 // knows serial numbers alone finds that the device has none, which it takes for
 // any.
 //
-// A disk may have nothing but the partition table that is on it. That is no
-// identity: users of the cached device make another table, it is in the cache,
+// A disk may have only the partition table that is on it. A table is
+// no identity: users of the cached device make another table, it is in the cache,
 // and some time later on the disk, and nothing else has happened. Refusing the
 // disk for it would refuse the right one. But the fingerprint knows (see
 // engine/fingerprint.go): while it is the one that the disk had with this table,

@@ -31,17 +31,16 @@ import (
 //
 // It takes a third thing there. Memory in which the hardware finds an error that
 // nobody has met yet can be announced to whoever has it mapped
-// (vm.memory_failure_early_kill), by a SIGBUS in any thread, whatever that is at.
-// It has nothing to do with what the thread does, so that nothing could be done
-// about it, and Go's runtime takes it for a crash. A process that asks for late kill is
-// told when the memory is touched, in the access itself, which package pmem guards.
-// The kernel asks thread by thread (mm/memory-failure.c, find_early_kill_thread;
-// 6.12 and 7.3), and the answer survives fork and exec as well (PF_MCE_PROCESS).
+// (vm.memory_failure_early_kill), by a SIGBUS in any thread. The thread may be at
+// something else and can do nothing about it, and Go's runtime takes it for a crash.
+// A process that asks for late kill is told when the memory is touched, in the access
+// itself, which package pmem guards. The kernel asks thread by thread
+// (mm/memory-failure.c, find_early_kill_thread; 6.12 and 7.3), and the answer survives
+// fork and exec as well (PF_MCE_PROCESS).
 
-// What is left of the one who calls is kept from the server, which outlives them
-// and runs for others: the working directory (its file system could never be
-// unmounted), descriptors and environment here, stray signal masks in main,
-// limits in protect.
+// A server outlives its caller and runs for others, so it inherits nothing else. Its
+// working directory (whose file system could never be unmounted), descriptors and
+// environment are seen to here, stray signal masks in main, limits in protect.
 
 // launch starts a server for o and prints the device's path once it is ready,
 // or returns why it is not. With Foreground this process becomes the server,

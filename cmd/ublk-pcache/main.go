@@ -9,8 +9,8 @@
 // socket per device takes requests while the server lives, and a log, where
 // the server is in the background and in no unit.
 //
-// What a command does is in the file that has its name. What a server does is in
-// server.go and the files whose names begin so. Between them are launch.go and unit.go,
+// A command is in the file that has its name. The server is in server.go and the files
+// whose names begin so. Between them are launch.go and unit.go,
 // by which a command becomes, or starts, a server, and state.go and ask.go, by which
 // commands know of servers and talk to them.
 package main
@@ -46,7 +46,7 @@ func main() {
 			if os.Geteuid() != 0 {
 				return ublk.ErrNotRoot
 			}
-			// What we make is root's alone, whatever umask we were given.
+			// Our files are root's alone, whatever umask we were given.
 			syscall.Umask(0o077)
 			return checkStateDir()
 		},

@@ -106,7 +106,7 @@ func finishRepair(say io.Writer, r *pmem.Region, rep *ondisk.Repaired, inPlace b
 	return nil
 }
 
-// unmendedError says what to do about what could not be mended, nil if that is nothing.
+// unmendedError says what to do about damage that could not be mended, nil if there is none.
 func unmendedError(r *pmem.Region, rep *ondisk.Repaired) error {
 	path := r.Path()
 	switch {

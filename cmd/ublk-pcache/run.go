@@ -69,8 +69,8 @@ func awaitRetry(command string, status int) {
 }
 
 // startError says whether the error of a start is final. The holder of the disk, or of
-// the pmem, may let go of it. A device that waits is tried for again, but for what a
-// person has to decide, or mend: the cache must not be held meanwhile.
+// the pmem, may let go of it. A device that waits is tried for again, unless a
+// person has to decide or mend something: the cache must not be held meanwhile.
 func (o *serveOptions) startError(err error) error {
 	var damage *ondisk.Damage
 	if o.Recover && (errors.Is(err, engine.ErrChanged) || errors.As(err, &damage)) {
@@ -165,7 +165,7 @@ func serving(device string) string {
 
 // continued returns what to do for a service whose server may have died: to
 // recover the device that waits, if one does, or nothing but to adopt its
-// server. What is left of any other is taken away.
+// server. The remains of any other are taken away.
 func continued(o serveOptions) (_ serveOptions, server *device, err error) {
 	spec, err := o.region()
 	if err != nil {

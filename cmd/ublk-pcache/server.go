@@ -83,17 +83,17 @@ func unstarted(o serveOptions) *server {
 	// From the beginning: a server that has taken a device over is not to die of
 	// one.
 	signal.Notify(s.signals, os.Interrupt, syscall.SIGTERM)
-	// Neither of the terminal that it was started from, nor of whoever reads what
-	// it prints.
+	// The terminal that it was started from may go, and so may whoever reads what it
+	// prints.
 	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
 	return s
 }
 
 // start brings a device up. Everything that can be refused is refused before the
-// first byte is written, by the driver, too; what may want for room, in the
-// folder of state files, is made before. So nothing fails once the disk is there,
-// and a device that was there before is never taken away: without a server it
-// waits. What fails before that leaves nothing behind.
+// first byte is written, by the driver, too; the files in the folder of state
+// files, which may be full, are made before. So nothing fails once the disk is there,
+// and a device that was there before is never taken away: without a server it waits.
+// A start that fails before that leaves nothing behind.
 func start(o serveOptions) (_ *server, err error) {
 	s := unstarted(o)
 	if _, err := ublk.Features(); err != nil {
@@ -310,9 +310,9 @@ const (
 
 // remove ends the device in the order of dependency: no requests, then no
 // cache, then no device, then no trace. Once there are no requests there is no
-// way back, whatever fails then. What does not end in time, on account of the
-// disk or of those who have the device open, is left to the end of the process,
-// and said.
+// way back, whatever fails then. The disk, or those who have the device open, may
+// keep something from ending in time: it is left to the end of the process, and
+// returned.
 func (s *server) remove(force bool) (left []string, err error) {
 	s.removal.Lock()
 	defer s.removal.Unlock()
@@ -333,7 +333,7 @@ func (s *server) remove(force bool) (left []string, err error) {
 	}
 	defer time.AfterFunc(removalPatience, s.cache.Abort).Stop()
 	failed := s.cache.Status().State == engine.Failed
-	// What is wrong with the cache already is no reason for its device to stay.
+	// A cache that has failed already is no reason for its device to stay.
 	if err = s.cache.Close(); failed || errors.Is(err, engine.ErrAborted) {
 		err = nil
 	} else if failure := s.rebind(); failure != nil {

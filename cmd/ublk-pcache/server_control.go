@@ -28,7 +28,7 @@ import (
 // the middle of a word, a script that asks for one more flush every second
 // while the disk hangs. None of them may cost the server more than a bounded
 // amount of memory, or keep the next command out for long, and each gets a line
-// that says what was wrong. What is not known is refused and not ignored: a
+// that says what was wrong. A word that is not known is refused and not ignored: a
 // newer client means something by it.
 //
 // A panic is not caught here. Reading a command cannot cause one (FuzzControl),
@@ -62,7 +62,7 @@ const (
 	// maxClients are served at a time. Nobody but a flush has a reason to stay
 	// longer than commandTime, and one is enough of these.
 	maxClients = 64
-	// acceptPause is for what cannot be helped but passes: no descriptor left.
+	// acceptPause is for an error that passes by itself: no descriptor left.
 	acceptPause = 100 * time.Millisecond
 )
 
@@ -185,8 +185,8 @@ func serveClient(conn net.Conn, execute func(context.Context, command) (reply, e
 		return reply{}, err
 	}
 	if hungUp(conn) {
-		// A client that has been told that nobody answers must not find later that
-		// the command was carried out.
+		// The client has told its user by now that nobody answers, so the command must
+		// not be carried out.
 		conn.Close()
 		return reply{}, errHungUp
 	}

@@ -142,8 +142,8 @@ func (s *server) openOwnDisk(o *serveOptions) (err error) {
 		recorded, _, _ = strings.Cut(layout.Identity.Serial, proof)
 	}
 	s.disk, err = openDisk(o.Backing.Path, true)
-	// A device has users, so what cannot be told apart from its disk is not taken for
-	// it, unless there has never been anything to tell it by.
+	// A device has users, so a disk that nothing tells apart from its own is not taken
+	// for that, unless there has never been anything to tell it by.
 	possible := false
 	if err == nil {
 		present := s.disk.Identity()

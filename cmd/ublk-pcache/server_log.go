@@ -18,9 +18,9 @@ import (
 //
 // Readers of it must not matter to the server. One may stand still, or be
 // gone; the folder may be full. So a line is only put into a buffer, from where
-// somebody takes it who may be blocked, and what does not fit is counted. And
-// what happens again and again, as with a disk that fails, must matter neither:
-// each message is written ten times a minute, and the file has a size.
+// somebody takes it who may be blocked, and lines that do not fit are counted. Events
+// that repeat, as with a disk that fails, must not matter either: each message is
+// written ten times a minute, and the file has a size.
 
 const (
 	// logSize is what the file may grow to, in bytes: some thousand lines, with
@@ -150,7 +150,7 @@ func (o *logOutput) Sync() error {
 	}
 }
 
-// exit ends the server as it is. What it has said is to be read.
+// exit ends the server as it is, with its log written.
 func (s *server) exit(code int) {
 	s.log.Sync()
 	os.Exit(code)

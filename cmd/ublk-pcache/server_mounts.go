@@ -14,11 +14,11 @@ import (
 	"ublk-pcache/internal/mountinfo"
 )
 
-// A server leaves all mounts that it does not need. Which there are, and what
-// they are called, is decided by others: every user of the machine can mount
-// with fusermount, in any place of theirs, and rename and link folders while we
-// look. So nothing that is met here keeps a server from starting. What cannot be
-// reached stays and is said, once there is a log.
+// A server leaves all mounts that it does not need. Others decide which there are, and
+// what they are called: every user of the machine can mount with fusermount, in any
+// place of theirs, and rename and link folders while we look. So nothing that is met
+// here keeps a server from starting. A mount that cannot be reached stays and is said,
+// once there is a log.
 //
 // A mount goes with everything that is mounted in it. So only those are detached
 // that hang on a needed one: no path leads through a file system that is not

@@ -9,9 +9,8 @@ import (
 	"ublk-pcache/ublk"
 )
 
-// What a device was made with is a promise to its users that outlives the
-// server: whether it has a volatile cache is asked once, and who was told that it
-// has none sends no FLUSH.
+// The attributes of a device are a promise to its users that outlives the server: they
+// ask once whether it has a volatile cache, and if it has none they send no FLUSH.
 
 // region says which region is to be opened, by the name that the device has it
 // under. Of a device that was there before, its path is known and no more, and it

@@ -216,7 +216,7 @@ type next struct {
 	how     error         // it ended
 }
 
-// startNext starts a new server that waits at the gate. What it returns can be
+// startNext starts a new server that waits at the gate. The result can be
 // killed, also with an error. A removal of the device kills it: until then it has
 // disk and pmem as well.
 func (s *server) startNext(head engine.Head) (*next, error) {
@@ -274,7 +274,7 @@ func (s *server) startNext(head engine.Head) (*next, error) {
 	return n, nil
 }
 
-// expect waits for a line. Whatever else the new server says is its error.
+// expect waits for a line. Any other line is the new server's error, with all that follows.
 func (n *next) expect(ctx context.Context, want string) error {
 	n.answers.SetReadDeadline(time.Now().Add(upgradePatience))
 	defer context.AfterFunc(ctx, func() { n.answers.SetReadDeadline(time.Now()) })()
@@ -297,7 +297,7 @@ func (n *next) expect(ctx context.Context, want string) error {
 }
 
 // kill ends a new server, as far as there is one, and reports whether it has ended.
-// It may be waiting for the disk and so not end at once, but does nothing any more.
+// It may wait for the disk and so end late, but it does nothing any more.
 func (n *next) kill() (ended bool) {
 	ended = true
 	if n.cmd != nil {
@@ -311,8 +311,8 @@ func (n *next) kill() (ended bool) {
 
 // takeOver makes this process the server that follows the one that started it,
 // and says on tell how far it is. A process that fails here has nothing to take
-// back: its end is enough. What may want for room it makes before it says that it
-// is prepared.
+// back: its end is enough. Everything that may find no room is made before it says
+// that it is prepared.
 func takeOver(o serveOptions, tell io.Writer) (_ *server, err error) {
 	s := unstarted(o)
 	s.openLog(o.Foreground)
@@ -371,7 +371,7 @@ func (s *server) inherit(socket bool) (err error) {
 }
 
 // announce tells commands and systemd of a server that has taken over. The device is
-// ours by then, so what fails is only logged.
+// ours by then, so a failure is only logged.
 func (s *server) announce() {
 	if err := s.dev.publish(); err != nil {
 		s.log.Error("others do not hear of the new server", zap.Error(err))

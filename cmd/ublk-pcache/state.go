@@ -47,7 +47,7 @@ type device struct {
 	Writeback int    `json:"writeback_depth"`
 	Depth     int    `json:"depth"`
 
-	damage error // nothing but ID is known, and why
+	damage error // why only ID is known
 }
 
 var (
@@ -83,8 +83,8 @@ func (d *device) lookup() (ublk.Info, error) {
 	return info, err
 }
 
-// checkStateDir refuses a folder that others can write to. What is in there
-// names files and devices that we then open, format and remove as root.
+// checkStateDir refuses a folder that others can write to. The files in there name
+// other files and devices, which we open, format and remove as root.
 func checkStateDir() error {
 	info, err := os.Lstat(stateDir)
 	if errors.Is(err, fs.ErrNotExist) {

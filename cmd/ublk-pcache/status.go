@@ -99,7 +99,7 @@ func newStatusCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			// What cannot be told is an error, and the rest is told all the same.
+			// A server that does not answer is an error, and the rest is told all the same.
 			if unanswered != nil {
 				s := silentJSON{l, oneLine(unanswered)}
 				if asJSON {
@@ -109,7 +109,7 @@ func newStatusCmd() *cobra.Command {
 			}
 			s := newStatusJSON(l, r.Status)
 			s.Persistence, s.Doubt = string(r.Persistence), r.Doubt
-			// What is below a loop device or an overlay may be nowhere that the server sees.
+			// The server may not see the file system below a loop device or an overlay.
 			if p, why := pmem.PersistenceOf(d.PMEM); p == pmem.Volatile {
 				s.Persistence, s.Doubt = string(p), why
 			}

@@ -101,7 +101,7 @@ func spawnUnit(systemd *dbus.Conn, self string, o serveOptions) (answer string, 
 	select {
 	case s = <-heard:
 	case result := <-ended:
-		// What the server says comes before the end of a job that fails, and after
+		// The server's answer comes before the end of a job that fails, and after
 		// that of one that is done: then there is nothing to break off.
 		if result == "done" {
 			stop()
@@ -199,7 +199,7 @@ func exchange(caller *net.UnixListener, config []byte) ([]byte, error) {
 		}
 		defer conn.Close()
 		if refuseStranger(conn) == nil {
-			caller.Close()     // who comes later is the next server, and goes on
+			caller.Close()     // a later caller is the next server, and goes on
 			conn.Write(config) // a server that has died says nothing
 			return io.ReadAll(conn)
 		}

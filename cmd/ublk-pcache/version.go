@@ -5,8 +5,8 @@ import (
 	"runtime/debug"
 )
 
-// version is of the release that this becomes, as CHANGELOG.md has it. What is still to
-// be released is told apart by its revision.
+// version is of the release that this becomes, as CHANGELOG.md has it. A build that is not
+// released is told apart by its revision.
 const version = "0.1.0"
 
 // longVersion is the version with what the Go toolchain knows of the sources that the program

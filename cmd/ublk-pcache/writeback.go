@@ -175,7 +175,7 @@ type unwritten struct {
 }
 
 // flushTries is how often a flush is asked for that gets no further: write-back halves
-// what cannot be written each time, and 512 KiB is a sector after the tenth.
+// the part that cannot be written each time, and 512 KiB is a sector after the tenth.
 const flushTries = 12
 
 // flushAll writes what it can.
@@ -184,13 +184,13 @@ func flushAll(cache *engine.Cache) (left unwritten, err error) {
 	done := make(chan error, 1)
 	go func() {
 		var err error
-		// A flush fails with the first round of which nothing is taken. What lies behind
+		// A flush fails with the first round of which nothing is taken. The log behind
 		// that has not been tried then.
 		for left, tried := flushTries, uint64(0); left > 0; left-- {
 			if err = cache.Flush(context.Background()); err == nil {
 				break
 			}
-			// What write-back logs itself is nothing new.
+			// Ksets that write-back itself logs are nothing new.
 			if now := min(cache.Status().Tried, before.Ksets); now > tried {
 				left, tried = flushTries, now
 			}
