@@ -5,9 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -23,7 +23,7 @@ import (
 // eachBlock visits what a file holds outside its holes.
 func eachBlock(t *testing.T, f *os.File, visit func(block []byte, off int64)) {
 	t.Helper()
-	buf := make([]byte, 4096)
+	buf := make([]byte, 1<<20)
 	for end := int64(0); ; {
 		off, err := unix.Seek(int(f.Fd()), end, unix.SEEK_DATA)
 		if errors.Is(err, unix.ENXIO) {
@@ -34,12 +34,60 @@ func eachBlock(t *testing.T, f *os.File, visit func(block []byte, off int64)) {
 		if end, err = unix.Seek(int(f.Fd()), off, unix.SEEK_HOLE); err != nil {
 			t.Fatal(err)
 		}
-		for ; off < end; off += int64(len(buf)) {
-			n, err := f.ReadAt(buf, off)
-			if err != nil && err != io.EOF {
+		for off < end {
+			p := buf[:min(int64(len(buf)), end-off)]
+			if _, err := f.ReadAt(p, off); err != nil {
 				t.Fatal(err)
 			}
-			visit(buf[:n], off)
+			for block := range slices.Chunk(p, 4096) {
+				visit(block, off)
+				off += int64(len(block))
+			}
+		}
+	}
+}
+
+// content is what a file holds, without its zeros.
+type content struct {
+	size   int64
+	blocks map[int64][]byte // by offset
+}
+
+func contentOf(t *testing.T, path string) content {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := content{info.Size(), map[int64][]byte{}}
+	zeros := make([]byte, 4096)
+	eachBlock(t, f, func(p []byte, off int64) {
+		if !bytes.Equal(p, zeros[:len(p)]) {
+			c.blocks[off] = bytes.Clone(p)
+		}
+	})
+	return c
+}
+
+// write makes a file of it, with holes for the zeros.
+func (c content) write(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Truncate(c.size); err != nil {
+		t.Fatal(err)
+	}
+	for off, p := range c.blocks {
+		if _, err := f.WriteAt(p, off); err != nil {
+			t.Fatal(err)
 		}
 	}
 }
@@ -47,32 +95,7 @@ func eachBlock(t *testing.T, f *os.File, visit func(block []byte, off int64)) {
 // copySparse copies a file, and makes holes of all that is zero.
 func copySparse(t *testing.T, from, to string) {
 	t.Helper()
-	src, err := os.Open(from)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer src.Close()
-	dst, err := os.OpenFile(to, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dst.Close()
-	info, err := src.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := dst.Truncate(info.Size()); err != nil {
-		t.Fatal(err)
-	}
-	zeros := make([]byte, 4096)
-	eachBlock(t, src, func(p []byte, off int64) {
-		if bytes.Equal(p, zeros[:len(p)]) {
-			return
-		}
-		if _, err := dst.WriteAt(p, off); err != nil {
-			t.Fatal(err)
-		}
-	})
+	contentOf(t, from).write(t, to)
 }
 
 // overwrite puts bytes into a file.
