@@ -7,7 +7,7 @@ SHELL := /bin/bash
 # The race detector is linked by gcc; the program itself never is.
 export CGO_ENABLED = 0
 
-.PHONY: build install demo check test vet unit count race arm64 vm soak bench bench-count bench-vm bench-report
+.PHONY: build install demo check check-engine check-others test vet unit count race arm64 vm soak bench bench-count bench-vm bench-report
 
 build:
 	go build -o bin/ublk-pcache ./cmd/ublk-pcache
@@ -48,10 +48,15 @@ unit:
 # The engine's random tests with small budgets.
 brief = -storm.ops=40 -storm.rounds=1 -hostile.execs=1000 -crash.states=1000 -model.cases=5 -meta.cases=5 -linear.rounds=2
 
-# For every commit: what takes a minute or two.
+# For every commit. The engine's tests are long, as are those of the other packages together: they run side by side.
 check: vet
-	go test -count=1 $$(go list ./... | grep -vx ublk-pcache/engine)
+	@$(MAKE) --no-print-directory -j2 -O check-engine check-others
+
+check-engine:
 	go test -count=1 ./engine $(brief)
+
+check-others:
+	go test -count=1 $$(go list ./... | grep -vx ublk-pcache/engine)
 
 # need installs packages for a program that is missing.
 need = command -v $(1) >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends $(2); }
