@@ -27,6 +27,7 @@ var rooms = map[string][]string{
 	"internal/filelock":  {},
 	"internal/mountinfo": {},
 	"internal/prefetch":  {},
+	"internal/trace":     {},
 }
 
 // dangers are who may import what is dangerous. The engine asks unsafe for sizes only.
