@@ -50,6 +50,7 @@ const (
 type collector struct {
 	percent atomic.Int32
 	kicked  chan struct{}
+	errands errands
 	mu      struct {
 		sync.Mutex
 		dying []uint32
@@ -69,6 +70,7 @@ func (g *collector) init(percent int) {
 
 // kick wakes the collector to look whether there is work. Any goroutine.
 func (g *collector) kick() {
+	g.errands.given.Add(1)
 	select {
 	case g.kicked <- struct{}{}:
 	default:
@@ -102,6 +104,7 @@ func (c *Cache) gcLoop() {
 		case <-c.workers.stop:
 			return
 		}
+		given := c.gc.errands.given.Load()
 		for more := true; more && !c.stopping(); {
 			more = false
 			// A cache that has failed still has its tails pass what cannot be
@@ -114,6 +117,7 @@ func (c *Cache) gcLoop() {
 			}
 			c.wakeWaiting()
 		}
+		c.gc.errands.done.Store(given)
 	}
 }
 

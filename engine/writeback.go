@@ -62,6 +62,7 @@ func backoff(d time.Duration) time.Duration { return min(max(firstRetry, 2*d), l
 
 type writeback struct {
 	kicked  chan struct{}
+	errands errands
 	asleep  atomic.Bool   // there was nothing dirty to write
 	want    atomic.Uint64 // ksets that should be written now
 	pressed atomic.Bool   // garbage collection has nothing to collect, but should
@@ -135,6 +136,7 @@ func (w *writeback) init(c *Cache, depth int) {
 }
 
 func (w *writeback) kick() {
+	w.errands.given.Add(1)
 	select {
 	case w.kicked <- struct{}{}:
 	default:
@@ -307,6 +309,7 @@ func (c *Cache) writebackLoop() {
 	var writers activity
 	var delay time.Duration // after the last round, which has failed
 	for !c.stopping() {
+		given := w.errands.given.Load()
 		_, written := c.journal.head()
 		flushing, again, flushes := w.nextTurn()
 		c.relogPressed()
@@ -318,6 +321,7 @@ func (c *Cache) writebackLoop() {
 			if ever {
 				timer.Reset(wake.Sub(o.now))
 			}
+			w.errands.done.Store(given)
 			c.sleepUnlessWritten(o, timer, ever)
 			continue
 		}
