@@ -24,7 +24,7 @@ var rooms = map[string][]string{
 	"backing":            {"internal/filelock", "internal/mountinfo", "internal/uring"},
 	"ublk":               {"internal/mountinfo", "internal/uring"},
 	"internal/uring":     {},
-	"internal/estimate":  {},
+	"internal/estimate":  {"engine", "internal/trace", "ondisk"},
 	"internal/filelock":  {},
 	"internal/mountinfo": {},
 	"internal/prefetch":  {},
