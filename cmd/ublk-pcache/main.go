@@ -59,6 +59,7 @@ func main() {
 		newAddCmd(), newRecoverCmd(), newDelCmd(), newFlushCmd(),
 		newStatusCmd(), newListCmd(), newSetCmd(), newUpgradeCmd(),
 		newFormatCmd(), newDumpCmd(), newCheckCmd(), newRepairCmd(), newWritebackCmd(),
+		newEstimateCmd(),
 		newRunCmd(), newIsBackingCmd(), newClaimCmd(), newServeCmd(), newUnitCmd(),
 	)
 	if cmd, err := root.ExecuteC(); err != nil {

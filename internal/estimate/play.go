@@ -15,6 +15,7 @@ import (
 // whole.
 type Result struct {
 	Segments   int  // of the cache, 16 MiB each
+	Scale      int  // how many times as large as the trace's each block was
 	Raised     bool // they are the least that a cache has, which is more than was asked for
 	Missed     int64
 	ReadBlocks int64
@@ -23,6 +24,11 @@ type Result struct {
 	// What textbook algorithms miss in as many blocks as all segments would have room
 	// for.
 	FIFO, LRU, S3FIFO int64
+}
+
+// CacheBytes returns how large the cache was, in bytes of the trace.
+func (r *Result) CacheBytes() int64 {
+	return int64(r.Segments) * ondisk.SegmentSize / int64(r.Scale)
 }
 
 // What bounds a request: the largest that the server takes, and the stripe, both in bytes.
@@ -41,10 +47,13 @@ var errTooFar = errors.New("goes up to places that are further than 1 PiB from t
 // is written back because it has waited long is written back later than it would be; what is
 // kept does not depend on that. Each block becomes one of
 // scaled bytes, a power of 2 from 4 KiB to 1 MiB, so that a small trace is not too small for
-// the engine, which counts in segments.
+// the engine, which counts in segments. For a size in bytes it stays as it is.
 func (t *Trace) Play(size Size, scaled int) (Result, error) {
 	if scaled < blockSize || scaled > longest || scaled&(scaled-1) != 0 {
 		return Result{}, fmt.Errorf("a block of %d bytes: give a power of 2 from %d to %d", scaled, blockSize, longest)
+	}
+	if size.Bytes != 0 {
+		scaled = blockSize
 	}
 	segments, raised := t.segments(size, scaled)
 	if t.end > mostDisk/int64(scaled) {
@@ -62,7 +71,7 @@ func (t *Trace) Play(size Size, scaled int) (Result, error) {
 	p := player{
 		trace: t, cache: c, queue: c.Queue(0), wake: make(chan struct{}, 1),
 		scaled: int64(scaled), buf: make([]byte, longest),
-		result: Result{Segments: segments, Raised: raised},
+		result: Result{Segments: segments, Scale: scaled / blockSize, Raised: raised},
 	}
 	capacity := segments * (ondisk.SegmentSize / scaled)
 	p.fifo, p.lru, p.s3fifo = newFIFO(capacity, t.Touched), newLRU(capacity, t.Touched), newS3FIFO(capacity, t.Touched)
@@ -79,6 +88,17 @@ func (t *Trace) Play(size Size, scaled int) (Result, error) {
 	}
 	p.result.Stored = r.stored.Load()
 	return p.result, errors.Join(err, c.Close())
+}
+
+// Scaled returns to how many bytes a block has to be scaled so that a cache has segments enough
+// for what it keeps not to depend on where they end: as few as that takes, up to 64 KiB.
+func (t *Trace) Scaled(size Size) int {
+	const enough, most = 128, 64 << 10
+	scaled := blockSize
+	for n, _ := t.segments(size, scaled); n < enough && scaled < most; n, _ = t.segments(size, scaled) {
+		scaled *= 2
+	}
+	return scaled
 }
 
 // segments returns how many a cache of some size has.

@@ -9,10 +9,10 @@ import (
 	"ublk-pcache/internal/trace"
 )
 
-// load takes in lines of a trace.
-func load(t *testing.T, lines string) *Trace {
+// traceOf takes in lines of a trace.
+func traceOf(t *testing.T, lines string) *Trace {
 	t.Helper()
-	made, err := Load("made", trace.Read(strings.NewReader(lines), "made"))
+	made, err := load("made", trace.Read(strings.NewReader(lines), "made"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -37,7 +37,7 @@ func play(t *testing.T, trace *Trace, size Size, scaled int) Result {
 
 // TestLoad: blocks are counted that are touched in part, too, and each access of them.
 func TestLoad(t *testing.T) {
-	made := load(t, "R 4095 2\nW 8192 4096\nR 0 4096\nW 40960 8193\n")
+	made := traceOf(t, "R 4095 2\nW 8192 4096\nR 0 4096\nW 40960 8193\n")
 	if made.Blocks != 7 || made.Touched != 6 || made.end != 13 {
 		t.Errorf("%+v", made)
 	}
@@ -45,7 +45,7 @@ func TestLoad(t *testing.T) {
 		"R 0 4096\nR 0 9223372036854775807\n": "made touches more than 1073741824 different blocks",
 		"R 0 4096\nhello\n":                   "made: line 2: ",
 	} {
-		if _, err := Load("made", trace.Read(strings.NewReader(lines), "made")); err == nil || !strings.Contains(err.Error(), says) {
+		if _, err := load("made", trace.Read(strings.NewReader(lines), "made")); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%q: %v", lines, err)
 		}
 	}
@@ -60,11 +60,11 @@ func TestFits(t *testing.T) {
 			fmt.Fprintf(&lines, "%c %d %d\n", "RW"[(round+first/13)%2], first*blockSize, 13*blockSize)
 		}
 	}
-	made := load(t, lines.String())
+	made := traceOf(t, lines.String())
 	for _, scaled := range []int{4 << 10, 64 << 10, 512 << 10, large} {
 		got := play(t, made, Size{Percent: 100}, scaled)
 		want := Result{
-			Segments: 31, Raised: true, Missed: 130, FIFO: 130, LRU: 130, S3FIFO: 130, ReadBlocks: 195, ReadMissed: 65,
+			Segments: 31, Scale: scaled / blockSize, Raised: true, Missed: 130, FIFO: 130, LRU: 130, S3FIFO: 130, ReadBlocks: 195, ReadMissed: 65,
 			Stored: got.Stored,
 		}
 		// 195 blocks are written and 65 are filled, and to each belongs at most some KiB of log.
@@ -85,7 +85,7 @@ func TestFull(t *testing.T) {
 			fmt.Fprintf(&lines, "R %d %d\nR %d 1\n", b*blockSize, blockSize, around*blockSize)
 		}
 	}
-	got := play(t, load(t, lines.String()), Size{Percent: 10}, large)
+	got := play(t, traceOf(t, lines.String()), Size{Percent: 10}, large)
 	if got.LRU != 3*around+1 || got.FIFO < got.LRU+4 || got.FIFO > got.LRU+6 {
 		t.Errorf("%+v", got)
 	}
@@ -103,7 +103,7 @@ func TestSame(t *testing.T) {
 	for range 8 * room {
 		fmt.Fprintf(&lines, "%c %d %d\n", "RW"[dice.IntN(2)], zipf.Uint64()*blockSize, blockSize*(1+dice.IntN(3)))
 	}
-	made := load(t, lines.String())
+	made := traceOf(t, lines.String())
 	first := play(t, made, Size{Percent: 1}, large)
 	if first.Missed < int64(made.Touched) || first.Missed == made.Blocks || first.ReadMissed == 0 || first.ReadMissed >= first.Missed {
 		t.Errorf("%+v", first)
@@ -140,14 +140,37 @@ func TestSegments(t *testing.T) {
 	}
 }
 
+// TestScaled: a block is as large as it takes for many segments, and no larger.
+func TestScaled(t *testing.T) {
+	for _, c := range []struct {
+		touched int
+		size    Size
+		want    int
+	}{
+		{1 << 20, Size{Percent: 50}, 4 << 10}, // 2 GiB
+		{1 << 20, Size{Percent: 25}, 8 << 10},
+		{1 << 20, Size{Percent: 5}, 64 << 10},
+		{1 << 10, Size{Percent: 5}, 64 << 10},
+		{1 << 10, Size{Bytes: 4 << 30}, 4 << 10},
+	} {
+		if got := (&Trace{Touched: c.touched}).Scaled(c.size); got != c.want {
+			t.Errorf("%v of %d blocks: %d bytes", c.size, c.touched, got)
+		}
+	}
+	// Bytes are the trace's, whatever else is asked for.
+	if got := play(t, traceOf(t, "R 0 4096\n"), Size{Bytes: 1 << 30}, large); got.Segments != 63 || got.Scale != 1 {
+		t.Errorf("%+v", got)
+	}
+}
+
 // TestRefused: what cannot be played.
 func TestRefused(t *testing.T) {
-	made := load(t, "R 1125899906842624 1\n")
+	made := traceOf(t, "R 1125899906842624 1\n")
 	if _, err := made.Play(Size{Percent: 5}, 4<<10); err == nil || !strings.Contains(err.Error(), "made goes up to places that are further than 1 PiB") {
 		t.Error(err)
 	}
 	for _, scaled := range []int{0, -4096, 512, 6000, 12 << 10, 2 << 20} {
-		if _, err := load(t, "R 0 1\n").Play(Size{Percent: 5}, scaled); err == nil || !strings.Contains(err.Error(), "a power of 2 from 4096 to 1048576") {
+		if _, err := traceOf(t, "R 0 1\n").Play(Size{Percent: 5}, scaled); err == nil || !strings.Contains(err.Error(), "a power of 2 from 4096 to 1048576") {
 			t.Errorf("blocks of %d: %v", scaled, err)
 		}
 	}

@@ -3,6 +3,9 @@ package estimate
 import (
 	"fmt"
 	"iter"
+	"os"
+	"path/filepath"
+	"strings"
 
 	"ublk-pcache/internal/trace"
 )
@@ -28,11 +31,26 @@ type run struct {
 	write bool
 }
 
+// TouchedBytes returns how much of the disk the trace touches.
+func (t *Trace) TouchedBytes() int64 { return int64(t.Touched) * blockSize }
+
 // mostTouched is how many different blocks a trace may have: 4 TiB of them.
 const mostTouched = 1 << 30
 
-// Load takes in a trace. Its error is the first of accesses, or is that they are too many.
-func Load(name string, accesses iter.Seq2[trace.Access, error]) (*Trace, error) {
+// Load reads a trace from a file, in any of the forms that package trace knows, gzip or not.
+// The trace has the file's name, up to the first dot.
+func Load(path string) (*Trace, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	name, _, _ := strings.Cut(filepath.Base(path), ".")
+	return load(name, trace.Read(f, path))
+}
+
+// load takes in a trace. Its error is the first of accesses, or is that they are too many.
+func load(name string, accesses iter.Seq2[trace.Access, error]) (*Trace, error) {
 	t := &Trace{Name: name, numbers: map[int64]int32{}}
 	for a, err := range accesses {
 		if err != nil {

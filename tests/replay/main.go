@@ -16,11 +16,8 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"path/filepath"
-	"strings"
 
 	"ublk-pcache/internal/estimate"
-	"ublk-pcache/internal/trace"
 )
 
 var (
@@ -45,7 +42,7 @@ func run() error {
 		return fmt.Errorf("give a trace: lines of 'R|W offset length', what blkparse prints, MSR Cambridge CSV or a fio iolog, gzip or not")
 	}
 	for _, path := range flag.Args() {
-		t, err := load(path)
+		t, err := estimate.Load(path)
 		if err != nil {
 			return err
 		}
@@ -63,15 +60,4 @@ func run() error {
 		}
 	}
 	return nil
-}
-
-// load reads a trace. Its name is the file's without what says what it is.
-func load(path string) (*estimate.Trace, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	name, _, _ := strings.Cut(filepath.Base(path), ".")
-	return estimate.Load(name, trace.Read(f, path))
 }

@@ -17,7 +17,7 @@ const module = "ublk-pcache/"
 
 // rooms are what each package of the product may import of the others, besides what is below it.
 var rooms = map[string][]string{
-	"cmd/ublk-pcache":    {"backing", "engine", "internal/mountinfo", "internal/uring", "ondisk", "pmem", "ublk"},
+	"cmd/ublk-pcache":    {"backing", "engine", "internal/estimate", "internal/mountinfo", "internal/uring", "ondisk", "pmem", "ublk"},
 	"engine":             {"internal/prefetch", "ondisk"},
 	"ondisk":             {},
 	"pmem":               {"internal/filelock", "internal/mountinfo"},
@@ -36,7 +36,7 @@ var dangers = map[string][]string{
 	"unsafe":                {"backing", "engine", "internal/prefetch", "internal/uring", "pmem", "ublk"},
 	"syscall":               {"backing", "cmd/ublk-pcache", "internal/uring", "pmem", "ublk"},
 	"golang.org/x/sys/unix": {"backing", "cmd/ublk-pcache", "internal/filelock", "internal/uring", "pmem", "ublk"},
-	"os":                    {"backing", "cmd/ublk-pcache", "internal/filelock", "internal/mountinfo", "pmem", "ublk"},
+	"os":                    {"backing", "cmd/ublk-pcache", "internal/estimate", "internal/filelock", "internal/mountinfo", "pmem", "ublk"},
 }
 
 func main() {
