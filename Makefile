@@ -7,7 +7,7 @@ SHELL := /bin/bash
 # The race detector is linked by gcc; the program itself never is.
 export CGO_ENABLED = 0
 
-.PHONY: build install demo check check-engine check-others test vet unit count race arm64 vm soak bench bench-count bench-vm bench-report
+.PHONY: build install demo check check-engine check-others test vet unit count race arm64 vm soak bench bench-count bench-vm bench-hits bench-report
 
 build:
 	go build -o bin/ublk-pcache ./cmd/ublk-pcache
@@ -123,6 +123,12 @@ bench-count:
 bench-vm:
 	@mkdir -p bin
 	go run ./tests/vmbench | tee bin/bench-vm.txt
+
+# What is missed of traces; none comes with the source.
+bench-hits:
+	@mkdir -p bin
+	{ echo "date: $$(date -u +%F)"; \
+	  go run ./tests/replay $(or $(TRACES),$(error bench-hits plays traces, give some: make bench-hits TRACES="oltp.gz msr.csv")); } | tee bin/bench-hits.txt
 
 bench-report:
 	go run -C tools ./bench $(CURDIR)/bin $(CURDIR)/docs

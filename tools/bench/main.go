@@ -28,9 +28,9 @@ func main() {
 }
 
 const intro = "# Benchmarks\n\n" +
-	"`make bench-count`, `make bench` and `make bench-vm` measure, `make bench-report` writes this page and its plots from what they\n" +
-	"printed. A number is the median of all rounds. In a round everything takes its turn, so only numbers of one table compare. Each\n" +
-	"part says when it was measured; what its goals were *before* is what they were at 84208a5, on 2026-11-27.\n\n"
+	"`make bench-count`, `make bench`, `make bench-vm` and `make bench-hits` measure, `make bench-report` writes this page and its\n" +
+	"plots from what they printed. A number is the median of all rounds. In a round everything takes its turn, so only numbers of one\n" +
+	"table compare. Each part says when it was measured; what its goals were *before* is what they were at 84208a5, on 2026-11-27.\n\n"
 
 // report writes nothing unless all results of the files that are there can be found. What follows from one that is not
 // there stays as it is on the page, since to measure everything takes hours.
@@ -49,6 +49,10 @@ func report(results, folder string) error {
 		return err
 	}
 	native, err := ifThere(read, results, "bench.txt")
+	if err != nil {
+		return err
+	}
+	kept, err := ifThere(readKept, results, "bench-hits.txt")
 	if err != nil {
 		return err
 	}
@@ -80,6 +84,11 @@ func report(results, folder string) error {
 	} else {
 		keep("Hits, without a driver", "The index", "Opening and writing back", "The log's lock")
 	}
+	if kept != nil {
+		kept.report(&page)
+	} else {
+		keep("What is kept")
+	}
 	for _, m := range []*measured{machine, native} {
 		if m != nil {
 			missing = append(missing, m.missing...)
@@ -90,6 +99,11 @@ func report(results, folder string) error {
 	}
 	if machine != nil {
 		if err := machine.plot(folder); err != nil {
+			return err
+		}
+	}
+	if kept != nil {
+		if err := kept.plot(folder); err != nil {
 			return err
 		}
 	}
