@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"text/tabwriter"
@@ -66,9 +65,7 @@ it is read or written. A write that misses does not wait for the disk.`,
 			case err != nil:
 				return err
 			case asJSON:
-				e := json.NewEncoder(cmd.OutOrStdout())
-				e.SetIndent("", "  ")
-				return e.Encode(tried)
+				return printJSON(cmd.OutOrStdout(), tried)
 			}
 			return printEstimated(cmd.OutOrStdout(), tried)
 		},

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"text/tabwriter"
@@ -45,7 +46,7 @@ func newListCmd() *cobra.Command {
 				all = append(all, l)
 			}
 			if asJSON {
-				return printJSON(all)
+				return printJSON(os.Stdout, all)
 			}
 			w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
 			fmt.Fprintln(w, "ID\tDEVICE\tPMEM\tBACKING\tSTATE\tPID\tVERSION")
@@ -106,8 +107,8 @@ func describe(d *device) (listed, error) {
 	return l, nil
 }
 
-func printJSON(v any) error {
-	e := json.NewEncoder(os.Stdout)
+func printJSON(out io.Writer, v any) error {
+	e := json.NewEncoder(out)
 	e.SetIndent("", "  ")
 	return e.Encode(v)
 }

@@ -103,7 +103,7 @@ func newStatusCmd() *cobra.Command {
 			if unanswered != nil {
 				s := silentJSON{l, oneLine(unanswered)}
 				if asJSON {
-					return errors.Join(printJSON(s), unanswered)
+					return errors.Join(printJSON(os.Stdout, s), unanswered)
 				}
 				return errors.Join(s.print(), unanswered)
 			}
@@ -114,7 +114,7 @@ func newStatusCmd() *cobra.Command {
 				s.Persistence, s.Doubt = string(p), why
 			}
 			if asJSON {
-				return errors.Join(printJSON(s), broken)
+				return errors.Join(printJSON(os.Stdout, s), broken)
 			}
 			return errors.Join(s.print(), broken)
 		},
