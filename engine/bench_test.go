@@ -499,8 +499,7 @@ func BenchmarkIndexBytes(b *testing.B) {
 	for b.Loop() {
 		dice, least, worst := rand.New(rand.NewPCG(1, 0)), 0.0, 0.0
 		for _, c := range costlyIndexes {
-			x, most := c.make(dice)
-			each := float64(x.usage().bytes) / float64(most)
+			each, _ := c.bytesEach(dice)
 			if worst = max(worst, each); c.name == dense {
 				least = each
 			}

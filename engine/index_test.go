@@ -276,10 +276,9 @@ func scattered(dice *rand.Rand, perStripe int) *index {
 
 // eachStripe visits all stripes.
 func eachStripe(x *index, visit func(s span)) {
-	for i := range x.shards {
-		sh := &x.shards[i]
-		for j := range sh.slab.roots {
-			visit(span{sh: sh, root: uint32(j), n: stripeSectors})
+	for shard := range shardCount {
+		for s := range x.stripes(shard) {
+			visit(s)
 		}
 	}
 }
@@ -293,16 +292,26 @@ func everySecondSector(dice *rand.Rand) *index {
 	return x
 }
 
+// costlyIndex is a way of filling and emptying one.
+type costlyIndex struct {
+	name string
+	make func(dice *rand.Rand) (x *index, most int64)
+}
+
+// bytesEach returns what an extent costs in it, everything included, and how many extents it
+// ever had.
+func (c *costlyIndex) bytesEach(dice *rand.Rand) (each float64, most int64) {
+	x, most := c.make(dice)
+	return float64(x.usage().bytes) / float64(most), most
+}
+
 // dense is the way to fill an index that costs least of those that are random.
 const dense = "all blocks, in any order"
 
 // costlyIndexes are the ways of filling and emptying an index that cost most, and one that
 // costs little. Memory that is free again is kept, so an index is returned with the most
 // extents that it ever had.
-var costlyIndexes = []struct {
-	name string
-	make func(dice *rand.Rand) (x *index, most int64)
-}{
+var costlyIndexes = []costlyIndex{
 	{"1 extent in each stripe", func(dice *rand.Rand) (*index, int64) {
 		x := newIndex(1 << 20 * ondisk.StripeSize)
 		for i := range int64(1 << 20) {
@@ -375,8 +384,7 @@ var costlyIndexes = []struct {
 func TestIndexBytes(t *testing.T) {
 	dice := rand.New(rand.NewPCG(1, 0))
 	for _, c := range costlyIndexes {
-		x, most := c.make(dice)
-		each := float64(x.usage().bytes) / float64(most)
+		each, most := c.bytesEach(dice)
 		t.Logf("%5.1f bytes an extent: %s (%d extents)", each, c.name, most)
 		if each > 32 {
 			t.Errorf("%s: %.1f bytes an extent", c.name, each)
