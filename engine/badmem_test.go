@@ -52,6 +52,7 @@ func newScene(t *testing.T, crc, durable bool) *scene {
 	for range 2 { // so that every record has two copies
 		r := newRig(t, s.mem, s.disk, 1)
 		r.write(t, sceneWritten*sectorSize, stamped(sceneWritten, 256, 1))
+		r.missedBefore(sceneRead*sectorSize, 256*sectorSize)
 		r.read(t, sceneRead*sectorSize, 256*sectorSize)
 		if err := r.Flush(context.Background()); err != nil && !errors.Is(err, syscall.EIO) {
 			t.Fatal(err)

@@ -419,7 +419,7 @@ func BenchmarkIndex(b *testing.B) {
 			s := x.span(places[i%len(places)], 8)
 			s.sh.Lock()
 			defer s.sh.Unlock()
-			return s.coverLocked()
+			return s.hitLocked()
 		}
 		sub := func(name string, op func(i int)) {
 			b.Run(fmt.Sprintf("%s/extents=%d", name, n), func(b *testing.B) {

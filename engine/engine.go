@@ -21,7 +21,8 @@
 //	                                 └─▶ index    where readers find them
 //
 // The log (log.go) is the truth and the index a summary of it: whatever the
-// index knows can be rebuilt by replay (replay.go). Write-back copies what the
+// index knows can be rebuilt by replay (replay.go), but for what misses have read,
+// which the disk has (window.go). Write-back copies what the
 // log names to the disk and moves dirty_tail behind it; garbage collection
 // drops from the log what lies before dirty_tail and frees the segments that
 // nothing in the log names any more. So space moves in one circle, and each
@@ -125,6 +126,8 @@ type Cache struct {
 	stale    staleSectors
 	segments segments
 	journal  journal
+	window   window
+	ghost    ghost
 	space    space
 	tails    tails
 	queues   []*Queue
@@ -137,6 +140,7 @@ type Cache struct {
 	fills     fillTable
 	failed    atomic.Pointer[failure]
 	errs      errorCounts
+	counts    keptCounts
 	badMemory badMemory
 	logDamage atomic.Pointer[logDamage] // of the log, nil while it can be read
 
@@ -198,6 +202,8 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 	}
 	c.queues = make([]*Queue, o.Queues)
 	c.segments.init(layout, o.Queues)
+	c.window.init(&c.segments)
+	c.ghost.init(layout)
 	c.stale.init(len(layout.Chain))
 	c.space.init()
 	c.tails.init(layout)

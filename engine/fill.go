@@ -28,6 +28,7 @@ type fill struct {
 	off     int64  // bytes on the disk
 	err     error
 	keys    []ondisk.Key // where the data was stored, as far as it was
+	window  bool         // that is in the window
 	waiters []*Request   // under the lock of at's shard
 	done    func(error)  // finished, bound once
 	next    *fill
@@ -69,7 +70,7 @@ func (q *Queue) newFill() *fill {
 // addFill gives r one more thing to wait for.
 func (q *Queue) addFill(r *Request, s span, e extent) *fill {
 	f := q.newFill()
-	f.r, f.at, f.err, f.keys = r, s.sub(e), nil, f.keys[:0]
+	f.r, f.at, f.err, f.keys, f.window = r, s.sub(e), nil, f.keys[:0], false
 	f.buf, f.off = s.bytes(r.Buf, e), s.device(r, e)
 	f.next, r.fills = r.fills, f
 	return f
@@ -135,7 +136,11 @@ func (q *Queue) takeFills(r *Request) {
 			if r.Err == nil {
 				r.Err = err
 			}
-		case c.failure() == nil && !q.stalled.Load():
+		case c.failure() != nil || q.stalled.Load():
+		case !c.ghost.take(f.off >> sectorShift):
+			q.storeInWindow(f)
+		default:
+			q.counts.ghostHits++
 			for done := 0; done < len(f.buf); {
 				k, ok := q.store(f.buf[done:], f.off+int64(done), ondisk.KeyClean, r)
 				if !ok {
@@ -145,10 +150,13 @@ func (q *Queue) takeFills(r *Request) {
 				done += int(k.Len)
 			}
 		}
-		if len(f.keys) > 0 {
-			q.filled = append(q.filled, f)
-		} else {
+		switch {
+		case len(f.keys) == 0:
 			q.endFill(f)
+		case f.window:
+			q.windowed = append(q.windowed, f)
+		default:
+			q.filled = append(q.filled, f)
 		}
 		f = next
 	}
@@ -172,9 +180,7 @@ func (q *Queue) fillKeysLocked() int {
 			k := &f.keys[i]
 			stored, _ := q.c.keySpan(k)
 			stored.sh.Lock()
-			mine := stored.partsLocked(parts[:0], func(e extent) bool {
-				return e.flags&extClaim != 0 && e.seg == f.id
-			})
+			mine := stored.partsLocked(parts[:0], f.claims)
 			stored.sh.Unlock()
 			for _, e := range mine {
 				if len(q.keys) >= ondisk.MaxKeys {
@@ -214,20 +220,30 @@ func rotate(keys []ondisk.Key, n int) {
 // endFill gives a fill up and puts it on the free list.
 func (q *Queue) endFill(f *fill) {
 	f.giveUp()
-	f.r, f.buf = nil, nil
+	q.recycle(f)
+}
+
+// recycle puts a fill that has ended on the free list.
+func (q *Queue) recycle(f *fill) {
+	f.r, f.buf, f.keys = nil, nil, f.keys[:0]
 	f.next, q.freeFill = q.freeFill, f
 }
 
 // giveUp takes out the claims that a fill still has, and lets the requests that waited
 // for it try again.
 func (f *fill) giveUp() {
+	q := f.q
 	f.at.sh.Lock()
-	var parts [64]extent
-	for _, e := range f.at.partsLocked(parts[:0], func(e extent) bool {
-		return e.flags&extClaim != 0 && e.seg == f.id
-	}) {
+	q.pieces = f.at.partsLocked(q.pieces[:0], f.claims)
+	for _, e := range q.pieces {
 		f.at.sub(e).cutLocked(nil)
 	}
+	f.unlockAndWake()
+}
+
+// unlockAndWake unlocks the shard of a fill and lets the requests that waited for the fill
+// try again.
+func (f *fill) unlockAndWake() {
 	waiters := f.waiters
 	f.waiters = nil
 	f.at.sh.Unlock()

@@ -121,6 +121,7 @@ func TestFillAndWriteInOneTurn(t *testing.T) {
 	q.OnWake(func() { back <- struct{}{} })
 
 	hangs.Store(true)
+	c.missedBefore(0, len(old))
 	q.Submit(&Request{Op: Read, Buf: make([]byte, len(old))})
 	if n := len(q.Turn()); n != 0 {
 		t.Fatalf("%d requests finished before the disk answered", n)

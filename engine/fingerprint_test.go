@@ -134,6 +134,8 @@ func cached(t *testing.T, dirty bool) (*pmem.Fake, *backing.Fake) {
 	}
 	r := mustOpen(t, mem, disk, Refuse, false)
 	r.write(t, partition, filled(3))
+	r.missedBefore(elsewhere, sectorSize)
+	r.missedBefore(faraway, sectorSize)
 	r.holds(t, elsewhere, 1)
 	r.mustFlush(t)
 	r.mustRest(t) // what follows stays behind dirty_tail
@@ -142,6 +144,7 @@ func cached(t *testing.T, dirty bool) (*pmem.Fake, *backing.Fake) {
 		r.write(t, superblock, filled(2))
 		r.write(t, faraway+512, filled(2))
 	}
+	r.missedBefore(elsewhere+512, sectorSize)
 	r.holds(t, elsewhere+512, 1)
 	r.mustEnd(t)
 	return mem, disk

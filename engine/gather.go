@@ -117,7 +117,7 @@ func (c *Cache) eachRefused(runs []run, visit func(*run)) *ondisk.Damage {
 // was anything to copy.
 func (c *Cache) gather(runs []run) (moved bool, err error) {
 	head := c.journal.point()
-	if c.segments.free() > c.segments.reserve || c.writeback.at.ksets < head.ksets {
+	if c.available() > c.segments.reserve || c.writeback.at.ksets < head.ksets {
 		return false, nil // what is still to be written may hold the same segments
 	}
 	worth := c.holdings(runs)

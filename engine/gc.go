@@ -58,9 +58,11 @@ type collector struct {
 	info sync.Mutex // guards layout.Info, which holds the percentage on media
 
 	// The goroutine's own, kept so that it does not allocate while writers write.
-	scratch []extent // of forget
-	dropped []references
-	walker  ondisk.Walker
+	scratch  []extent // of forget
+	dropped  []references
+	walker   ondisk.Walker
+	promoter promoter
+	passed   int64 // bytes of collected keys, less somewhat more than those that got another round
 }
 
 func (g *collector) init(percent int) {
@@ -89,8 +91,7 @@ func (g *collector) bury(seg uint32) {
 // segment. Requests that still wait are no reason: those that may have the free
 // segments are on their way to them.
 func (c *Cache) gcNeeded() bool {
-	n, free := c.segments.good(), c.segments.free()
-	return (n-free)*100 >= n*int(c.gc.percent.Load()) || free <= c.segments.reserve
+	return c.inLog()*100 >= c.segments.good()*int(c.gc.percent.Load()) || c.available() <= c.segments.reserve
 }
 
 // gcLoop also looks after the requests that wait: all that may end their wait kicks
@@ -115,6 +116,8 @@ func (c *Cache) gcLoop() {
 					c.fail(err)
 				}
 			}
+			c.unpinned()
+			c.askForHeads()
 			c.wakeWaiting()
 		}
 		c.gc.errands.done.Store(given)
@@ -150,6 +153,13 @@ func (c *Cache) gcStep() (changed bool, err error) {
 	}
 	needed := c.gcNeeded() || c.logDamage.Load() != nil
 	raised := c.raiseDying()
+	if c.pressed() {
+		c.closePromoted(&c.gc.promoter) // it may be the last segment that can become free
+	}
+	// Where the log is to shrink first, what is hit in the window waits for that, as long as it
+	// will come about.
+	_, written := c.journal.head()
+	refilled := c.refill(!needed || from == to && (written == cleaned || c.pressed() || c.writeback.hindered()), !needed)
 	if needed && from == to && len(raised) == 0 {
 		c.pressWriteback(cleaned)
 	}
@@ -168,7 +178,7 @@ func (c *Cache) gcStep() (changed bool, err error) {
 		}
 	}
 	if !changed && len(raised) == 0 {
-		return false, nil
+		return refilled, nil
 	}
 	if err := c.persist(); err != nil {
 		return false, err
@@ -203,6 +213,7 @@ func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dro
 		ksets++
 		return ksets < most
 	})
+	c.endPromotion(&c.gc.promoter)
 	if damage == nil || end != from {
 		return end, dropped
 	}
@@ -213,17 +224,35 @@ func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dro
 	return to, dropped
 }
 
-// forgetKey removes what the index still has of a key and reports whether the
-// key is one that holds a reference.
+// forgetKey removes what the index still has of a key, but for what gets another round,
+// and reports whether the key is one that holds a reference.
 func (c *Cache) forgetKey(k *ondisk.Key) bool {
 	if c.dead(k) {
 		return false
 	}
+	g := &c.gc
+	g.passed = min(g.passed+int64(k.Len), ondisk.StripeSize)
 	if c.stale.has(k) {
 		return true
 	}
 	s, p := c.keySpan(k)
-	c.gc.scratch = c.index.forget(s, p, c.gc.scratch)
+	hit := g.scratch[:0]
+	s.sh.Lock()
+	g.scratch = s.partsLocked(g.scratch[:0], func(e extent) bool { return p.holds(e) && e.flags&extDirty == 0 })
+	for _, e := range g.scratch {
+		if e.flags&(extHit|extZero) == extHit && g.passed >= 0 {
+			g.passed -= int64(e.n) << sectorShift * 16 / 15
+			hit = append(hit, e) // over what has been looked at
+			continue
+		}
+		s.sub(e).cutLocked(nil)
+	}
+	s.sh.Unlock()
+	for _, e := range hit {
+		if c.promote(&g.promoter, s, int64(k.Off), e) {
+			c.counts.again.Add(uint64(e.n) << sectorShift)
+		}
+	}
 	return true
 }
 

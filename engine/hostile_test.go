@@ -364,15 +364,15 @@ type execution struct {
 	wake chan struct{}
 
 	want    *reading
-	windows []window
+	looked  []lookedAt
 	written map[int64]uint64 // version that a sector was last given
 	lost    map[int64]bool   // it was to be given one, and that failed
 	version uint64
 	ended   bool // it would not open any more
 }
 
-// window is a run of sectors that is looked at.
-type window struct {
+// lookedAt is a run of sectors that is looked at.
+type lookedAt struct {
 	sector int64
 	n      int
 }
@@ -384,7 +384,7 @@ func (x *execution) run() (opened bool, err error) {
 		return false, errors.New(x.mem.fault)
 	}
 	x.chooseWindows()
-	for _, w := range x.windows {
+	for _, w := range x.looked {
 		for i := range w.n {
 			x.want.sector(w.sector + int64(i))
 		}
@@ -595,7 +595,7 @@ func (x *execution) flush() error {
 	if dirty := x.Status().DirtyBytes + x.Status().ZeroBytes; dirty != 0 && !x.frail() {
 		return fmt.Errorf("%d bytes are dirty after a flush", dirty)
 	}
-	for _, w := range x.windows {
+	for _, w := range x.looked {
 		for s := w.sector; s < w.sector+int64(w.n); s++ {
 			if err := x.judgeDisk(s); err != nil {
 				return fmt.Errorf("after a flush: %w", err)
@@ -676,7 +676,7 @@ func (x *execution) checkFree() error {
 
 // look reads all windows and compares.
 func (x *execution) look() error {
-	for _, w := range x.windows {
+	for _, w := range x.looked {
 		p := make([]byte, w.n*sectorSize)
 		err := x.do(&Request{Op: Read, Off: w.sector * sectorSize, Buf: p})
 		if err == nil {
@@ -767,11 +767,11 @@ func (x *execution) chooseWindows() {
 		from = max(0, from) / unit * unit
 		to = min((to+unit-1)/unit*unit, x.f.sectors)
 		if from < forgeStripe && to > forgeStripe {
-			x.windows = append(x.windows, window{from, int(forgeStripe - from)})
+			x.looked = append(x.looked, lookedAt{from, int(forgeStripe - from)})
 			from = forgeStripe
 		}
 		if from < to {
-			x.windows = append(x.windows, window{from, int(to - from)})
+			x.looked = append(x.looked, lookedAt{from, int(to - from)})
 		}
 	}
 	const most = 8
@@ -794,10 +794,10 @@ func (x *execution) chooseWindows() {
 			add(a.sector-1, a.sector+int64(a.n)+1)
 		}
 	}
-	slices.SortFunc(x.windows, func(a, b window) int { return int(a.sector - b.sector) })
+	slices.SortFunc(x.looked, func(a, b lookedAt) int { return int(a.sector - b.sector) })
 	// What overlaps is looked at once.
-	merged := x.windows[:0]
-	for _, w := range x.windows {
+	merged := x.looked[:0]
+	for _, w := range x.looked {
 		if n := len(merged); n > 0 {
 			l := &merged[n-1]
 			if end := l.sector + int64(l.n); w.sector <= end && (w.sector < forgeStripe) == (l.sector < forgeStripe) {
@@ -807,7 +807,7 @@ func (x *execution) chooseWindows() {
 		}
 		merged = append(merged, w)
 	}
-	x.windows = merged
+	x.looked = merged
 }
 
 // reading is what an image means, found out with the least of the code under

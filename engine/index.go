@@ -79,14 +79,18 @@ func (s span) end() uint16 { return s.off + s.n }
 // seekLocked places a cursor at the first extent of a tree that ends after off.
 func (s span) seekLocked(off uint16) cursor { return seek(&s.sh.slab, s.root, off) }
 
-// coverLocked returns the span as the extent has it that has all of it, 0 if none has.
-func (s span) coverLocked() slot {
+// hitLocked returns the span as the extent has it that has all of it, which is hit by that,
+// and 0 if none has.
+func (s span) hitLocked() slot {
 	if t := s.tableLocked(); t != nil {
-		return s.coverTableLocked(t)
+		return s.hitTableLocked(t)
 	}
 	e := s.sh.slab.last(s.root, s.off)
 	if e == nil || e.end() < s.end() {
 		return 0
+	}
+	if e.flags&extHit == 0 {
+		e.flags |= extHit
 	}
 	return slotOf(*e) + slot(s.off-e.off)<<posShift
 }
@@ -196,12 +200,14 @@ func (s span) setTreeLocked(e extent, stale *staleSectors) {
 		next := *c.at()
 		c.remove()
 		e.n += next.n
+		e.flags |= next.flags & extHit
 		s.sh.extents--
 	}
 	if s.off > 0 {
 		c = s.seekLocked(s.off - 1)
 		if c.ok() && c.at().abuts(e) {
 			c.at().n += e.n
+			c.at().flags |= e.flags & extHit
 			s.sh.extents--
 			return
 		}
@@ -232,6 +238,7 @@ func (s span) setAtOnceLocked(e extent, stale *staleSectors) bool {
 	if follows && before.abuts(e) {
 		c.prev()
 		c.at().n += e.n
+		c.at().flags |= e.flags & extHit
 		s.sh.sectorsLocked(e, int64(e.n))
 		return true
 	}
@@ -296,6 +303,40 @@ func (s span) partsLocked(parts []extent, keep func(extent) bool) []extent {
 		}
 	}
 	return parts
+}
+
+// replaceClaimLocked puts e, which has the span's bounds, in the place of a fill's claim that
+// has them, and reports whether there is that.
+func (s span) replaceClaimLocked(f *fill, e extent) bool {
+	if t := s.tableLocked(); t != nil {
+		if !s.blocks() || !f.claims(t.run(s.slotRange())) || t.run(s.slotRange()).n != s.n {
+			return false
+		}
+		s.setTableLocked(t, e, nil)
+		return true
+	}
+	old := s.sh.slab.last(s.root, s.off)
+	if old == nil || old.off != s.off || old.n != s.n || !f.claims(*old) {
+		return false
+	}
+	*old = e
+	s.sh.sectorsLocked(e, int64(e.n))
+	return true
+}
+
+// hitPartsLocked takes note that all extents of the span were hit.
+func (s span) hitPartsLocked() {
+	if t := s.tableLocked(); t != nil {
+		for i, to := s.slotRange(); i < to; i++ {
+			if t.slots[i] != 0 {
+				t.slots[i] |= slotHit
+			}
+		}
+		return
+	}
+	for c := s.seekLocked(s.off); c.ok() && c.at().off < s.end(); c.next() {
+		c.at().flags |= extHit
+	}
 }
 
 // sub returns the span of e, which lies inside s.

@@ -202,15 +202,16 @@ func TestIndexAgainstArray(t *testing.T) {
 					t.Fatalf("%+v and %+v are not joined", prev, e)
 				}
 				prev = e
-				switch e.flags {
+				flags := e.flags &^ extHit
+				switch flags {
 				case extZero:
 				case extZero | extDirty:
 					count[2] += int64(e.n)
 				default:
-					count[e.flags] += int64(e.n)
+					count[flags] += int64(e.n)
 				}
 				for i := range e.n {
-					got[e.off+i] = sector{e.seg, e.pos + i, e.flags, true}
+					got[e.off+i] = sector{e.seg, e.pos + i, flags, true}
 				}
 			}
 			for i := range got {
@@ -219,9 +220,13 @@ func TestIndexAgainstArray(t *testing.T) {
 				}
 			}
 			for i := 0; i < stripeSectors; i += 61 {
-				v := x.span(at(stripe)+int64(i), 1).coverLocked()
-				if (sector{v.seg(), v.pos(), v.flags(), v != 0}) != model[i] {
+				here := x.span(at(stripe)+int64(i), 1)
+				v := here.hitLocked()
+				if (sector{v.seg(), v.pos(), v.flags() &^ extHit, v != 0}) != model[i] {
 					t.Fatalf("sector %d is covered by %#x, want %+v", i, v, model[i])
+				}
+				if v != 0 && here.partsLocked(nil, func(e extent) bool { return e.flags&extHit != 0 }) == nil {
+					t.Fatalf("sector %d was not hit", i)
 				}
 				if s.tableLocked() != nil {
 					continue

@@ -188,6 +188,9 @@ func keyState(k *ondisk.Key, dirty bool) (flags uint16) {
 	if k.Flags&ondisk.KeyZero != 0 {
 		flags |= extZero
 	}
+	if k.Flags&ondisk.KeyClean != 0 {
+		flags |= extFill
+	}
 	return flags
 }
 

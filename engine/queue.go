@@ -30,6 +30,8 @@ type Queue struct {
 	// bytes, 0 for none yet. Every Zero of the queue names it.
 	zeros struct{ off, n uint32 }
 
+	window windowHead
+
 	line []*Request // requests of the queue that wait in space, in order
 	left bool       // one of them has gone, and nobody else was looked after since
 
@@ -40,6 +42,7 @@ type Queue struct {
 	offer     offer        // keys that another one may log
 	together  []ondisk.Key // scratch: keys of this queue and of others
 	filled    []*fill      // read from the disk, waiting for the commit
+	windowed  []*fill      // likewise, stored in the window
 	turn      []*Request   // finished once their keys are committed
 
 	// Keys of writes, ever. The batch holds stored - committed of them.
@@ -79,6 +82,8 @@ type Queue struct {
 type counts struct {
 	reads, writes, flushes, zeros uint64 // requests
 	hits, misses                  uint64 // reads that did not, or did, need the disk
+	windowHits                    uint64 // of the hits, those in the window
+	ghostHits                     uint64 // of the misses, those of what had just left it
 	readBytes, writeBytes         uint64
 }
 
@@ -190,6 +195,7 @@ func (q *Queue) Turn() []*Request {
 		q.c.serve()
 		q.takeInbox()
 	}
+	q.enterWindowed()
 	q.commit()
 	if !q.abandoned && q.c.failure() == ErrAborted {
 		q.abandoned = true
@@ -296,6 +302,9 @@ func (q *Queue) noteStall(err error) {
 	}
 	switch {
 	case err == errLogFull:
+		if c.refillAtOnce() {
+			q.wake()
+		}
 		c.gc.kick() // which looks for queues that have stalled
 	case err == nil && len(q.keys) > 0:
 		q.wake()

@@ -45,6 +45,7 @@ func (q *Queue) readSome(batch []*Request) {
 			copied--
 			q.c.unpin(v.seg())
 			q.counts.hits++
+			q.counts.windowHits += uint64(v >> windowShift & 1)
 			q.finished = append(q.finished, r)
 		default:
 			e := [1]extent{spans[i].extent(v)}
@@ -60,7 +61,7 @@ func (c *Cache) justCopied(v slot) bool { return !c.crc && v.flags()&extZero == 
 // pins, and 0 if there is none.
 func (c *Cache) pinWhole(s span) slot {
 	s.sh.Lock()
-	v := s.coverLocked()
+	v := s.hitLocked()
 	if v.flags()&extClaim != 0 {
 		v = 0
 	}
@@ -113,6 +114,9 @@ func (q *Queue) answer(r *Request, s span, hits []extent) {
 	}
 	if r.fills == nil {
 		q.counts.hits++
+		if hits[0].flags&extWindow != 0 {
+			q.counts.windowHits++
+		}
 		q.finished = append(q.finished, r)
 		return
 	}
@@ -138,6 +142,9 @@ func (q *Queue) lookup(s span, r *Request) (hits []extent, joined bool) {
 	defer s.sh.Unlock()
 	hits = s.partsLocked(q.pieces[:0], func(extent) bool { return true })
 	q.pieces = hits
+	if len(hits) > 0 {
+		s.hitPartsLocked()
+	}
 	for _, e := range hits {
 		if e.flags&extClaim != 0 {
 			r.stage = stageRead

@@ -196,6 +196,23 @@ func (x *index) all() (all []extent) {
 	return all
 }
 
+// logged returns all extents that the log has, in order, hit or not, and as a table would have
+// them: joined.
+func (x *index) logged() (logged []extent) {
+	for _, e := range x.all() {
+		if e.flags&extWindow != 0 {
+			continue
+		}
+		e.flags &^= extHit
+		if n := len(logged) - 1; n >= 0 && logged[n].end() == e.off && logged[n].seg == e.seg && logged[n].flags == e.flags && logged[n].pos+logged[n].n == e.pos {
+			logged[n].n += e.n
+			continue
+		}
+		logged = append(logged, e)
+	}
+	return logged
+}
+
 // toggleSome makes a table of the tree of a stripe, or a tree of its table, now and then.
 func (c *Cache) toggleSome(dice *rand.Rand) {
 	if dice.IntN(4) == 0 {
@@ -296,6 +313,10 @@ func (r *rig) read(t testing.TB, off int64, n int) []byte {
 	}
 	return p
 }
+
+// missedBefore has the next miss of each block of a range go to the log, as that of a block does
+// which has just left the window.
+func (c *Cache) missedBefore(off int64, n int) { c.ghost.add(off>>sectorShift, uint16(n>>sectorShift)) }
 
 // turn submits requests as one turn and fails unless all of them finish in it.
 func turn(t *testing.T, q *Queue, rs ...*Request) {

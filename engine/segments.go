@@ -13,7 +13,8 @@ import (
 // taken when the space is allocated and dropped when garbage collection
 // passes the key, and one by the queue that fills it. When the last is
 // dropped the segment is dying; it is free when no reader has it pinned and
-// its generation has moved on.
+// its generation has moved on. A segment of the window (window.go) has one reference,
+// and is free as soon as that and all pins are gone.
 //
 // A pin is taken under the lock of the shard whose extent leads to the
 // segment, and extents of a key go before its reference does, or are about to
@@ -29,7 +30,8 @@ type segment struct {
 
 // The last free segments are kept back. One may be taken for
 //
-//	data            while more than logReserve are left
+//	the window      while more than its keep are left
+//	data            while more than logReserve are left, else the window gives one
 //	the log         while more than relogReserve are left
 //	deferred parts  while any is left: to log them again
 //
@@ -149,9 +151,18 @@ func (c *Cache) takeData(q *Queue, r *Request) (uint32, bool) {
 	}
 	seg, ok := c.segments.take(c.segments.reserve)
 	if !ok {
+		seg, ok = c.takeFromWindow()
+	}
+	if !ok {
 		return 0, false
 	}
 	c.space.gotSegment(q)
+	c.beginData(seg)
+	return seg, true
+}
+
+// beginData makes a segment that was taken one of data, with the reference of whoever fills it.
+func (c *Cache) beginData(seg uint32) {
 	c.segments.all[seg].refs.Store(1)
 	c.segments.all[seg].filling.Store(true)
 	if c.crc {
@@ -160,16 +171,14 @@ func (c *Cache) takeData(q *Queue, r *Request) (uint32, bool) {
 	c.stale.begin(seg)
 	_, written := c.journal.head()
 	c.took(written)
-	return seg, true
 }
 
 // took is called when data or the log has taken a segment, with how many ksets are in the
 // log. It kicks garbage collection or write-back where the cache has become too full.
 func (c *Cache) took(written uint64) {
-	n := c.segments.good()
-	used := n - c.segments.free()
-	limit := int(c.gc.percent.Load()) * n / 100
-	if used > limit {
+	used := c.inLog()
+	limit := int(c.gc.percent.Load()) * c.segments.good() / 100
+	if used > limit || c.segments.free() < c.window.keep && c.window.ready.Load() > 0 {
 		c.gc.kick()
 	}
 	// The last quarter is for what becomes dirty while a round is under way. If that

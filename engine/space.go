@@ -109,7 +109,7 @@ func (c *Cache) mayTake(q *Queue, r *Request) bool {
 	if r.Op == Read {
 		return false
 	}
-	left := c.segments.free() - c.segments.reserve
+	left := c.available() - c.segments.reserve
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var before []*Queue
@@ -133,7 +133,7 @@ func (c *Cache) serve() {
 	if s.parked.Load() == 0 {
 		return
 	}
-	left := c.segments.free() - c.segments.reserve
+	left := c.available() - c.segments.reserve
 	var needy *Queue
 	s.wake(func(r *Request) bool {
 		switch {

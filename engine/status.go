@@ -35,6 +35,12 @@ func (e *errorCounts) diskRead(off int64, err error) error {
 	return err
 }
 
+// keptCounts count what was kept because it was hit, in bytes, since the cache was opened.
+type keptCounts struct {
+	promoted atomic.Uint64 // from the window to the log
+	again    atomic.Uint64 // from the end of the log to its head
+}
+
 // State is how a cache is.
 type State string
 
@@ -55,7 +61,8 @@ type Status struct {
 	Error string // why it is not healthy
 	Cause error  `json:"-"` // the same for State Failed, for errors.Is
 
-	Segments, UsedSegments int
+	Segments, UsedSegments int // used by the log, its data and the window
+	WindowSegments         int // of those, what the window has
 	GCPercent              int
 	DataCRC                bool
 	InfoFlags              ondisk.InfoFlags
@@ -70,6 +77,9 @@ type Status struct {
 	Reads, Writes, Flushes, Zeros uint64
 	ReadBytes, WriteBytes         uint64
 	Hits, Misses                  uint64
+	WindowHits                    uint64 // of the hits, those in the window
+	GhostHits                     uint64 // of the misses, those of what had just left it
+	Promoted, Again               uint64 // bytes that were kept because they were hit: from the window, and at the end of the log
 	WrittenBack                   uint64
 	Ksets, Tried                  uint64        // in the log, and those that write-back has come to
 	RoundBytes                    int64         // of the dirty bytes, written but not flushed yet
@@ -93,6 +103,7 @@ func (c *Cache) Status() Status {
 		State:           Healthy,
 		Segments:        len(c.segments.all),
 		UsedSegments:    c.segments.good() - c.segments.free(),
+		WindowSegments:  int(c.window.taken.Load()),
 		GCPercent:       flags.GCPercent(),
 		DataCRC:         c.crc,
 		InfoFlags:       flags,
@@ -101,7 +112,7 @@ func (c *Cache) Status() Status {
 		CleanBytes:      u.clean,
 		ZeroBytes:       u.zero,
 		Extents:         u.extents,
-		IndexBytes:      u.bytes + c.segments.sumBytes() + c.stale.bytes(),
+		IndexBytes:      u.bytes + c.segments.sumBytes() + c.stale.bytes() + c.ghost.bytes(),
 		WrittenBack:     c.writeback.written.Load(),
 		Tried:           c.writeback.tried.Load(),
 		RoundBytes:      c.writeback.inRound.Load(),
@@ -112,6 +123,7 @@ func (c *Cache) Status() Status {
 		WritebackErrors: c.errs.rounds.Load(),
 		BadSegments:     c.segments.badList(),
 	}
+	s.Promoted, s.Again = c.counts.promoted.Load(), c.counts.again.Load()
 	s.KeyHead, s.Ksets = c.journal.head()
 	s.DirtyTail, _ = c.tails.dirtyTail()
 	for _, q := range c.queues {
@@ -124,6 +136,8 @@ func (c *Cache) Status() Status {
 		s.WriteBytes += q.shown.writeBytes
 		s.Hits += q.shown.hits
 		s.Misses += q.shown.misses
+		s.WindowHits += q.shown.windowHits
+		s.GhostHits += q.shown.ghostHits
 		q.shown.Unlock()
 	}
 	c.badMemory.mu.Lock()

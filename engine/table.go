@@ -60,9 +60,11 @@ const (
 	posShift   = 32
 	flagsShift = 48
 
-	slotUsed  slot = 1 << 63
-	slotFlags slot = (extDirty | extClaim | extZero) << flagsShift
-	slotNext  slot = blockSectors << posShift // from a block's slot to that of the next of a run
+	slotUsed    slot = 1 << 63
+	slotFlags   slot = (extDirty | extClaim | extZero | extHit | extWindow | extFill) << flagsShift
+	windowShift      = flagsShift + 4
+	slotHit     slot = extHit << flagsShift
+	slotNext    slot = blockSectors << posShift // from a block's slot to that of the next of a run
 )
 
 func slotOf(e extent) slot {
@@ -98,21 +100,49 @@ func (s span) tableLocked() *table {
 // run returns the blocks from slot i on, up to another, that continue each other. The
 // claims of a fill do, too: each has a place, although nobody looks at that.
 func (t *table) run(i, to int) extent {
-	v, n := t.slots[i], 1
-	for i+n < to && t.slots[i+n] == v+slot(n)*slotNext {
+	v, n, hit := t.slots[i], 1, t.slots[i]
+	for i+n < to && (t.slots[i+n]^(v+slot(n)*slotNext))&^slotHit == 0 {
+		hit |= t.slots[i+n]
 		n++
 	}
-	e := v.extent(i)
+	e := (v | hit&slotHit).extent(i)
 	e.n *= uint16(n)
 	return e
 }
 
-// coverTableLocked is coverLocked for a table.
-func (s span) coverTableLocked(t *table) slot {
+// alike is run for a tree, which keeps what was hit of a fill apart from what was not.
+func (t *table) alike(i int) extent {
+	e := t.run(i, tableSlots)
+	if e.flags&extFill == 0 {
+		return e
+	}
+	n := 1
+	for n < int(e.n)/blockSectors && (t.slots[i+n]^t.slots[i])&slotHit == 0 {
+		n++
+	}
+	e = t.slots[i].extent(i)
+	e.n *= uint16(n)
+	return e
+}
+
+// hitTableLocked is hitLocked for a table.
+func (s span) hitTableLocked(t *table) slot {
 	i, to := s.slotRange()
 	v := t.slots[i]
-	if v == 0 || to > i+1 && t.run(i, to).end() < s.end() {
-		return 0
+	if to == i+1 {
+		if v == 0 {
+			return 0
+		}
+		if v&slotHit == 0 {
+			t.slots[i] = v | slotHit
+		}
+	} else {
+		if v == 0 || t.run(i, to).end() < s.end() {
+			return 0
+		}
+		for j := i; j < to; j++ {
+			t.slots[j] |= slotHit
+		}
 	}
 	return v + slot(s.off%blockSectors)<<posShift
 }
@@ -139,7 +169,7 @@ func (s span) setTableLocked(t *table, e extent, stale *staleSectors) {
 	slots := t.slots[s.off/blockSectors : s.end()/blockSectors]
 	for i := range slots {
 		old := slots[i]
-		if (old^v)&(slotUsed|slotFlags) != 0 {
+		if (old^v)&(slotUsed|slotFlags&^slotHit) != 0 {
 			s.sh.countSlotLocked(t, old, v)
 		}
 		if old != 0 && stale != nil {
@@ -284,7 +314,7 @@ func (s span) makeTreeLocked() {
 			i++
 			continue
 		}
-		extents[n] = t.run(i, tableSlots)
+		extents[n] = t.alike(i)
 		i = int(extents[n].end()) / blockSectors
 		n++
 	}

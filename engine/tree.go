@@ -33,14 +33,22 @@ const (
 	extClaim
 	// extZero: the sectors are zeros; nobody needs to look at the place.
 	extZero
+	// extHit: some of it has been read since it was stored there.
+	extHit
+	// extWindow: it lies in a segment of the window (window.go).
+	extWindow
+	// extFill: it was read from the disk. It stays apart from its neighbours, so that a hit
+	// says something of it alone: what is read once comes in pieces that are hit together or
+	// not, and what joined them would be kept for the sake of one.
+	extFill
 )
 
 func (e extent) end() uint16 { return e.off + e.n }
 
 // abuts reports whether f continues e in address, place and state, so that
-// one extent can stand for both.
+// one extent can stand for both. It has been hit if either of them was.
 func (e extent) abuts(f extent) bool {
-	return e.end() == f.off && e.seg == f.seg && e.flags == f.flags &&
+	return e.end() == f.off && e.seg == f.seg && e.flags&extFill == 0 && (e.flags^f.flags)&^extHit == 0 &&
 		(e.flags&extClaim != 0 || e.pos+e.n == f.pos)
 }
 

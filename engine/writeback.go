@@ -275,6 +275,13 @@ func (c *Cache) answerFlushes(err error) {
 	})
 }
 
+// hindered reports whether something keeps data from the disk.
+func (w *writeback) hindered() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.mu.err != nil
+}
+
 // failed is called when the disk has failed outside a round.
 func (w *writeback) failed(err error) {
 	w.mu.Lock()

@@ -24,6 +24,7 @@ type statusJSON struct {
 	Error           string `json:"error,omitempty"`
 	Segments        int    `json:"segments"`
 	SegmentsUsed    int    `json:"segments_used"`
+	SegmentsWindow  int    `json:"segments_window"` // of those
 	GCPercent       int    `json:"gc_percent"`
 	DataCRC         bool   `json:"data_crc"`
 	KeyHead         string `json:"key_head"`
@@ -37,6 +38,10 @@ type statusJSON struct {
 	ReadBytes       uint64 `json:"read_bytes"`
 	ReadHits        uint64 `json:"read_hits"`
 	ReadMisses      uint64 `json:"read_misses"`
+	WindowHits      uint64 `json:"window_hits"`    // of the hits
+	GhostHits       uint64 `json:"ghost_hits"`     // of the misses
+	PromotedBytes   uint64 `json:"promoted_bytes"` // from the window to the log
+	AgainBytes      uint64 `json:"again_bytes"`    // from the end of the log to its head
 	Writes          uint64 `json:"writes"`
 	WriteBytes      uint64 `json:"write_bytes"`
 	Flushes         uint64 `json:"flushes"`
@@ -133,10 +138,11 @@ func newStatusJSON(l listed, s *engine.Status) statusJSON {
 	return statusJSON{
 		BadSegments: append([]uint32{}, s.BadSegments...), BadMemory: bad, MoreBad: s.MoreBad,
 		listed: l, Health: string(s.State), Error: s.Error,
-		Segments: s.Segments, SegmentsUsed: s.UsedSegments, GCPercent: s.GCPercent, DataCRC: s.DataCRC,
+		Segments: s.Segments, SegmentsUsed: s.UsedSegments, SegmentsWindow: s.WindowSegments, GCPercent: s.GCPercent, DataCRC: s.DataCRC,
 		KeyHead: s.KeyHead.String(), DirtyTail: s.DirtyTail.String(), KeyTail: s.KeyTail.String(),
 		DirtyBytes: s.DirtyBytes, CleanBytes: s.CleanBytes, Extents: s.Extents, IndexBytes: s.IndexBytes,
 		Reads: s.Reads, ReadBytes: s.ReadBytes, ReadHits: s.Hits, ReadMisses: s.Misses,
+		WindowHits: s.WindowHits, GhostHits: s.GhostHits, PromotedBytes: s.Promoted, AgainBytes: s.Again,
 		Writes: s.Writes, WriteBytes: s.WriteBytes, Flushes: s.Flushes,
 		Zeros: s.Zeros, ZeroBytes: s.ZeroBytes,
 		WaitingRequests: s.Waiting, LongestWaitMS: s.LongestWait.Milliseconds(), WrittenBack: s.WrittenBack,
@@ -175,11 +181,12 @@ func (s *statusJSON) print() error {
 	if s.Error != "" {
 		row("", "%s", s.Error)
 	}
-	row("segments", "%d of %d used, collected at %d %%", s.SegmentsUsed, s.Segments, s.GCPercent)
+	row("segments", "%d of %d used, %d of them by the window, the others collected at %d %%", s.SegmentsUsed, s.Segments, s.SegmentsWindow, s.GCPercent)
 	row("data", "%s dirty, %s to be zeroed, %s clean, checksums %s", size(s.DirtyBytes), size(s.ZeroBytes), size(s.CleanBytes), onOff(s.DataCRC))
 	row("log", "head %s, dirty tail %s, key tail %s", s.KeyHead, s.DirtyTail, s.KeyTail)
 	row("index", "%d extents in %s", s.Extents, size(s.IndexBytes))
-	row("reads", "%d (%s), %d hits, %d misses", s.Reads, size(int64(s.ReadBytes)), s.ReadHits, s.ReadMisses)
+	row("reads", "%d (%s), %d hits, %d of them in the window, %d misses", s.Reads, size(int64(s.ReadBytes)), s.ReadHits, s.WindowHits, s.ReadMisses)
+	row("kept", "%s from the window, %s at the log's end, %d misses had just left", size(int64(s.PromotedBytes)), size(int64(s.AgainBytes)), s.GhostHits)
 	row("writes", "%d (%s), %d flushes, %d zeroed ranges", s.Writes, size(int64(s.WriteBytes)), s.Flushes, s.Zeros)
 	row("written back", "%s", size(int64(s.WrittenBack)))
 	row("waiting", "%d requests for space, longest so far %v", s.WaitingRequests, time.Duration(s.LongestWaitMS)*time.Millisecond)
