@@ -21,7 +21,8 @@ import (
 //	               for one (log.go)
 //	a generation   costs its segment, which is not used again
 //	a fingerprint  is done without
-//	cache_info     keeps its good copy, and the setting is refused
+//	cache_info,    keep their good copy, and the setting is refused
+//	the settings
 //	a tail, a      keeps its good copy, and the cache has failed
 //	sync mark
 //
@@ -204,4 +205,5 @@ func (c *Cache) heal() {
 			c.bad(BadPlace{What: n.What, Off: n.Off, Len: int64(n.Size), Segment: noSegment}, err)
 		}
 	}
+	c.healSettings()
 }

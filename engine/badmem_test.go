@@ -460,7 +460,7 @@ func TestBadMemoryUnderLoad(t *testing.T) {
 				s.mem.Punch(c.place(s, r))
 				// Everything is used: all of the log is written back and collected, and
 				// every segment gets its turn.
-				r.SetGCPercent(0)
+				r.setGC(0)
 				flushed := r.Flush(context.Background())
 				if c.want != Failed && flushed != nil && !slices.ContainsFunc(r.Status().BadPlaces, func(p BadPlace) bool { return p.What == "dirty data" }) {
 					t.Errorf("flush: %v", flushed)

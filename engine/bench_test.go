@@ -125,7 +125,7 @@ func (x *bench) empty(b testing.TB) {
 	if err := x.Flush(context.Background()); err != nil {
 		b.Fatal(err)
 	}
-	if err := x.SetGCPercent(0); err != nil {
+	if err := x.setGC(0); err != nil {
 		b.Fatal(err)
 	}
 	for begin := time.Now(); x.Status().Extents > 0; time.Sleep(time.Millisecond) {
@@ -133,7 +133,7 @@ func (x *bench) empty(b testing.TB) {
 			b.Fatalf("%d extents are never collected", x.Status().Extents)
 		}
 	}
-	if err := x.SetGCPercent(90); err != nil {
+	if err := x.setGC(90); err != nil {
 		b.Fatal(err)
 	}
 	x.written = 0

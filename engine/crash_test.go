@@ -518,7 +518,7 @@ func (l *life) goOn(s *snapshot, region *pmem.Fake, sum uint64, dice *rand.Rand)
 		if err := h.judge(now, true); err != nil {
 			return fmt.Errorf("on the disk alone, after a flush: %w", err)
 		}
-		return r.SetGCPercent(0) // and once more with everything collected
+		return r.setGC(0) // and once more with everything collected
 	}
 	for range 2 {
 		if err = use(); err != nil {

@@ -135,6 +135,7 @@ type Cache struct {
 	writeback   writeback
 	fingerprint fingerprint
 	gc          collector
+	settings    settings
 	syncer      syncer
 
 	fills     fillTable
@@ -192,6 +193,9 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 		crc:  layout.Info.Flags.DataCRC(),
 		stop: make(chan struct{}), aborted: make(chan struct{}),
 	}
+	if err := c.settings.init(layout); err != nil {
+		return nil, err
+	}
 	c.each, _ = mem.(eachReader)
 	c.index = newIndex(c.size)
 	for _, n := range layout.DamagedCopies {
@@ -207,7 +211,7 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 	c.stale.init(len(layout.Chain))
 	c.space.init()
 	c.tails.init(layout)
-	c.gc.init(layout.Info.Flags.GCPercent())
+	c.gc.init()
 	c.writeback.init(c, o.WritebackDepth)
 	c.syncer.init()
 	return c, nil

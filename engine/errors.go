@@ -5,6 +5,7 @@ import "errors"
 // Errors of opening a cache.
 var (
 	ErrOptions       = errors.New("invalid option")
+	ErrMode          = errors.New("only the mode writeback is served")
 	ErrDiskTooSmall  = errors.New("the backing device is smaller than what the cache holds for it")
 	ErrKeyGeneration = errors.New("a key names a generation of its segment that does not exist yet")
 	ErrKeyInLog      = errors.New("a key names data inside the log")

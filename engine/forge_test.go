@@ -530,6 +530,12 @@ func (f *forgery) front() {
 	if b >= 0xC0 {
 		seq = f.monster()
 	}
+	if b >= 0xE0 {
+		s := ondisk.Settings{Mode: ondisk.Mode(b % 8), DirtyHigh: f.byte(), DirtyLow: f.byte(), SeqCutoff: int64(f.monster()), WritebackRate: int64(f.monster()), Writeback: b&8 != 0}
+		off := ondisk.EncodeSettings(buf[:], at, &s)
+		f.store(off, buf[:ondisk.SettingsSize])
+		return
+	}
 	off := ondisk.EncodeSyncMark(buf[:], at, seq)
 	f.store(off, buf[:ondisk.SyncMarkSize])
 }

@@ -3,7 +3,6 @@ package engine
 import (
 	"runtime"
 	"sync"
-	"sync/atomic"
 
 	"ublk-pcache/ondisk"
 )
@@ -48,14 +47,12 @@ const (
 )
 
 type collector struct {
-	percent atomic.Int32
 	kicked  chan struct{}
 	errands errands
 	mu      struct {
 		sync.Mutex
 		dying []uint32
 	}
-	info sync.Mutex // guards layout.Info, which holds the percentage on media
 
 	// The goroutine's own, kept so that it does not allocate while writers write.
 	scratch  []extent // of forget
@@ -65,10 +62,7 @@ type collector struct {
 	passed   int64 // bytes of collected keys, less somewhat more than those that got another round
 }
 
-func (g *collector) init(percent int) {
-	g.kicked = make(chan struct{}, 1)
-	g.percent.Store(int32(percent))
-}
+func (g *collector) init() { g.kicked = make(chan struct{}, 1) }
 
 // kick wakes the collector to look whether there is work. Any goroutine.
 func (g *collector) kick() {
@@ -91,7 +85,7 @@ func (g *collector) bury(seg uint32) {
 // segment. Requests that still wait are no reason: those that may have the free
 // segments are on their way to them.
 func (c *Cache) gcNeeded() bool {
-	return c.inLog()*100 >= c.segments.good()*int(c.gc.percent.Load()) || c.available() <= c.segments.reserve
+	return c.inLog()*100 >= c.segments.good()*c.settings.now.Load().GCPercent || c.available() <= c.segments.reserve
 }
 
 // gcLoop also looks after the requests that wait: all that may end their wait kicks

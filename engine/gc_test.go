@@ -103,7 +103,7 @@ func TestOlderKeyTail(t *testing.T) {
 	write(0, 0, 8, 1)
 	write(1, 0, 8, 2)
 	overwritten := r.extents(0, 8)[0].seg
-	if err := r.SetGCPercent(0); err != nil {
+	if err := r.setGC(0); err != nil {
 		t.Fatal(err)
 	}
 	for i := range int64(16) { // the second queue leaves its segment

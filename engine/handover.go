@@ -38,7 +38,7 @@ import (
 //
 // Invariant: between Rest and Resume nothing that replay starts from changes: no
 // generation, neither tail, no fingerprint, nothing on the disk. The sync mark
-// does, since flushes go on. Cache_info must be left alone (SetGCPercent).
+// does, since flushes go on. The settings must be left alone (Set).
 
 // Head is the end of the log.
 type Head struct {

@@ -625,7 +625,7 @@ func (x *execution) judgeDisk(s int64) error {
 
 // collect has the garbage collector take as much as it may.
 func (x *execution) collect(percent int) error {
-	if err := x.SetGCPercent(percent); err != nil {
+	if err := x.setGC(percent); err != nil {
 		if fault := (*pmem.FaultError)(nil); x.f.sick && errors.As(err, &fault) {
 			return x.look()
 		}
@@ -898,6 +898,9 @@ func (r *reading) checkLayout() error {
 	}
 	if n := len(l.Chain); n == 0 || n != int(l.Info.Segments) || l.Info.Flags.GCPercent() > 90 {
 		return fmt.Errorf("%+v with a chain of %d", l.Info, n)
+	}
+	if err := l.Settings.Validate(); err != nil || l.Settings.Mode != ondisk.WriteBack {
+		return fmt.Errorf("%+v: %w", l.Settings, err)
 	}
 	return nil
 }

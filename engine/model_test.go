@@ -457,8 +457,8 @@ func (m *model) holdFlush(t *rapid.T) {
 // collect takes everything out of the cache.
 func (m *model) collect(t *rapid.T) {
 	m.heal(t)
-	percent := m.cache.Status().GCPercent
-	if err := m.cache.SetGCPercent(0); err != nil {
+	percent := m.cache.Settings().GCPercent
+	if err := m.cache.setGC(0); err != nil {
 		t.Fatal(err)
 	}
 	m.writeback(t)
@@ -470,13 +470,13 @@ func (m *model) collect(t *rapid.T) {
 			t.Fatalf("the log is not collected: %+v", m.cache.Status())
 		}
 	}
-	if err := m.cache.SetGCPercent(percent); err != nil {
+	if err := m.cache.setGC(percent); err != nil {
 		t.Fatal(err)
 	}
 }
 
 func (m *model) percent(t *rapid.T) {
-	if err := m.cache.SetGCPercent(rapid.IntRange(0, 90).Draw(t, "percent")); err != nil {
+	if err := m.cache.setGC(rapid.IntRange(0, 90).Draw(t, "percent")); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -184,6 +184,14 @@ func (l *loop) run() {
 	}
 }
 
+// setGC makes garbage collection keep the cache at most n percent full.
+func (c *Cache) setGC(n int) error {
+	return c.Set(func(s *Settings) error {
+		s.GCPercent = n
+		return nil
+	})
+}
+
 // all returns all extents, stripe by stripe, by whichever means they are kept.
 func (x *index) all() (all []extent) {
 	for shard := range shardCount {

@@ -177,7 +177,7 @@ func (c *Cache) beginData(seg uint32) {
 // log. It kicks garbage collection or write-back where the cache has become too full.
 func (c *Cache) took(written uint64) {
 	used := c.inLog()
-	limit := int(c.gc.percent.Load()) * c.segments.good() / 100
+	limit := c.settings.now.Load().GCPercent * c.segments.good() / 100
 	if used > limit || c.segments.free() < c.window.keep && c.window.ready.Load() > 0 {
 		c.gc.kick()
 	}

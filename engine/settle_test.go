@@ -271,7 +271,7 @@ func TestNothingRestsOnAFailedSync(t *testing.T) {
 	r.mustRest(t)
 	r.write(t, 0, stamped(0, 8, 1))
 	m.fails.Store(true)
-	if err := r.SetGCPercent(60); !errors.Is(err, syscall.EIO) {
+	if err := r.setGC(60); !errors.Is(err, syscall.EIO) {
 		t.Errorf("a setting that could not be kept: %v", err)
 	}
 	m.fails.Store(false)
@@ -315,7 +315,7 @@ func TestSyncsTakeTurns(t *testing.T) {
 		})
 	}
 	for i := range 50 {
-		if err := r.SetGCPercent(50 + i%20); err != nil {
+		if err := r.setGC(50 + i%20); err != nil {
 			t.Error(err)
 		}
 	}

@@ -3,7 +3,6 @@ package engine
 import (
 	"cmp"
 	"fmt"
-	"runtime"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -63,7 +62,7 @@ type Status struct {
 
 	Segments, UsedSegments int // used by the log, its data and the window
 	WindowSegments         int // of those, what the window has
-	GCPercent              int
+	Settings               Settings
 	DataCRC                bool
 	InfoFlags              ondisk.InfoFlags
 
@@ -96,16 +95,14 @@ type Status struct {
 // Status returns the cache's present state. Any goroutine.
 func (c *Cache) Status() Status {
 	u := c.index.usage()
-	c.gc.info.Lock()
-	flags := c.layout.Info.Flags
-	c.gc.info.Unlock()
+	flags := c.settings.infoFlags()
 	s := Status{
 		State:           Healthy,
 		Segments:        len(c.segments.all),
 		UsedSegments:    c.segments.good() - c.segments.free(),
 		WindowSegments:  int(c.window.taken.Load()),
-		GCPercent:       flags.GCPercent(),
 		DataCRC:         c.crc,
+		Settings:        c.Settings(),
 		InfoFlags:       flags,
 		KeyTail:         c.tails.keyTail(),
 		DirtyBytes:      u.dirty,
@@ -160,31 +157,4 @@ func (c *Cache) Status() Status {
 		s.State, s.Error, s.Cause = Failed, err.Error(), err
 	}
 	return s
-}
-
-// SetGCPercent makes garbage collection keep the cache at most n percent full,
-// 0 to 90, now and after a restart. Its error is ErrOptions for another n, or what keeps
-// it from being stored; then the old one stays. Any goroutine.
-func (c *Cache) SetGCPercent(n int) error {
-	if n < 0 || n > ondisk.MaxGCPercent {
-		return fmt.Errorf("%w: gc_percent %d is not within 0 to %d", ErrOptions, n, ondisk.MaxGCPercent)
-	}
-	c.gc.info.Lock()
-	defer c.gc.info.Unlock()
-	runtime.LockOSThread() // a fence is for the stores of its own thread
-	defer runtime.UnlockOSThread()
-	info, at := c.layout.Info, c.layout.InfoCopies.Newest.Next()
-	info.Flags = info.Flags.WithGCPercent(n)
-	var buf [ondisk.InfoSize]byte
-	off := ondisk.EncodeInfo(buf[:], at, info)
-	if err := c.storeRecord("cache_info", noSegment, buf[:], off); err != nil {
-		return err
-	}
-	if err := c.persist(); err != nil {
-		return fmt.Errorf("write cache_info: %w", err)
-	}
-	c.layout.Info, c.layout.InfoCopies.Newest = info, at
-	c.gc.percent.Store(int32(n))
-	c.gc.kick()
-	return nil
 }

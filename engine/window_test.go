@@ -643,7 +643,7 @@ func TestWindowBesideRefusedSector(t *testing.T) {
 	if err := w.Flush(context.Background()); err == nil {
 		t.Fatal("the disk took what it should refuse")
 	}
-	if err := w.SetGCPercent(0); err != nil {
+	if err := w.setGC(0); err != nil {
 		t.Fatal(err)
 	}
 	for i := range int64(2 * windowSegments * perSegment) {

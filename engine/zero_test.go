@@ -120,7 +120,7 @@ func TestZeroTwice(t *testing.T) {
 		return f
 	})
 	r.zero(t, 0, 4096)
-	if err := r.SetGCPercent(0); err != nil {
+	if err := r.setGC(0); err != nil {
 		t.Fatal(err)
 	}
 	within(t, "a collection of all that is clean", func() {

@@ -16,6 +16,7 @@ var (
 	ErrNotInitialised = errors.New("the cache was never completely formatted; format it again")
 	ErrMode           = errors.New("cache mode is not write-back, the only one supported")
 	ErrUnreadable     = errors.New("cannot be read")
+	ErrSettingsNewer  = errors.New("the settings are of a newer version of the program; use that")
 )
 
 // What is damaged beyond the help of its second copy. The remedy is the same
@@ -29,6 +30,7 @@ var (
 	ErrPosition        = errors.New("not a place in the log")
 	ErrIdentity        = errors.New("the identity record is damaged in both copies, so the backing device cannot be verified")
 	ErrIdentityFields  = errors.New("identity record has an impossible backing size")
+	ErrSettingsLost    = errors.New("the settings are damaged in both copies, so nothing tells what the cache promises")
 )
 
 // What is wrong with a place in the log where a kset was expected. A log that
@@ -60,6 +62,9 @@ var (
 
 // ErrOutside is an access outside an overlay, or a store off the 8-byte grid.
 var ErrOutside = errors.New("outside the overlay, or not on its words")
+
+// ErrSettings is a setting that makes no sense.
+var ErrSettings = errors.New("invalid setting")
 
 // Why a format is refused.
 var (

@@ -60,6 +60,8 @@ func FuzzRecords(f *testing.F) {
 	f.Add(bytes.Clone(buf))
 	EncodeFingerprint(buf, Replica{}, &Fingerprint{State: FingerprintKnown, Size: 4096})
 	f.Add(bytes.Clone(buf))
+	EncodeSettings(buf, Replica{}, &through)
+	f.Add(bytes.Clone(buf))
 	EncodeInfo(buf, Replica{}, Info{Segments: 31, Flags: NewInfoFlags(true, 70)})
 	f.Add(bytes.Clone(buf))
 	f.Fuzz(func(t *testing.T, p []byte) {
@@ -83,6 +85,13 @@ func FuzzRecords(f *testing.F) {
 		decodeGeneration(sealed(GenerationSize))
 		if f := decodeFingerprint(sealed(FingerprintSize)); f.State.String() == "" {
 			t.Fatalf("%+v", f)
+		}
+		if s, err := decodeSettings(sealed(SettingsSize)); err == nil {
+			again := make([]byte, SettingsSize)
+			EncodeSettings(again, Replica{}, &s)
+			if got, err := decodeSettings(again); got != s || err != nil || s.Validate() != nil {
+				t.Fatalf("%+v becomes %+v, %v", s, got, err)
+			}
 		}
 		if id := decodeIdentity(sealed(IdentitySize)); len(id.Serial) > serialSize {
 			t.Fatalf("%+v", id)
@@ -115,6 +124,10 @@ func FuzzImage(f *testing.F) {
 	w.last(3)
 	w.kset(4)
 	w.kset(1)
+	for _, at := range bothCopies {
+		var p [SettingsSize]byte
+		w.s.WriteAt(p[:], EncodeSettings(p[:], at, &through))
+	}
 	records := []struct{ off, size int64 }{
 		{SuperblockOff, SuperblockSize}, {InfoOff, InfoSize}, {InfoOff + infoDistance, InfoSize},
 		{keyTailOff, PositionSize}, {keyTailOff + 16, PositionSize}, {dirtyTailOff, PositionSize}, {dirtyTailOff + 16, PositionSize},
@@ -124,6 +137,7 @@ func FuzzImage(f *testing.F) {
 		{w.l.Offset(3, 0), int64(KsetSize(4))}, {w.l.Offset(3, KsetSize(4)), int64(KsetSize(1))},
 		{w.l.Offset(0, 1<<20), int64(KsetSize(2))},
 		{fingerprintOff, FingerprintSize}, {fingerprintOff + identityDistance, FingerprintSize},
+		{settingsOff, SettingsSize}, {settingsOff + identityDistance, SettingsSize},
 	}
 	const (
 		set    = iota // store the value

@@ -27,6 +27,9 @@ type Layout struct {
 	Fingerprint       Fingerprint // of the backing device
 	FingerprintCopies Copies
 
+	Settings       Settings // the defaults where there is no record
+	SettingsCopies Copies   // of a record of this program
+
 	// Indexed by cache_seg_id, which is a segment's rank in the chain.
 	Chain []uint32  // its physical index
 	Gens  []uint64  // its generation
@@ -94,6 +97,7 @@ const (
 	recordSegmentInfo = "segment_info"
 	recordSyncMark    = "sync mark"
 	recordFingerprint = "fingerprint of the backing device"
+	recordSettings    = "settings"
 )
 
 // stored is where the copies of a record stand.
@@ -138,7 +142,7 @@ func (l *Layout) EncodeGeneration(dst []byte, seg uint32, at Replica, gen uint64
 // type Faults and names everything that is wrong; the layout then holds what
 // could be read in spite of it, for display only.
 func ReadLayout(r io.ReaderAt, size int64) (*Layout, error) {
-	l := &Layout{}
+	l := &Layout{Settings: DefaultSettings()}
 	var faults Faults
 	check := func(err error) bool {
 		if many, ok := err.(Faults); ok {
@@ -150,6 +154,7 @@ func ReadLayout(r io.ReaderAt, size int64) (*Layout, error) {
 	}
 	if check(l.readSuperblock(r, size)) {
 		check(l.readIdentity(r))
+		check(l.readSettings(r))
 		l.readSyncMark(r)
 		l.readFingerprint(r)
 		if check(l.readInfo(r)) && check(l.readChain(r)) {
@@ -201,16 +206,50 @@ func (l *Layout) readIdentity(r io.ReaderAt) error {
 		return nil
 	}
 	l.IdentityCopies = c
+	if at.wasThere(r, c, identityMagic) {
+		return ErrIdentity
+	}
+	return nil
+}
+
+// wasThere reports whether a record that has no valid copy was there once: both copies
+// are damaged, and one has the magic, or cannot be read.
+func (s stored) wasThere(from io.ReaderAt, c Copies, magic uint64) bool {
 	if c.State[0] == CopyEmpty || c.State[1] == CopyEmpty {
-		return nil
+		return false
 	}
 	for slot := range int64(2) {
-		var magic [8]byte
-		err := readFull(r, magic[:], IdentityOff+slot*identityDistance+headerSize)
-		if err != nil || le.Uint64(magic[:]) == identityMagic {
-			return ErrIdentity
+		var p [8]byte
+		err := readFull(from, p[:], s.off+slot*s.distance+headerSize)
+		if err != nil || le.Uint64(p[:]) == magic {
+			return true
 		}
 	}
+	return false
+}
+
+// readSettings finds no record where readIdentity would find none.
+func (l *Layout) readSettings(r io.ReaderAt) error {
+	var buf [SettingsSize]byte
+	at := stored{what: recordSettings, off: settingsOff, distance: identityDistance, size: SettingsSize}
+	c := at.read(r, buf[:])
+	l.Settings = DefaultSettings()
+	switch {
+	case c.Valid() && le.Uint64(buf[8:]) != settingsMagic:
+		return nil
+	case !c.Valid():
+		l.SettingsCopies = c
+		if at.wasThere(r, c, settingsMagic) {
+			return ErrSettingsLost
+		}
+		return nil
+	}
+	s, err := decodeSettings(buf[:])
+	if err != nil {
+		return err
+	}
+	l.Settings, l.SettingsCopies = s, c
+	l.note(c, at)
 	return nil
 }
 

@@ -128,11 +128,13 @@ func TestHeal(t *testing.T) {
 		at = at.Next()
 		fresh.WriteAt(buf[:SyncMarkSize], EncodeSyncMark(buf[:], at, 7))
 		fresh.WriteAt(buf[:FingerprintSize], EncodeFingerprint(buf[:], at, &Fingerprint{State: FingerprintKnown, Sum: 3, Size: 1 << 30}))
+		fresh.WriteAt(buf[:SettingsSize], EncodeSettings(buf[:], at, &through))
 	}
 	want := mustLayout(t, fresh)
 	places := map[string]int64{
 		recordIdentity: IdentityOff, recordSyncMark: syncMarkOff, recordFingerprint: fingerprintOff, recordInfo: InfoOff,
-		"key_tail": keyTailOff, "dirty_tail": dirtyTailOff,
+		recordSettings: settingsOff,
+		"key_tail":     keyTailOff, "dirty_tail": dirtyTailOff,
 		recordSegmentInfo: segmentOff(7), recordGeneration: segmentOff(7) + genOff,
 	}
 	for what, off := range places {
@@ -154,7 +156,7 @@ func TestHeal(t *testing.T) {
 			spoil(s, l.DamagedCopies[0].good, 16, CopyUnreadable)
 			for _, l := range []*Layout{healed, mustLayout(t, s)} {
 				if l.Info != want.Info || l.KeyTail != want.KeyTail || l.DirtyTail != want.DirtyTail || *l.Identity != *want.Identity ||
-					l.SyncMark != 7 || l.Fingerprint != want.Fingerprint || fmt.Sprint(l.Chain, l.Gens) != fmt.Sprint(want.Chain, want.Gens) {
+					l.SyncMark != 7 || l.Settings != through || l.Fingerprint != want.Fingerprint || fmt.Sprint(l.Chain, l.Gens) != fmt.Sprint(want.Chain, want.Gens) {
 					t.Errorf("%s: another layout", what)
 				}
 			}

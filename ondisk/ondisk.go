@@ -5,7 +5,8 @@
 // round.
 //
 //	0        ┌──────────────────────────────┐
-//	         │ identity × 2 (ours alone)    │  which backing device belongs to it
+//	         │ identity × 2 (ours alone)    │  which backing device belongs to it,
+//	         │                              │  and beside it what else the kernel lacks
 //	4 KiB    ├──────────────────────────────┤
 //	         │ superblock                   │  magic, number of segments
 //	8 KiB    ├──────────────────────────────┤

@@ -175,7 +175,9 @@ func (r *repairer) mend() error {
 	if err := r.readSuperblock(); err != nil {
 		return err
 	}
-	r.firstPage()
+	if err := r.firstPage(); err != nil {
+		return err
+	}
 	if err := r.chain(); err != nil {
 		return err
 	}
@@ -286,9 +288,21 @@ func (r *repairer) storeSuperblock() {
 }
 
 // firstPage mends the records that are this program's own. Without an identity
-// a cache can still be opened, which then binds it anew.
-func (r *repairer) firstPage() {
+// a cache can still be opened, which then binds it anew. Its error is settings that
+// only a newer version understands.
+func (r *repairer) firstPage() error {
 	l := r.l
+	if err := l.readSettings(r); errors.Is(err, ErrSettingsNewer) {
+		return err
+	} else if err != nil {
+		var zero [SettingsSize]byte
+		r.store(zero[:], settingsOff)
+		r.store(zero[:], settingsOff+identityDistance)
+		r.mended("%s: %v; erased, so they are those of a new cache until they are set again, write-back among them", recordSettings, err)
+	} else if l.SettingsCopies.Valid() {
+		r.put(record{what: recordSettings, copies: l.SettingsCopies, size: SettingsSize,
+			encode: func(dst []byte, at Replica) int64 { return EncodeSettings(dst, at, &l.Settings) }})
+	}
 	if err := l.readIdentity(r); err != nil {
 		var zero [IdentitySize]byte
 		r.store(zero[:], IdentityOff)
@@ -327,6 +341,7 @@ func (r *repairer) firstPage() {
 		encode: func(dst []byte, at Replica) int64 { return EncodeFingerprint(dst, at, &l.Fingerprint) },
 	}, fingerprintOff, "so nothing tells whether the backing device was written without the cache")
 	r.barrier()
+	return nil
 }
 
 // chain finds the order of the segments, and mends the records that tell

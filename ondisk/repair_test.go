@@ -167,6 +167,10 @@ func newPatient(t testing.TB, crc bool, seed uint64) *patient {
 		must(t, err)
 		turns(s, 15)
 		must(t, s.Flush(context.Background()))
+		must(t, s.Set(func(s *engine.Settings) error {
+			s.SeqCutoff += 4 << 20
+			return nil
+		}))
 		must(t, s.Close())
 	}
 	p.disk = make([]byte, diskSize)
@@ -271,6 +275,7 @@ func (p *patient) places() map[string][]blow {
 	m := map[string][]blow{
 		"superblock":  {{off: ondisk.SuperblockOff, n: ondisk.SuperblockSize}},
 		"identity":    {{off: 0, n: ondisk.IdentitySize}, {off: copyGap, n: ondisk.IdentitySize}},
+		"settings":    {{off: 512, n: ondisk.SettingsSize}, {off: 512 + copyGap, n: ondisk.SettingsSize}},
 		"fingerprint": {{off: 1536, n: ondisk.FingerprintSize}, {off: 1536 + copyGap, n: ondisk.FingerprintSize}},
 		"cache_info":  {{off: ondisk.InfoOff, n: ondisk.InfoSize}, {off: ondisk.InfoOff + infoGap, n: ondisk.InfoSize}},
 		"key_tail":    {{off: ondisk.CtrlOff, n: 16}, {off: ondisk.CtrlOff + 16, n: 16}},
@@ -474,7 +479,7 @@ func TestRepairRecords(t *testing.T) {
 					}
 					what := fmt.Sprintf("crc %t, %v", crc, blows)
 					before := ondisk.Check(mem, mem.Size(), true)
-					if len(before.Problems) == 0 && !(kind == "zero" && (name == "identity" || name == "fingerprint")) {
+					if len(before.Problems) == 0 && !(kind == "zero" && (name == "identity" || name == "fingerprint" || name == "settings")) {
 						t.Errorf("%s: check finds nothing", what)
 					}
 					rep := repaired(t, what, mem, ondisk.RepairOptions{Durable: true})
@@ -487,6 +492,9 @@ func TestRepairRecords(t *testing.T) {
 					}
 					if got := rep.Report.Layout.Info.Flags.DataCRC(); got != crc {
 						t.Errorf("%s: data crc %t", what, got)
+					}
+					if kept := rep.Report.Layout.Settings == p.l.Settings; name != "settings" && !kept || kept && name == "settings" && len(blows) == 2 {
+						t.Errorf("%s: settings %+v", what, rep.Report.Layout.Settings)
 					}
 					p.mustRead(t, what, onto(rep), all)
 				}

@@ -59,6 +59,7 @@ type (
 		Segments    uint32           `json:"segments"`
 		Identity    *dumpIdentity    `json:"identity"`
 		Fingerprint *dumpFingerprint `json:"fingerprint"`
+		Settings    *dumpSettings    `json:"settings"`
 		Info        *dumpInfo        `json:"cache_info"`
 		KeyTail     *dumpPosition    `json:"key_tail"`
 		DirtyTail   *dumpPosition    `json:"dirty_tail"`
@@ -82,6 +83,10 @@ type (
 		Sum       uint32   `json:"sum"`   // this and what follows: of a known one
 		Size      int64    `json:"backing_size"`
 		DirtyTail []string `json:"dirty_tail"` // the two places it holds for
+	}
+	dumpSettings struct {
+		dumpCopy
+		Values map[string]string `json:"values"` // as set takes them
 	}
 	dumpInfo struct {
 		dumpCopy
@@ -200,6 +205,9 @@ func newDumpHead(l *ondisk.Layout) *dumpHead {
 		h.Fingerprint = &dumpFingerprint{dumpCopy(l.FingerprintCopies.Newest), f.State.String(), f.Sum, f.Size,
 			[]string{f.DirtyTail[0].String(), f.DirtyTail[1].String()}}
 	}
+	if l.SettingsCopies.Valid() {
+		h.Settings = &dumpSettings{dumpCopy(l.SettingsCopies.Newest), settingTexts(&l.Settings)}
+	}
 	if l.InfoCopies.Valid() {
 		i := l.Info
 		h.Info = &dumpInfo{dumpCopy(l.InfoCopies.Newest), i.FirstSegment, i.Segments, i.Flags.DataCRC(), i.Flags.GCPercent()}
@@ -236,6 +244,15 @@ func (d textDump) head(h *dumpHead) error {
 	} else {
 		p("fingerprint  %08x of a backing device of %d bytes, with dirty_tail at %s or %s %v\n",
 			f.Sum, f.Size, f.DirtyTail[0], f.DirtyTail[1], f.dumpCopy)
+	}
+	if s := h.Settings; s == nil {
+		p("settings     none\n")
+	} else {
+		p("settings    ")
+		for _, k := range knobs {
+			p(" %s=%s", k.name, s.Values[k.name])
+		}
+		p(" %v\n", s.dumpCopy)
 	}
 	if i := h.Info; i != nil {
 		p("cache_info   %d segments from %d, data crc %s, gc at %d %% %v\n", i.Segments, i.FirstSegment, onOff(i.DataCRC), i.GCPercent, i.dumpCopy)

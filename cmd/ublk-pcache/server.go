@@ -148,7 +148,7 @@ func start(o serveOptions) (_ *server, err error) {
 		s.warn(fmt.Sprintf("nothing tells backing device %s from another of its size: make sure that this path always leads to it", s.dev.Backing))
 	}
 	if o.GCPercent != nil {
-		if err := s.cache.SetGCPercent(*o.GCPercent); err != nil {
+		if err := s.setGCPercent(*o.GCPercent); err != nil {
 			return nil, err
 		}
 	}

@@ -300,5 +300,8 @@ func (s *server) setGCPercent(n int) error {
 	if s.removal.done {
 		return fmt.Errorf("device %d has been removed", s.dev.ID)
 	}
-	return s.cache.SetGCPercent(n)
+	return s.cache.Set(func(s *engine.Settings) error {
+		s.GCPercent = n
+		return nil
+	})
 }

@@ -198,7 +198,7 @@ func TestMalformedCommands(t *testing.T) {
 		if r := say(t, execute, fmt.Appendf(nil, "{\"do\":\"set\",\"gc_percent\":%d}\n", percent)); r.Error != "" {
 			t.Errorf("set gc_percent to %d: %s", percent, r.Error)
 		}
-		if r := say(t, execute, []byte("{\"do\":\"status\"}\n")); r.Status == nil || r.Status.GCPercent != percent {
+		if r := say(t, execute, []byte("{\"do\":\"status\"}\n")); r.Status == nil || r.Status.Settings.GCPercent != percent {
 			t.Errorf("gc_percent was set to %d, status is %+v", percent, r.Status)
 		}
 	}

@@ -138,7 +138,7 @@ func newStatusJSON(l listed, s *engine.Status) statusJSON {
 	return statusJSON{
 		BadSegments: append([]uint32{}, s.BadSegments...), BadMemory: bad, MoreBad: s.MoreBad,
 		listed: l, Health: string(s.State), Error: s.Error,
-		Segments: s.Segments, SegmentsUsed: s.UsedSegments, SegmentsWindow: s.WindowSegments, GCPercent: s.GCPercent, DataCRC: s.DataCRC,
+		Segments: s.Segments, SegmentsUsed: s.UsedSegments, SegmentsWindow: s.WindowSegments, GCPercent: s.Settings.GCPercent, DataCRC: s.DataCRC,
 		KeyHead: s.KeyHead.String(), DirtyTail: s.DirtyTail.String(), KeyTail: s.KeyTail.String(),
 		DirtyBytes: s.DirtyBytes, CleanBytes: s.CleanBytes, Extents: s.Extents, IndexBytes: s.IndexBytes,
 		Reads: s.Reads, ReadBytes: s.ReadBytes, ReadHits: s.Hits, ReadMisses: s.Misses,
@@ -234,6 +234,6 @@ func printDM(id int, s *engine.Status) error {
 		return err
 	}
 	_, err = fmt.Printf("0 %d pcache 0 %d %d %d %d %x %v %v %v\n", info.Size>>9,
-		s.Segments, s.Segments, s.UsedSegments, s.GCPercent, uint32(s.InfoFlags), s.KeyHead, s.DirtyTail, s.KeyTail)
+		s.Segments, s.Segments, s.UsedSegments, s.Settings.GCPercent, uint32(s.InfoFlags), s.KeyHead, s.DirtyTail, s.KeyTail)
 	return err
 }
