@@ -128,6 +128,7 @@ type Cache struct {
 	journal  journal
 	window   window
 	ghost    ghost
+	streams  streams
 	space    space
 	tails    tails
 	queues   []*Queue

@@ -124,10 +124,11 @@ func (q *Queue) abandonFills() {
 	}
 }
 
-// takeFills stores what the disk said, if there is space without waiting for
-// it: a read never makes a write wait.
+// takeFills stores what the disk said, if it is to be kept and there is space without
+// waiting for it: a read never makes a write wait.
 func (q *Queue) takeFills(r *Request) {
 	c := q.c
+	passes := c.passes(r)
 	for f := r.fills; f != nil; {
 		next := f.next
 		err := c.errs.diskRead(f.off, f.err)
@@ -136,6 +137,8 @@ func (q *Queue) takeFills(r *Request) {
 			if r.Err == nil {
 				r.Err = err
 			}
+		case passes:
+			q.counts.bypassed += uint64(len(f.buf))
 		case c.failure() != nil || q.stalled.Load():
 		case !c.ghost.take(f.off >> sectorShift):
 			q.storeInWindow(f)

@@ -68,7 +68,7 @@ func TestModel(t *testing.T) {
 			"writeback":  m.writeback,
 			"hold flush": m.holdFlush,
 			"collect":    m.collect,
-			"percent":    m.percent,
+			"knobs":      m.turnKnobs,
 			"fail disk":  m.failDisk,
 			"bad disk":   m.badDisk,
 			"fail store": m.failStore,
@@ -475,8 +475,14 @@ func (m *model) collect(t *rapid.T) {
 	}
 }
 
-func (m *model) percent(t *rapid.T) {
-	if err := m.cache.setGC(rapid.IntRange(0, 90).Draw(t, "percent")); err != nil {
+// turnKnobs changes settings.
+func (m *model) turnKnobs(t *rapid.T) {
+	percent := rapid.IntRange(0, 90).Draw(t, "percent")
+	cutoff := rapid.SampledFrom([]int64{0, sectorSize, 8 << 10, 4 << 20}).Draw(t, "cutoff")
+	if err := m.cache.Set(func(s *Settings) error {
+		s.GCPercent, s.SeqCutoff = percent, cutoff
+		return nil
+	}); err != nil {
 		t.Fatal(err)
 	}
 }

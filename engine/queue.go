@@ -85,6 +85,7 @@ type counts struct {
 	windowHits                    uint64 // of the hits, those in the window
 	ghostHits                     uint64 // of the misses, those of what had just left it
 	readBytes, writeBytes         uint64
+	bypassed                      uint64 // bytes that were read from the disk and not kept, since they are of a stream
 }
 
 // show lets others see what the queue has done.

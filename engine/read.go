@@ -121,6 +121,7 @@ func (q *Queue) answer(r *Request, s span, hits []extent) {
 		return
 	}
 	q.counts.misses++
+	r.passage = q.c.passageOf(r)
 	q.startFills(r)
 }
 

@@ -28,16 +28,17 @@ type Request struct {
 	Len int    // bytes of a Zero: whole sectors
 	Err error  // the result
 
-	q      *Queue
-	stage  stage
-	done   int    // bytes of a write or zero that have their place
-	last   uint64 // the queue's count of keys when the last of the write was stored
-	ticket uint64 // place in the line for space, 0 for none
-	since  int64  // when it got that, as sinceStart counts
-	parked bool   // it sleeps there; under the line's lock
-	awake  bool   // it has been woken, and its turn has not come yet
-	fills  *fill  // what a read still lacks, linked by next
-	lacks  atomic.Int32
+	q       *Queue
+	stage   stage
+	done    int    // bytes of a write or zero that have their place
+	last    uint64 // the queue's count of keys when the last of the write was stored
+	ticket  uint64 // place in the line for space, 0 for none
+	since   int64  // when it got that, as sinceStart counts
+	parked  bool   // it sleeps there; under the line's lock
+	awake   bool   // it has been woken, and its turn has not come yet
+	fills   *fill  // what a read still lacks, linked by next
+	lacks   atomic.Int32
+	passage passage // of what they read, see streams.go
 }
 
 // stage says how a request that comes back to its queue goes on.

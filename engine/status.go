@@ -76,6 +76,7 @@ type Status struct {
 	Reads, Writes, Flushes, Zeros uint64
 	ReadBytes, WriteBytes         uint64
 	Hits, Misses                  uint64
+	Bypassed                      uint64 // bytes of misses that were not kept, since they are of a stream
 	WindowHits                    uint64 // of the hits, those in the window
 	GhostHits                     uint64 // of the misses, those of what had just left it
 	Promoted, Again               uint64 // bytes that were kept because they were hit: from the window, and at the end of the log
@@ -135,6 +136,7 @@ func (c *Cache) Status() Status {
 		s.Misses += q.shown.misses
 		s.WindowHits += q.shown.windowHits
 		s.GhostHits += q.shown.ghostHits
+		s.Bypassed += q.shown.bypassed
 		q.shown.Unlock()
 	}
 	c.badMemory.mu.Lock()

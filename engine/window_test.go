@@ -39,6 +39,7 @@ func newWindowRig(t *testing.T, mem Memory, crc bool) *windowRig {
 	}
 	w := &windowRig{mem: mem, disk: disk}
 	w.open(t)
+	set(t, w.Cache, func(s *Settings) { s.SeqCutoff = 0 }) // these tests read in order
 	t.Cleanup(func() { w.Close() })
 	return w
 }
@@ -489,6 +490,7 @@ func TestStaleBitsOfWindow(t *testing.T) {
 	defer disk.Close()
 	disk.WriteAt(stamped(0, 32<<11, 7), 0)
 	c := open(t, mem, disk)
+	set(t, c, func(s *Settings) { s.SeqCutoff = 0 })
 	q := c.Queue(0)
 	atOnce(q, disk)
 	if _, err := c.Rest(context.Background()); err != nil {

@@ -40,6 +40,7 @@ type statusJSON struct {
 	ReadMisses      uint64 `json:"read_misses"`
 	WindowHits      uint64 `json:"window_hits"`    // of the hits
 	GhostHits       uint64 `json:"ghost_hits"`     // of the misses
+	BypassedBytes   uint64 `json:"bypassed_bytes"` // of the misses, those of streams
 	PromotedBytes   uint64 `json:"promoted_bytes"` // from the window to the log
 	AgainBytes      uint64 `json:"again_bytes"`    // from the end of the log to its head
 	Writes          uint64 `json:"writes"`
@@ -142,7 +143,7 @@ func newStatusJSON(l listed, s *engine.Status) statusJSON {
 		KeyHead: s.KeyHead.String(), DirtyTail: s.DirtyTail.String(), KeyTail: s.KeyTail.String(),
 		DirtyBytes: s.DirtyBytes, CleanBytes: s.CleanBytes, Extents: s.Extents, IndexBytes: s.IndexBytes,
 		Reads: s.Reads, ReadBytes: s.ReadBytes, ReadHits: s.Hits, ReadMisses: s.Misses,
-		WindowHits: s.WindowHits, GhostHits: s.GhostHits, PromotedBytes: s.Promoted, AgainBytes: s.Again,
+		WindowHits: s.WindowHits, GhostHits: s.GhostHits, BypassedBytes: s.Bypassed, PromotedBytes: s.Promoted, AgainBytes: s.Again,
 		Writes: s.Writes, WriteBytes: s.WriteBytes, Flushes: s.Flushes,
 		Zeros: s.Zeros, ZeroBytes: s.ZeroBytes,
 		WaitingRequests: s.Waiting, LongestWaitMS: s.LongestWait.Milliseconds(), WrittenBack: s.WrittenBack,
@@ -186,7 +187,7 @@ func (s *statusJSON) print() error {
 	row("log", "head %s, dirty tail %s, key tail %s", s.KeyHead, s.DirtyTail, s.KeyTail)
 	row("index", "%d extents in %s", s.Extents, size(s.IndexBytes))
 	row("reads", "%d (%s), %d hits, %d of them in the window, %d misses", s.Reads, size(int64(s.ReadBytes)), s.ReadHits, s.WindowHits, s.ReadMisses)
-	row("kept", "%s from the window, %s at the log's end, %d misses had just left", size(int64(s.PromotedBytes)), size(int64(s.AgainBytes)), s.GhostHits)
+	row("kept", "%s from the window, %s at the log's end, %d misses had just left, %s of streams passed by", size(int64(s.PromotedBytes)), size(int64(s.AgainBytes)), s.GhostHits, size(int64(s.BypassedBytes)))
 	row("writes", "%d (%s), %d flushes, %d zeroed ranges", s.Writes, size(int64(s.WriteBytes)), s.Flushes, s.Zeros)
 	row("written back", "%s", size(int64(s.WrittenBack)))
 	row("waiting", "%d requests for space, longest so far %v", s.WaitingRequests, time.Duration(s.LongestWaitMS)*time.Millisecond)

@@ -47,7 +47,8 @@ var errTooFar = errors.New("goes up to places that are further than 1 PiB from t
 // is written back because it has waited long is written back later than it would be; what is
 // kept does not depend on that. Each block becomes one of
 // scaled bytes, a power of 2 from 4 KiB to 1 MiB, so that a small trace is not too small for
-// the engine, which counts in segments. For a size in bytes it stays as it is.
+// the engine, which counts in segments; so does the length from which on a stream is not
+// kept. For a size in bytes both stay as they are.
 func (t *Trace) Play(size Size, scaled int) (Result, error) {
 	if scaled < blockSize || scaled > longest || scaled&(scaled-1) != 0 {
 		return Result{}, fmt.Errorf("a block of %d bytes: give a power of 2 from %d to %d", scaled, blockSize, longest)
@@ -67,6 +68,14 @@ func (t *Trace) Play(size Size, scaled int) (Result, error) {
 	c, err := engine.Open(r, disk{t.end * int64(scaled)}, engine.Options{Queues: 1, Log: silent{}})
 	if err != nil {
 		return Result{}, err
+	}
+	if scaled != blockSize {
+		if err := c.Set(func(s *engine.Settings) error {
+			s.SeqCutoff *= int64(scaled / blockSize)
+			return nil
+		}); err != nil {
+			return Result{}, errors.Join(err, c.Close())
+		}
 	}
 	p := player{
 		trace: t, cache: c, queue: c.Queue(0), wake: make(chan struct{}, 1),
