@@ -505,7 +505,7 @@ func (x *execution) act(a act) error {
 	case actCollect:
 		return x.collect(int(a.arg) % (ondisk.MaxGCPercent + 1))
 	case actIdle:
-		time.Sleep(2 * idleAfter)
+		time.Sleep(2 * time.Second)
 		return x.look()
 	default:
 		return x.reopen()

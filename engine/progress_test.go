@@ -442,7 +442,8 @@ func TestSlowDisk(t *testing.T) {
 				r.write(t, lba*sectorSize, stamped(lba, 1, 1))
 			}
 		}
-		r.writeback.step, r.writeback.idle = 100*time.Millisecond, 0
+		r.writeback.step = 100 * time.Millisecond
+		r.neverWait()
 		r.Resume()
 		_, begin := r.tails.dirtyTail()
 		within(t, "some steps of dirty_tail", func() {

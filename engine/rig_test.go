@@ -192,6 +192,13 @@ func (c *Cache) setGC(n int) error {
 	})
 }
 
+// neverWait has writers be idle as soon as none comes.
+func (c *Cache) neverWait() {
+	s := c.Settings()
+	s.IdleAfter = 1
+	c.settings.now.Store(&s)
+}
+
 // all returns all extents, stripe by stripe, by whichever means they are kept.
 func (x *index) all() (all []extent) {
 	for shard := range shardCount {

@@ -177,16 +177,25 @@ func (c *Cache) beginData(seg uint32) {
 // log. It kicks garbage collection or write-back where the cache has become too full.
 func (c *Cache) took(written uint64) {
 	used := c.inLog()
-	limit := c.settings.now.Load().GCPercent * c.segments.good() / 100
+	s := c.settings.now.Load()
+	limit := s.GCPercent * c.segments.good() / 100
 	if used > limit || c.segments.free() < c.window.keep && c.window.ready.Load() > 0 {
 		c.gc.kick()
 	}
 	// The last quarter is for what becomes dirty while a round is under way. If that
 	// were taken, too, the collector would have to ask for a round of all there is.
-	kept := limit * 3 / 4
+	high, low := limit*3/4, limit*3/4
+	if s.DirtyHigh != ondisk.DirtyAuto {
+		high = int(s.DirtyHigh) * c.segments.good() / 100
+		low = high
+	}
+	if s.DirtyLow != ondisk.DirtyAuto {
+		low = int(s.DirtyLow) * c.segments.good() / 100
+	}
 	// Each queue may still name a segment that it took long ago.
-	until := c.writeback.backlog.took(written, max(0, kept-len(c.queues)))
-	if used > kept {
+	spare := len(c.queues)
+	begin, until := c.writeback.backlog.took(written, max(0, high-spare), max(0, low-spare))
+	if _, cleaned := c.tails.dirtyTail(); used > high && cleaned < begin {
 		c.writeback.demand(until)
 	}
 }

@@ -58,8 +58,8 @@ func (s *settings) infoFlags() ondisk.InfoFlags {
 }
 
 // Set makes the settings those that change makes of the present ones: all, or with an
-// error none. Its error is that of change, ErrOptions or ErrMode for what cannot be, or what
-// keeps them from being stored. A power cut while it runs may leave the gc percentage
+// error none. Its error is that of change, that of Validate, or what keeps
+// them from being stored. A power cut while it runs may leave the gc percentage
 // unchanged and the others not, since they are in two records. Any goroutine. It must
 // not be called between Rest and Resume.
 func (c *Cache) Set(change func(*Settings) error) error {
@@ -71,7 +71,7 @@ func (c *Cache) Set(change func(*Settings) error) error {
 	if err := change(&wanted); err != nil {
 		return err
 	}
-	if err := wanted.validate(); err != nil {
+	if err := wanted.Validate(); err != nil {
 		return err
 	}
 	runtime.LockOSThread() // a fence is for the stores of its own thread
@@ -95,12 +95,14 @@ func (c *Cache) Set(change func(*Settings) error) error {
 	return nil
 }
 
-func (s *Settings) validate() error {
+// Validate returns nil for settings that a cache can have, and otherwise ErrMode or
+// ondisk.ErrSettings.
+func (s *Settings) Validate() error {
 	switch err := s.Settings.Validate(); {
 	case err != nil:
-		return fmt.Errorf("%w: %w", ErrOptions, err)
+		return err
 	case s.GCPercent < 0 || s.GCPercent > ondisk.MaxGCPercent:
-		return fmt.Errorf("%w: gc_percent %d is not within 0 to %d", ErrOptions, s.GCPercent, ondisk.MaxGCPercent)
+		return fmt.Errorf("%w: gc_percent %d is not within 0 to %d", ondisk.ErrSettings, s.GCPercent, ondisk.MaxGCPercent)
 	case s.Mode != ondisk.WriteBack:
 		return fmt.Errorf("%w: %v", ErrMode, s.Mode)
 	}

@@ -63,10 +63,10 @@ func TestSettingsAllOrNone(t *testing.T) {
 	}{
 		"the caller":  {func(s *Settings) error { s.IdleAfter = 0; return refused }, refused},
 		"mode":        {func(s *Settings) error { s.IdleAfter, s.Mode = 0, ondisk.WriteThrough; return nil }, ErrMode},
-		"no mode":     {func(s *Settings) error { s.IdleAfter, s.Mode = 0, 9; return nil }, ErrOptions},
-		"gc_percent":  {func(s *Settings) error { s.IdleAfter, s.GCPercent = 0, 91; return nil }, ErrOptions},
-		"gc_percent-": {func(s *Settings) error { s.IdleAfter, s.GCPercent = 0, -1; return nil }, ErrOptions},
-		"dirty_low":   {func(s *Settings) error { s.GCPercent, s.DirtyHigh, s.DirtyLow = 50, 20, 30; return nil }, ErrOptions},
+		"no mode":     {func(s *Settings) error { s.IdleAfter, s.Mode = 0, 9; return nil }, ondisk.ErrSettings},
+		"gc_percent":  {func(s *Settings) error { s.IdleAfter, s.GCPercent = 0, 91; return nil }, ondisk.ErrSettings},
+		"gc_percent-": {func(s *Settings) error { s.IdleAfter, s.GCPercent = 0, -1; return nil }, ondisk.ErrSettings},
+		"dirty_low":   {func(s *Settings) error { s.GCPercent, s.DirtyHigh, s.DirtyLow = 50, 20, 30; return nil }, ondisk.ErrSettings},
 	} {
 		if err := c.Set(x.change); !errors.Is(err, x.want) || c.Settings() != old {
 			t.Errorf("%s: %v, %+v", name, err, c.Settings())
@@ -74,10 +74,14 @@ func TestSettingsAllOrNone(t *testing.T) {
 	}
 	both := func(s *Settings) error { s.IdleAfter, s.GCPercent = 0, 50; return nil }
 	l := c.layout
-	for name, off := range map[string]int64{
-		"settings":   512 + 2<<10, // the first copy goes to slot 1
-		"cache_info": ondisk.InfoOff + 4<<10*int64(l.InfoCopies.Newest.Slot^1),
+	for _, c2 := range []struct {
+		name string
+		off  int64
+	}{
+		{"settings", 512 + 2<<10}, // the first copy goes to slot 1
+		{"cache_info", ondisk.InfoOff + 4<<10*int64(l.InfoCopies.Newest.Slot^1)},
 	} {
+		name, off := c2.name, c2.off
 		m.Poison(off, 8)
 		if err := c.Set(both); err == nil || c.Settings() != old {
 			t.Errorf("%s cannot be stored: %v, %+v", name, err, c.Settings())

@@ -426,7 +426,8 @@ func TestFlushOfWhatIsOverwritten(t *testing.T) {
 	if !w.skipped.on {
 		t.Fatal("nothing was passed by")
 	}
-	w.skipped.next, w.idle = time.Now().Add(time.Hour), 0
+	w.skipped.next = time.Now().Add(time.Hour)
+	r.neverWait()
 	fate.heal()
 	r.write(t, lba*sectorSize, stamped(lba, 1, 2))
 	r.Resume()

@@ -45,6 +45,11 @@ func (c *Cache) transferParts(parts []part, shorten func(i int) []part) error {
 			}
 		}
 		i = c.fillTransfer(t, parts, i)
+		if !c.awaitPace(t) {
+			t.n, t.parts = 0, nil
+			w.free <- t
+			break
+		}
 		c.startTransfer(t)
 	}
 	return c.awaitTransfers()

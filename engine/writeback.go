@@ -19,10 +19,14 @@ import (
 // Rounds are made when somebody waits for them (a flush, or garbage
 // collection that needs room), and when the writers have been idle. While they
 // write, the youngest part of the log stays dirty, since that is what they are
-// most likely to overwrite: as many segments as are three quarters of what the
-// collector is allowed, but nothing that is older than expireAfter. The obvious
+// most likely to overwrite: when it has more segments than dirty_high says, all but
+// the youngest of them, as many as dirty_low says, are written; and what is older
+// than dirty_max_age. The obvious
 // way, to write all that there is once it is that much, writes a block that is
 // overwritten all the time once for each segment that the writers fill.
+//
+// All of that is for the settings to say. While nobody waits, they may also say how
+// fast, or that nothing is written at all.
 
 const (
 	// roundBytes bounds a round, so that dirty_tail moves while a disk of
@@ -42,14 +46,10 @@ const (
 	transferBytes         = 512 << 10
 	DefaultWritebackDepth = 32
 
-	// idleAfter is how long no write came before the dirty data is written
-	// without being asked for: long enough to let a burst overwrite itself.
-	idleAfter = time.Second
-
-	// expireAfter is how long writers that are never idle may keep data from the
-	// disk, where there is room; up to twice as long, since it is counted in
-	// whole ones.
-	expireAfter = 15 * time.Second
+	// idleLooks is how often write-back looks whether writers are still idle in the time
+	// that they are to be: writes do not note when they came, so the time is longer by up
+	// to that part of it.
+	idleLooks = 8
 
 	// The delay after a failure, doubled with each up to the longest: soon
 	// enough after a cable was put back.
@@ -79,7 +79,7 @@ type writeback struct {
 	sweep     sweep
 	publisher publisher
 	age       expiry
-	idle      time.Duration // idleAfter
+	pace      pace
 	step      time.Duration // roundTime
 	zeroes    int           // bytes of a transfer of zeros
 	scratch   []extent      // of dirtyIn and clean
@@ -121,7 +121,7 @@ func (w *writeback) init(c *Cache, depth int) {
 		depth = DefaultWritebackDepth
 	}
 	w.depth, w.most = depth, maxDeferred
-	w.idle, w.step, w.age.after = idleAfter, roundTime, expireAfter
+	w.step = roundTime
 	w.zeroes = ondisk.StripeSize
 	w.kicked = make(chan struct{}, 1)
 	w.free = make(chan *transfer, depth)
@@ -184,30 +184,32 @@ func (b *backlog) init(segments int, ksets uint64) {
 }
 
 // took is told how long the log is now that a segment has been taken, and returns
-// how long it was that many segments ago.
-func (b *backlog) took(ksets uint64, ago int) uint64 {
+// how long it was so many segments ago.
+func (b *backlog) took(ksets uint64, high, low int) (begin, until uint64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	n := len(b.mu.ksets)
 	b.mu.ksets[b.mu.next] = ksets
-	was := b.mu.ksets[(b.mu.next-ago+n)%n]
+	begin, until = b.mu.ksets[(b.mu.next-high+n)%n], b.mu.ksets[(b.mu.next-low+n)%n]
 	b.mu.next = (b.mu.next + 1) % n
-	return was
+	return begin, until
 }
 
-// expiry knows which part of the log is old.
+// expiry knows which part of the log is old. It looks twice in the time that data may
+// become old in: what was there at one look is old at the next but one, when it is
+// between half as old and as old as it may become.
 type expiry struct {
-	after     time.Duration
-	since     time.Time
-	last, old uint64 // ksets in the log then, and a time of after before that
+	since     time.Time // the last look
+	last, old uint64    // ksets in the log then, and at the look before that
 }
 
-// expired returns how many ksets of the log are old, if it has so many now.
-func (x *expiry) expired(now time.Time, written uint64) uint64 {
-	if now.Sub(x.since) >= x.after {
+// expired returns how many ksets of the log are old, if it has so many now, and when that
+// may change. most is how old they may become.
+func (x *expiry) expired(now time.Time, written uint64, most time.Duration) (old uint64, next time.Time) {
+	if now.Sub(x.since) >= most/2 {
 		x.since, x.old, x.last = now, x.last, written
 	}
-	return x.old
+	return x.old, x.since.Add(most / 2)
 }
 
 // Flush writes all data back that is dirty now, and returns when the disk has confirmed
@@ -312,7 +314,7 @@ func (c *Cache) writebackLoop() {
 	runtime.LockOSThread() // a fence is for the stores of its own thread
 	defer runtime.UnlockOSThread()
 	w := &c.writeback
-	timer := time.NewTimer(w.idle)
+	timer := time.NewTimer(time.Hour) // it is set before anybody waits for it
 	var writers activity
 	var delay time.Duration // after the last round, which has failed
 	for !c.stopping() {
@@ -389,7 +391,8 @@ func (c *Cache) relogPressed() {
 // of ksets.
 type outlook struct {
 	now      time.Time
-	idleAt   time.Time // when writers have been idle for long enough, if none comes
+	lookAt   time.Time // when writers have been idle for long enough, or some data is too old
+	look     bool      // if that will ever be
 	retryAt  time.Time // when a deferred part is due, or what was passed by
 	retry    bool      // if there is any that will be
 	written  uint64    // the head
@@ -403,20 +406,39 @@ type outlook struct {
 // outlook is told what nextTurn has said, and where the head was before that.
 func (c *Cache) outlook(written uint64, writers *activity, flushing bool, flushes uint64) outlook {
 	w := &c.writeback
+	s := c.settings.now.Load()
 	o := outlook{now: time.Now(), written: written, flushing: flushing}
 	_, o.cleaned = c.tails.dirtyTail()
-	o.idleAt = writers.quietSince(o.now, o.written).Add(w.idle)
-	o.until = max(w.want.Load(), w.age.expired(o.now, o.written))
-	pressed := w.tail.Load() == o.cleaned+1
-	if flushing || pressed && o.until <= w.at.ksets || !o.now.Before(o.idleAt) {
+	pressed := w.tail.Load() == o.cleaned+1 && (s.Writeback || c.pressed())
+	quiet := writers.quietSince(o.now, o.written)
+	if s.Writeback || flushing || pressed {
+		o.until = w.want.Load()
+		o.retryAt, o.retry = w.nextRetry()
+		if s := &w.skipped; s.on && (!o.retry || s.next.Before(o.retryAt)) {
+			o.retryAt, o.retry = s.next, true
+		}
+	}
+	if s.Writeback && s.DirtyMaxAge > 0 {
+		var old uint64
+		old, o.lookAt = w.age.expired(o.now, o.written, s.DirtyMaxAge)
+		o.until, o.look = max(o.until, old), true
+	}
+	idle := false
+	if s.Writeback && s.IdleAfter > 0 {
+		at := quiet.Add(s.IdleAfter)
+		idle = !o.now.Before(at)
+		if soon := o.now.Add(s.IdleAfter / idleLooks); !idle && soon.Before(at) {
+			at = soon
+		}
+		if !o.look || at.Before(o.lookAt) {
+			o.lookAt, o.look = at, true
+		}
+	}
+	if flushing || pressed && o.until <= w.at.ksets || idle {
 		o.until = o.written
 	}
 	o.until = w.rewind(flushes, o.until)
 	o.at, o.holds = w.at.ksets, w.holds()
-	o.retryAt, o.retry = w.nextRetry()
-	if s := &w.skipped; s.on && (!o.retry || s.next.Before(o.retryAt)) {
-		o.retryAt, o.retry = s.next, true
-	}
 	return o
 }
 
@@ -435,8 +457,8 @@ func (o *outlook) plan() (round bool, wake time.Time, ever bool) {
 		return true, wake, false
 	case o.retry && !o.now.Before(o.retryAt):
 		return true, wake, false
-	case o.dirty() && (!o.retry || o.idleAt.Before(o.retryAt)):
-		return false, o.idleAt, true
+	case o.dirty() && o.look && (!o.retry || o.lookAt.Before(o.retryAt)):
+		return false, o.lookAt, true
 	}
 	return false, o.retryAt, o.retry
 }

@@ -27,7 +27,7 @@ func TestYoungestStaysDirty(t *testing.T) {
 	defer disk.Close()
 	r := newRig(t, mem, disk, 1)
 	r.mustRest(t)
-	r.writeback.idle = time.Hour
+	set(t, r.Cache, func(s *Settings) { s.IdleAfter = time.Hour })
 	r.Resume()
 	for v := range uint64(times) {
 		for i := range int64(blocks) {
@@ -66,16 +66,17 @@ func TestDirtyDataExpires(t *testing.T) {
 		disk := backing.NewFake(1<<20, sectorSize, 1)
 		defer disk.Close()
 		c := open(t, mem, disk)
+		most := c.Settings().DirtyMaxAge
 		begin := time.Now()
 		for cleaned := uint64(0); cleaned == 0; _, cleaned = c.tails.dirtyTail() {
-			if time.Since(begin) > 2*expireAfter {
+			if time.Since(begin) > most {
 				t.Errorf("nothing was written back in %v", time.Since(begin))
 				break
 			}
 			turn(t, c.Queue(0), &Request{Op: Write, Buf: make([]byte, sectorSize)})
-			time.Sleep(idleAfter / 10)
+			time.Sleep(100 * time.Millisecond)
 		}
-		if took := time.Since(begin); took < expireAfter {
+		if took := time.Since(begin); took < most/2 {
 			t.Errorf("written back after %v, although the writer was not idle", took)
 		}
 		if err := c.Close(); err != nil {
@@ -85,12 +86,12 @@ func TestDirtyDataExpires(t *testing.T) {
 }
 
 func TestExpiry(t *testing.T) {
-	x := expiry{after: 10 * time.Second}
+	x := expiry{}
 	for _, at := range []struct {
 		second        int
 		written, want uint64
 	}{{100, 5, 0}, {109, 6, 0}, {110, 7, 5}, {119, 8, 5}, {125, 9, 7}, {135, 9, 9}, {1000, 20, 9}} {
-		if got := x.expired(time.Unix(int64(at.second), 0), at.written); got != at.want {
+		if got, _ := x.expired(time.Unix(int64(at.second), 0), at.written, 20*time.Second); got != at.want {
 			t.Errorf("after %d s, %d ksets are old, want %d", at.second, got, at.want)
 		}
 	}
@@ -222,24 +223,27 @@ func TestPlan(t *testing.T) {
 		o     outlook
 		round bool
 		wake  int // never, or a second
+		held  bool
 	}{
-		"nothing dirty":                               {outlook{written: 9, at: 9, until: 9, cleaned: 9}, false, never},
-		"nothing demanded, writers are busy":          {outlook{written: 9, at: 3, until: 3, cleaned: 3}, false, 20},
-		"demanded already written":                    {outlook{written: 9, at: 3, until: 2, cleaned: 3}, false, 20},
-		"demanded":                                    {outlook{written: 9, at: 3, until: 4, cleaned: 3}, true, never},
-		"demanded more than there is":                 {outlook{written: 9, at: 9, until: 12, cleaned: 9}, false, never},
-		"all written, dirty_tail behind":              {outlook{written: 9, at: 9, until: 9, cleaned: 7}, true, never},
-		"some written, dirty_tail behind":             {outlook{written: 9, at: 8, until: 8, cleaned: 7}, true, never},
-		"dirty_tail behind what is deferred":          {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true, retryAt: at(15)}, false, 15},
-		"deferred, due":                               {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true, retryAt: at(10)}, true, never},
-		"deferred, due at once":                       {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true}, true, never},
-		"deferred, writers idle before it is due":     {outlook{written: 9, at: 3, until: 3, cleaned: 3, holds: true, retry: true, retryAt: at(25)}, false, 20},
-		"deferred, due before writers are idle":       {outlook{written: 9, at: 3, until: 3, cleaned: 3, holds: true, retry: true, retryAt: at(15)}, false, 15},
-		"a flush waits, all is on the disk":           {outlook{written: 9, at: 9, until: 9, cleaned: 9, flushing: true}, true, never},
-		"a flush waits for what is deferred":          {outlook{written: 9, at: 9, until: 9, cleaned: 7, flushing: true, holds: true, retry: true, retryAt: at(15)}, false, 15},
-		"a flush waits, and not all has been written": {outlook{written: 9, at: 3, until: 9, cleaned: 3, flushing: true}, true, never},
+		"nothing dirty":                               {outlook{written: 9, at: 9, until: 9, cleaned: 9}, false, never, false},
+		"nothing demanded, writers are busy":          {outlook{written: 9, at: 3, until: 3, cleaned: 3}, false, 20, false},
+		"demanded already written":                    {outlook{written: 9, at: 3, until: 2, cleaned: 3}, false, 20, false},
+		"demanded":                                    {outlook{written: 9, at: 3, until: 4, cleaned: 3}, true, never, false},
+		"demanded more than there is":                 {outlook{written: 9, at: 9, until: 12, cleaned: 9}, false, never, false},
+		"all written, dirty_tail behind":              {outlook{written: 9, at: 9, until: 9, cleaned: 7}, true, never, false},
+		"some written, dirty_tail behind":             {outlook{written: 9, at: 8, until: 8, cleaned: 7}, true, never, false},
+		"dirty_tail behind what is deferred":          {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true, retryAt: at(15)}, false, 15, false},
+		"deferred, due":                               {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true, retryAt: at(10)}, true, never, false},
+		"deferred, due at once":                       {outlook{written: 9, at: 9, until: 9, cleaned: 7, holds: true, retry: true}, true, never, false},
+		"deferred, writers idle before it is due":     {outlook{written: 9, at: 3, until: 3, cleaned: 3, holds: true, retry: true, retryAt: at(25)}, false, 20, false},
+		"deferred, due before writers are idle":       {outlook{written: 9, at: 3, until: 3, cleaned: 3, holds: true, retry: true, retryAt: at(15)}, false, 15, false},
+		"a flush waits, all is on the disk":           {outlook{written: 9, at: 9, until: 9, cleaned: 9, flushing: true}, true, never, false},
+		"a flush waits for what is deferred":          {outlook{written: 9, at: 9, until: 9, cleaned: 7, flushing: true, holds: true, retry: true, retryAt: at(15)}, false, 15, false},
+		"a flush waits, and not all has been written": {outlook{written: 9, at: 3, until: 9, cleaned: 3, flushing: true}, true, never, false},
+		"held":                {outlook{written: 9, at: 3, until: 0, cleaned: 3}, false, never, true},
+		"held, a flush waits": {outlook{written: 9, at: 3, until: 9, cleaned: 3, flushing: true}, true, never, true},
 	} {
-		c.o.now, c.o.idleAt = at(10), at(20)
+		c.o.now, c.o.lookAt, c.o.look = at(10), at(20), !c.held
 		round, wake, ever := c.o.plan()
 		if round != c.round || ever != (c.wake != never) || ever && !wake.Equal(at(c.wake)) {
 			t.Errorf("%s: round %t, wake at %v, %t", name, round, wake, ever)
