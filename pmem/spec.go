@@ -53,6 +53,16 @@ func (s Spec) String() string {
 }
 
 func parseSize(text string) (int64, error) {
+	size, err := ParseSize(text)
+	if err != nil {
+		return 0, err
+	}
+	return size, checkSize(size)
+}
+
+// ParseSize reads a size in bytes, or with one of the units K, M, G and T, which are powers
+// of 1024. Its error is ErrBadSize.
+func ParseSize(text string) (int64, error) {
 	digits, shift := text, 0
 	if n := len(text); n > 0 {
 		if unit := strings.IndexByte("KMGT", text[n-1]&^0x20); unit >= 0 {
@@ -63,8 +73,7 @@ func parseSize(text string) (int64, error) {
 	if err != nil || n > 1<<(62-shift) {
 		return 0, fmt.Errorf("%w, not %q", ErrBadSize, text)
 	}
-	size := int64(n) << shift
-	return size, checkSize(size)
+	return int64(n) << shift, nil
 }
 
 func checkSize(size int64) error {

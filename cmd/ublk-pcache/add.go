@@ -10,7 +10,6 @@ import (
 	"github.com/spf13/pflag"
 
 	"ublk-pcache/engine"
-	"ublk-pcache/ondisk"
 	"ublk-pcache/pmem"
 	"ublk-pcache/ublk"
 )
@@ -83,9 +82,9 @@ what becomes of that:
 
 // addOptions are those that describe a device and its cache.
 type addOptions struct {
-	o   serveOptions
-	crc bool
-	gc  int
+	o     serveOptions
+	crc   bool
+	knobs []string // as knobs
 }
 
 func (a *addOptions) define(f *pflag.FlagSet) {
@@ -97,7 +96,10 @@ func (a *addOptions) define(f *pflag.FlagSet) {
 	f.IntVarP(&o.Device.Depth, "depth", "d", 128, "requests in flight per queue")
 	f.IntVar(&o.Device.Writeback, "writeback-depth", engine.DefaultWritebackDepth, "writes of up to 512 KiB in flight to the disk when dirty data is written back")
 	f.BoolVar(&a.crc, "data-crc", false, "keep checksums of the data (new caches; default: on for plain files)")
-	f.IntVar(&a.gc, "gc-percent", ondisk.DefaultGCPercent, "how full garbage collection lets the cache become, 0 to 90 (old caches: as it is, unless given)")
+	a.knobs = make([]string, len(knobs))
+	for i, k := range knobs {
+		f.StringVar(&a.knobs[i], dashes(k.name), "", k.help+" (kept on the media; as it is unless given)")
+	}
 }
 
 // options returns what was given.
@@ -107,8 +109,17 @@ func (a *addOptions) options(f *pflag.FlagSet) (serveOptions, error) {
 	if f.Changed("data-crc") {
 		o.DataCRC = &a.crc
 	}
-	if f.Changed("gc-percent") {
-		o.GCPercent = &a.gc
+	for i, k := range knobs {
+		if !f.Changed(dashes(k.name)) {
+			continue
+		}
+		if o.Settings == nil {
+			o.Settings = values{}
+		}
+		o.Settings[k.name] = a.knobs[i]
+		if err := k.parse(&engine.Settings{}, a.knobs[i]); err != nil {
+			return o, fmt.Errorf("--%s %s: %w", dashes(k.name), a.knobs[i], err)
+		}
 	}
 	return o, o.check(f.Changed("id"))
 }
@@ -132,8 +143,6 @@ func (o *serveOptions) check(idGiven bool) error {
 		return fmt.Errorf("--writeback-depth %d: give 1 to %d", d.Writeback, maxWriteback)
 	case o.Changed != engine.Refuse && o.Changed != engine.Overwrite && o.Changed != engine.Discard:
 		return fmt.Errorf("--changed=%s: give overwrite or discard", o.Changed)
-	case o.GCPercent != nil && (*o.GCPercent < 0 || *o.GCPercent > ondisk.MaxGCPercent):
-		return fmt.Errorf("--gc-percent %d: give 0 to %d", *o.GCPercent, ondisk.MaxGCPercent)
 	}
 	var err error
 	if d.Backing, err = filepath.Abs(d.Backing); err != nil {

@@ -27,7 +27,7 @@ func TestConfig(t *testing.T) {
 	}
 	d := o.Device
 	if d.PMEM != "/dev/dax0.0" || d.Backing != "/dev/sdb" || d.ID != 3 || d.Queues != 1 || d.Depth != 128 ||
-		o.GCPercent == nil || *o.GCPercent != 0 || o.DataCRC != nil || !o.Foreground || !o.Existing {
+		o.Settings["gc_percent"] != "0" || o.DataCRC != nil || !o.Foreground || !o.Existing {
 		t.Errorf("%+v", o)
 	}
 	const good = "pmem = /dev/dax0.0\nbacking = /dev/sdb\n"
@@ -43,6 +43,9 @@ func TestConfig(t *testing.T) {
 		{good + "queues = 0", `data.conf:3: queues 0: give 1 to`},
 		{good + "writeback-depth = 1000", `data.conf:3: writeback-depth 1000: give`},
 		{good + "gc_percent = 91", `data.conf:3: gc-percent 91: give 0 to 90`},
+		{good + "seq_cutoff = 4X", `data.conf:3: seq-cutoff 4X: give bytes`},
+		{good + "writeback = yes", `data.conf:3: writeback yes: give on or off`},
+		{good + "dirty_high = 0", `data.conf:3: dirty-high 0: give 1 to 90, or auto`},
 		{good + "id = -1", `data.conf:3: id -1: give 0 to 1048575`},
 		{good + "depth =", `data.conf:3: depth has no value`},
 		{"pmem = /dev/dax0.0", "data.conf: no backing device"},
@@ -81,7 +84,7 @@ func TestConfigSpelling(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if o.Device.PMEM != "/cache#1" || o.GCPercent == nil || *o.GCPercent != 7 || o.Device.Writeback != 3 || o.DataCRC == nil || !*o.DataCRC {
+	if o.Device.PMEM != "/cache#1" || o.Settings["gc_percent"] != "7" || o.Device.Writeback != 3 || o.DataCRC == nil || !*o.DataCRC {
 		t.Errorf("%+v", o)
 	}
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"ublk-pcache/engine"
 	"ublk-pcache/ondisk"
 	"ublk-pcache/pmem"
 )
@@ -86,7 +87,7 @@ type (
 	}
 	dumpSettings struct {
 		dumpCopy
-		Values map[string]string `json:"values"` // as set takes them
+		Values values `json:"values"` // as set takes them
 	}
 	dumpInfo struct {
 		dumpCopy
@@ -206,7 +207,7 @@ func newDumpHead(l *ondisk.Layout) *dumpHead {
 			[]string{f.DirtyTail[0].String(), f.DirtyTail[1].String()}}
 	}
 	if l.SettingsCopies.Valid() {
-		h.Settings = &dumpSettings{dumpCopy(l.SettingsCopies.Newest), settingTexts(&l.Settings)}
+		h.Settings = &dumpSettings{dumpCopy(l.SettingsCopies.Newest), textsOf(&engine.Settings{Settings: l.Settings, GCPercent: l.Info.Flags.GCPercent()})}
 	}
 	if l.InfoCopies.Valid() {
 		i := l.Info
@@ -248,11 +249,7 @@ func (d textDump) head(h *dumpHead) error {
 	if s := h.Settings; s == nil {
 		p("settings     none\n")
 	} else {
-		p("settings    ")
-		for _, k := range knobs {
-			p(" %s=%s", k.name, s.Values[k.name])
-		}
-		p(" %v\n", s.dumpCopy)
+		p("settings     %s %v\n", s.Values.line(), s.dumpCopy)
 	}
 	if i := h.Info; i != nil {
 		p("cache_info   %d segments from %d, data crc %s, gc at %d %% %v\n", i.Segments, i.FirstSegment, onOff(i.DataCRC), i.GCPercent, i.dumpCopy)

@@ -95,8 +95,8 @@ The file has options of add, one a line:
   backing = /dev/disk/by-id/nvme-…
   id = 0
 
-and possibly queues, depth, writeback-depth, data-crc, gc-percent. Paths begin
-with /. A value may be in quotes ("..." or '...'), and has to be if there is a #
+and possibly queues, depth, writeback-depth, data-crc, and whatever set can
+change, as in 'ublk-pcache set --help'. Paths begin with /. A value may be in quotes ("..." or '...'), and has to be if there is a #
 behind a space in it. Empty lines and those that begin with # do not count. Of
 more queues than there are CPUs, one for each CPU is made.
 

@@ -35,7 +35,7 @@ type serveOptions struct {
 	Existing   bool   `json:"existing"`             // make no new cache
 	AnyQueues  bool   `json:"any_queues,omitempty"` // their number was not asked for
 	DataCRC    *bool  `json:"data_crc,omitempty"`   // nil: as it is, or the default for the kind of region
-	GCPercent  *int   `json:"gc_percent,omitempty"` // nil: as it is, or the kernel's default
+	Settings   values `json:"settings,omitempty"`   // the others are as they are, or the defaults
 
 	Changed engine.Choice `json:"changed,omitempty"`
 
@@ -147,8 +147,8 @@ func start(o serveOptions) (_ *server, err error) {
 	if !o.Recover && s.disk.Identity() == "" {
 		s.warn(fmt.Sprintf("nothing tells backing device %s from another of its size: make sure that this path always leads to it", s.dev.Backing))
 	}
-	if o.GCPercent != nil {
-		if err := s.setGCPercent(*o.GCPercent); err != nil {
+	if len(o.Settings) > 0 {
+		if err := s.set(o.Settings); err != nil {
 			return nil, err
 		}
 	}

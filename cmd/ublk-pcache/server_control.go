@@ -36,9 +36,9 @@ import (
 
 // command is a request to a server.
 type command struct {
-	Do        string `json:"do"` // status, flush, set, upgrade, del
-	GCPercent *int   `json:"gc_percent,omitempty"`
-	Force     bool   `json:"force,omitempty"`
+	Do       string `json:"do"`                 // status, flush, set, upgrade, del
+	Settings values `json:"settings,omitempty"` // set
+	Force    bool   `json:"force,omitempty"`
 }
 
 // reply is a server's answer. An empty Error is success.
@@ -272,10 +272,7 @@ func (s *server) execute(ctx context.Context, cmd command) (reply, error) {
 		}
 		return reply{}, err
 	case "set":
-		if cmd.GCPercent == nil {
-			return reply{}, errors.New("nothing to set: there is gc_percent")
-		}
-		return reply{}, s.setGCPercent(*cmd.GCPercent)
+		return reply{}, s.set(cmd.Settings)
 	case "upgrade":
 		return s.upgrade(ctx)
 	case "del":
@@ -289,10 +286,9 @@ func (s *server) execute(ctx context.Context, cmd command) (reply, error) {
 	}
 }
 
-// setGCPercent keeps out of the way of an upgrade, whose new server has read the
-// setting already, and of a removal, which takes the memory away that this
-// writes to.
-func (s *server) setGCPercent(n int) error {
+// set keeps out of the way of an upgrade, whose new server has read the settings
+// already, and of a removal, which takes the memory away that this writes to.
+func (s *server) set(v values) error {
 	s.upgrading.Lock()
 	defer s.upgrading.Unlock()
 	s.removal.Lock()
@@ -300,8 +296,5 @@ func (s *server) setGCPercent(n int) error {
 	if s.removal.done {
 		return fmt.Errorf("device %d has been removed", s.dev.ID)
 	}
-	return s.cache.Set(func(s *engine.Settings) error {
-		s.GCPercent = n
-		return nil
-	})
+	return s.cache.Set(v.change)
 }

@@ -153,37 +153,40 @@ func say(tb testing.TB, execute func(context.Context, command) (reply, error), s
 // malformed are commands that none of them may be taken for, with a word of
 // the answer each.
 var malformed = map[string]string{
-	"":                                       "no end of line",
-	"\n":                                     "malformed",
-	"status\n":                               "malformed",
-	`{"do":"status"}`:                        "no end of line",
-	`{"do":"stat`:                            "no end of line",
-	"\"status\"\n":                           "malformed",
-	"[{\"do\":\"status\"}]\n":                "malformed",
-	"null\n":                                 `unknown command ""`,
-	"{}\n":                                   `unknown command ""`,
-	`{"do":7}` + "\n":                        "malformed",
-	`{"do":"stop"}` + "\n":                   `unknown command "stop"`,
-	`{"do":"Status"}` + "\n":                 `unknown command "Status"`,
-	"{\"do\":\"st\xff\"}\n":                  "unknown command",
-	`{"do":"a\u0000\nb"}` + "\n":             `unknown command "a\x00\nb"`,
-	`{"do":"status","colour":"red"}` + "\n":  `unknown field "colour"`,
-	`{"do":"status"}{"do":"del"}` + "\n":     "something follows",
-	`{"do":"status"} x` + "\n":               "something follows",
-	`{"do":"set"}` + "\n":                    "nothing to set",
-	`{"do":"set","gc_percent":null}` + "\n":  "nothing to set",
-	`{"do":"set","gc_percent":-1}` + "\n":    "0 to 90",
-	`{"do":"set","gc_percent":91}` + "\n":    "0 to 90",
-	`{"do":"set","gc_percent":1e400}` + "\n": "malformed",
-	`{"do":"set","gc_percent":9223372036854775808}` + "\n":       "malformed",
-	`{"do":"set","gc_percent":7.5}` + "\n":                       "malformed",
-	`{"do":"set","gc_percent":"70"}` + "\n":                      "malformed",
-	`{"do":"del","force":"yes"}` + "\n":                          "malformed",
-	strings.Repeat("[", commandSize-1) + "\n":                    "malformed",
-	strings.Repeat(`{"do":`, commandSize/6-1) + "\n":             "malformed",
-	strings.Repeat(" ", commandSize) + "\n":                      "more than 4096 bytes",
-	`{"do":"` + strings.Repeat("x", 1<<20) + `"}` + "\n":         "more than 4096 bytes",
-	`{"do":"` + strings.Repeat("x", commandSize/2) + `"}` + "\n": "unknown command",
+	"":                                      "no end of line",
+	"\n":                                    "malformed",
+	"status\n":                              "malformed",
+	`{"do":"status"}`:                       "no end of line",
+	`{"do":"stat`:                           "no end of line",
+	"\"status\"\n":                          "malformed",
+	"[{\"do\":\"status\"}]\n":               "malformed",
+	"null\n":                                `unknown command ""`,
+	"{}\n":                                  `unknown command ""`,
+	`{"do":7}` + "\n":                       "malformed",
+	`{"do":"stop"}` + "\n":                  `unknown command "stop"`,
+	`{"do":"Status"}` + "\n":                `unknown command "Status"`,
+	"{\"do\":\"st\xff\"}\n":                 "unknown command",
+	`{"do":"a\u0000\nb"}` + "\n":            `unknown command "a\x00\nb"`,
+	`{"do":"status","colour":"red"}` + "\n": `unknown field "colour"`,
+	`{"do":"status"}{"do":"del"}` + "\n":    "something follows",
+	`{"do":"status"} x` + "\n":              "something follows",
+	`{"do":"set"}` + "\n":                   "nothing to set",
+	`{"do":"set","settings":null}` + "\n":   "nothing to set",
+	`{"do":"set","settings":{}}` + "\n":     "nothing to set",
+	`{"do":"set","settings":{"colour":"red"}}` + "\n":                     `no setting "colour"`,
+	`{"do":"set","settings":{"gc_percent":"-1"}}` + "\n":                  "0 to 90",
+	`{"do":"set","settings":{"gc_percent":"91"}}` + "\n":                  "0 to 90",
+	`{"do":"set","settings":{"gc_percent":""}}` + "\n":                    "0 to 90",
+	`{"do":"set","settings":{"gc_percent":"7.5"}}` + "\n":                 "0 to 90",
+	`{"do":"set","settings":{"gc_percent":"9223372036854775808"}}` + "\n": "0 to 90",
+	`{"do":"set","settings":{"gc_percent":70}}` + "\n":                    "malformed",
+	`{"do":"set","settings":{"gc_percent":"50","dirty_low":"3"}}` + "\n":  "dirty_low 3 goes with a dirty_high",
+	`{"do":"del","force":"yes"}` + "\n":                                   "malformed",
+	strings.Repeat("[", commandSize-1) + "\n":                             "malformed",
+	strings.Repeat(`{"do":`, commandSize/6-1) + "\n":                      "malformed",
+	strings.Repeat(" ", commandSize) + "\n":                               "more than 4096 bytes",
+	`{"do":"` + strings.Repeat("x", 1<<20) + `"}` + "\n":                  "more than 4096 bytes",
+	`{"do":"` + strings.Repeat("x", commandSize/2) + `"}` + "\n":          "unknown command",
 }
 
 func TestMalformedCommands(t *testing.T) {
@@ -195,7 +198,7 @@ func TestMalformedCommands(t *testing.T) {
 	}
 	// Zero is a setting, and not the same as none.
 	for _, percent := range []int{0, 90} {
-		if r := say(t, execute, fmt.Appendf(nil, "{\"do\":\"set\",\"gc_percent\":%d}\n", percent)); r.Error != "" {
+		if r := say(t, execute, fmt.Appendf(nil, "{\"do\":\"set\",\"settings\":{\"gc_percent\":\"%d\"}}\n", percent)); r.Error != "" {
 			t.Errorf("set gc_percent to %d: %s", percent, r.Error)
 		}
 		if r := say(t, execute, []byte("{\"do\":\"status\"}\n")); r.Status == nil || r.Status.Settings.GCPercent != percent {
@@ -217,7 +220,7 @@ func FuzzControl(f *testing.F) {
 }
 
 var commands = []string{
-	"{\"do\":\"status\"}\n", "{\"do\":\"flush\"}\n", "{\"do\":\"del\",\"force\":true}\n", "{\"do\":\"set\",\"gc_percent\":50}\n",
+	"{\"do\":\"status\"}\n", "{\"do\":\"flush\"}\n", "{\"do\":\"del\",\"force\":true}\n", "{\"do\":\"set\",\"settings\":{\"gc_percent\":\"50\"}}\n",
 }
 
 // TestRandomCommands is what FuzzControl tries, for a moment: commands with

@@ -25,6 +25,9 @@ func (s *server) plan(o *serveOptions) (*ondisk.FormatOptions, error) {
 	if crc := layout.Info.Flags.DataCRC(); o.DataCRC != nil && *o.DataCRC != crc {
 		return nil, fmt.Errorf("cache %s was formatted with --data-crc=%t, not %t (leave the option out, or make a new cache with --format)", s.dev.PMEM, crc, *o.DataCRC)
 	}
+	if err := o.checkSettings(engine.Settings{Settings: layout.Settings, GCPercent: layout.Info.Flags.GCPercent()}); err != nil {
+		return nil, err
+	}
 	if err := s.refuseExposed(o); err != nil {
 		return nil, err
 	}
@@ -40,6 +43,17 @@ func (s *server) plan(o *serveOptions) (*ondisk.FormatOptions, error) {
 		}
 	}
 	return nil, nil
+}
+
+// checkSettings refuses new settings that make no sense with those that there are.
+func (o *serveOptions) checkSettings(now engine.Settings) error {
+	if len(o.Settings) == 0 {
+		return nil
+	}
+	if err := o.Settings.change(&now); err != nil {
+		return err
+	}
+	return now.Validate()
 }
 
 // chooseQueues has a small cache do with fewer queues, if nobody asked for more.
@@ -197,6 +211,9 @@ func (s *server) planNew(o *serveOptions) (*ondisk.FormatOptions, error) {
 	case o.Changed != engine.Refuse:
 		return nil, fmt.Errorf("--changed=%s: a new cache on %s holds nothing yet that this could be about (leave it out)", o.Changed, s.dev.PMEM)
 	}
+	if err := o.checkSettings(engine.Settings{Settings: ondisk.DefaultSettings(), GCPercent: ondisk.DefaultGCPercent}); err != nil {
+		return nil, err
+	}
 	if err := s.refuseExposed(o); err != nil {
 		return nil, err
 	}
@@ -209,9 +226,6 @@ func (s *server) planNew(o *serveOptions) (*ondisk.FormatOptions, error) {
 	}
 	if o.DataCRC != nil {
 		opts.DataCRC = *o.DataCRC
-	}
-	if o.GCPercent != nil {
-		opts.GCPercent = *o.GCPercent
 	}
 	return &opts, nil
 }

@@ -2,33 +2,33 @@ package main
 
 import (
 	"fmt"
-	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
-
-	"ublk-pcache/ondisk"
 )
 
 func newSetCmd() *cobra.Command {
+	var help strings.Builder
+	for _, k := range knobs {
+		fmt.Fprintf(&help, "\n  %-15s %s", k.name, k.help)
+	}
 	return &cobra.Command{
-		Use:   "set ID gc_percent=N",
-		Short: "Change a setting of a running cache, now and for later",
-		Args:  cobra.ExactArgs(2),
+		Use:   "set ID NAME=VALUE...",
+		Short: "Change settings of a running cache, now and for later",
+		Long: `Change settings of a running cache, now and for later: all that are given, or none.
+They are kept on the media.
+` + help.String(),
+		Args: cobra.MinimumNArgs(2),
 		RunE: func(_ *cobra.Command, args []string) error {
 			id, err := deviceID(args[0])
 			if err != nil {
 				return err
 			}
-			name, value, _ := strings.Cut(args[1], "=")
-			if dashes(name) != "gc-percent" {
-				return fmt.Errorf("no setting %q: there is gc_percent=N", name)
+			v := values{}
+			if err := v.parse(args[1:]); err != nil {
+				return err
 			}
-			n, err := strconv.Atoi(value)
-			if err != nil || n < 0 || n > ondisk.MaxGCPercent {
-				return fmt.Errorf("gc_percent=%s: give 0 to %d", value, ondisk.MaxGCPercent)
-			}
-			_, err = ask(id, command{Do: "set", GCPercent: &n})
+			_, err = ask(id, command{Do: "set", Settings: v})
 			return err
 		},
 	}

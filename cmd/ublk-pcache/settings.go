@@ -1,42 +1,228 @@
 package main
 
 import (
+	"errors"
+	"fmt"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
+	"ublk-pcache/engine"
 	"ublk-pcache/ondisk"
+	"ublk-pcache/pmem"
 )
 
-// knobs are the settings that a cache keeps on its media, by their names, and how a
-// value is written.
-var knobs = []struct {
-	name string
-	text func(*ondisk.Settings) string
-}{
-	{"mode", func(s *ondisk.Settings) string { return s.Mode.String() }},
-	{"dirty_high", func(s *ondisk.Settings) string { return percentText(s.DirtyHigh) }},
-	{"dirty_low", func(s *ondisk.Settings) string { return percentText(s.DirtyLow) }},
-	{"dirty_max_age", func(s *ondisk.Settings) string { return secondsText(s.DirtyMaxAge) }},
-	{"idle_after", func(s *ondisk.Settings) string { return secondsText(s.IdleAfter) }},
-	{"writeback_rate", func(s *ondisk.Settings) string { return strconv.FormatInt(s.WritebackRate, 10) }},
-	{"writeback", func(s *ondisk.Settings) string { return onOff(s.Writeback) }},
-	{"seq_cutoff", func(s *ondisk.Settings) string { return strconv.FormatInt(s.SeqCutoff, 10) }},
+// A knob is a setting that can be changed while the cache is used: by set, by an option of
+// add, and by a line of a service's file, with - or _ in its name. parse and text agree:
+// what status and dump print is what set takes.
+type knob struct {
+	name  string
+	help  string
+	parse func(s *engine.Settings, value string) error // its error says what to give
+	text  func(s *engine.Settings) string
 }
 
-func percentText(p uint8) string {
+var knobs = []knob{
+	{
+		"mode", "where the data of a request goes: writeback",
+		func(s *engine.Settings, value string) (err error) {
+			s.Mode, err = ondisk.ParseMode(value)
+			return err
+		},
+		func(s *engine.Settings) string { return s.Mode.String() },
+	},
+	{
+		"gc_percent", "how full garbage collection lets the cache become, 0 to 90",
+		func(s *engine.Settings, value string) (err error) {
+			s.GCPercent, err = wholePercent(value, 0)
+			return err
+		},
+		func(s *engine.Settings) string { return strconv.Itoa(s.GCPercent) },
+	},
+	{
+		"dirty_high", "percent of the cache at which write-back begins, 1 to 90, or auto",
+		func(s *engine.Settings, value string) (err error) {
+			s.DirtyHigh, err = dirtyPercent(value, 1)
+			return err
+		},
+		func(s *engine.Settings) string { return dirtyText(s.DirtyHigh) },
+	},
+	{
+		"dirty_low", "percent to which it goes on then, 0 to dirty_high, or auto",
+		func(s *engine.Settings, value string) (err error) {
+			s.DirtyLow, err = dirtyPercent(value, 0)
+			return err
+		},
+		func(s *engine.Settings) string { return dirtyText(s.DirtyLow) },
+	},
+	{
+		"dirty_max_age", "seconds after which dirty data is written back however busy writers are, 0 for never",
+		func(s *engine.Settings, value string) (err error) {
+			s.DirtyMaxAge, err = seconds(value)
+			return err
+		},
+		func(s *engine.Settings) string { return secondsText(s.DirtyMaxAge) },
+	},
+	{
+		"idle_after", "seconds without a write after which all is written back, 0 for never",
+		func(s *engine.Settings, value string) (err error) {
+			s.IdleAfter, err = seconds(value)
+			return err
+		},
+		func(s *engine.Settings) string { return secondsText(s.IdleAfter) },
+	},
+	{
+		"writeback_rate", "bytes per second that are written back at most while nobody waits for it, such as 20M, 0 for no limit",
+		func(s *engine.Settings, value string) (err error) {
+			s.WritebackRate, err = bytesOf(value)
+			return err
+		},
+		func(s *engine.Settings) string { return strconv.FormatInt(s.WritebackRate, 10) },
+	},
+	{
+		"writeback", "on, or off: only what somebody waits for is written back",
+		func(s *engine.Settings, value string) error {
+			if value != "on" && value != "off" {
+				return errors.New("give on or off")
+			}
+			s.Writeback = value == "on"
+			return nil
+		},
+		func(s *engine.Settings) string { return onOff(s.Writeback) },
+	},
+	{
+		"seq_cutoff", "bytes from which on a stream of reads is not kept, such as 4M, 0 for never",
+		func(s *engine.Settings, value string) (err error) {
+			s.SeqCutoff, err = bytesOf(value)
+			return err
+		},
+		func(s *engine.Settings) string { return strconv.FormatInt(s.SeqCutoff, 10) },
+	},
+}
+
+func wholePercent(value string, least int) (int, error) {
+	n, err := strconv.Atoi(value)
+	if err != nil || n < least || n > ondisk.MaxGCPercent {
+		return 0, fmt.Errorf("give %d to %d", least, ondisk.MaxGCPercent)
+	}
+	return n, nil
+}
+
+func dirtyPercent(value string, least int) (uint8, error) {
+	if value == "auto" {
+		return ondisk.DirtyAuto, nil
+	}
+	n, err := wholePercent(value, least)
+	if err != nil {
+		return 0, fmt.Errorf("%w, or auto", err)
+	}
+	return uint8(n), nil
+}
+
+func dirtyText(p uint8) string {
 	if p == ondisk.DirtyAuto {
 		return "auto"
 	}
 	return strconv.Itoa(int(p))
 }
 
+func seconds(value string) (time.Duration, error) {
+	const most = int64(ondisk.MaxSettingTime / time.Second)
+	n, err := strconv.ParseInt(value, 10, 64)
+	if err != nil || n < 0 || n > most {
+		return 0, fmt.Errorf("give 0 to %d seconds", most)
+	}
+	return time.Duration(n) * time.Second, nil
+}
+
 func secondsText(d time.Duration) string { return strconv.Itoa(int(d / time.Second)) }
 
-// settingTexts returns the values by their names.
-func settingTexts(s *ondisk.Settings) map[string]string {
-	m := map[string]string{}
-	for _, k := range knobs {
-		m[k.name] = k.text(s)
+// bytesOf reads what a pmem's size may be written as.
+func bytesOf(value string) (int64, error) {
+	n, err := pmem.ParseSize(value)
+	if err != nil {
+		return 0, errors.New("give bytes, such as 4194304, 4M, or 0")
 	}
-	return m
+	return n, nil
+}
+
+// knobNamed returns the setting of that name, nil if there is none.
+func knobNamed(name string) *knob {
+	i := slices.IndexFunc(knobs, func(k knob) bool { return dashes(k.name) == dashes(name) })
+	if i < 0 {
+		return nil
+	}
+	return &knobs[i]
+}
+
+// values are new settings, as they were written, by their names.
+type values map[string]string
+
+// parse reads what set is given: NAME=VALUE, each name once.
+func (v values) parse(args []string) error {
+	for _, arg := range args {
+		name, value, ok := strings.Cut(arg, "=")
+		k := knobNamed(name)
+		switch {
+		case k == nil:
+			return fmt.Errorf("no setting %.40q: there are %s", name, knobNames())
+		case !ok:
+			return fmt.Errorf("%s has no value: give %s=VALUE", k.name, k.name)
+		}
+		if _, again := v[k.name]; again {
+			return fmt.Errorf("%s is given twice: give it once", k.name)
+		}
+		v[k.name] = value
+	}
+	var s engine.Settings
+	return v.change(&s)
+}
+
+// change makes the new settings part of s. It does not judge what they are together.
+func (v values) change(s *engine.Settings) error {
+	if len(v) == 0 {
+		return fmt.Errorf("nothing to set: there are %s", knobNames())
+	}
+	for name := range v {
+		if k := knobNamed(name); k == nil || k.name != name {
+			return fmt.Errorf("no setting %.40q: there are %s", name, knobNames())
+		}
+	}
+	for _, k := range knobs {
+		value, given := v[k.name]
+		if !given {
+			continue
+		}
+		if err := k.parse(s, value); err != nil {
+			return fmt.Errorf("%s=%.40s: %w", k.name, value, err)
+		}
+	}
+	return nil
+}
+
+func knobNames() string {
+	var names []string
+	for _, k := range knobs {
+		names = append(names, k.name)
+	}
+	return strings.Join(names, ", ")
+}
+
+// textsOf are settings as values.
+func textsOf(s *engine.Settings) values {
+	v := values{}
+	for _, k := range knobs {
+		v[k.name] = k.text(s)
+	}
+	return v
+}
+
+// line is all of them, in the order of knobs.
+func (v values) line() string {
+	var words []string
+	for _, k := range knobs {
+		words = append(words, k.name+"="+v[k.name])
+	}
+	return strings.Join(words, " ")
 }

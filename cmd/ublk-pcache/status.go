@@ -26,6 +26,7 @@ type statusJSON struct {
 	SegmentsUsed    int    `json:"segments_used"`
 	SegmentsWindow  int    `json:"segments_window"` // of those
 	GCPercent       int    `json:"gc_percent"`
+	Settings        values `json:"settings"` // as set takes them
 	DataCRC         bool   `json:"data_crc"`
 	KeyHead         string `json:"key_head"`
 	DirtyTail       string `json:"dirty_tail"`
@@ -139,7 +140,7 @@ func newStatusJSON(l listed, s *engine.Status) statusJSON {
 	return statusJSON{
 		BadSegments: append([]uint32{}, s.BadSegments...), BadMemory: bad, MoreBad: s.MoreBad,
 		listed: l, Health: string(s.State), Error: s.Error,
-		Segments: s.Segments, SegmentsUsed: s.UsedSegments, SegmentsWindow: s.WindowSegments, GCPercent: s.Settings.GCPercent, DataCRC: s.DataCRC,
+		Segments: s.Segments, SegmentsUsed: s.UsedSegments, SegmentsWindow: s.WindowSegments, GCPercent: s.Settings.GCPercent, Settings: textsOf(&s.Settings), DataCRC: s.DataCRC,
 		KeyHead: s.KeyHead.String(), DirtyTail: s.DirtyTail.String(), KeyTail: s.KeyTail.String(),
 		DirtyBytes: s.DirtyBytes, CleanBytes: s.CleanBytes, Extents: s.Extents, IndexBytes: s.IndexBytes,
 		Reads: s.Reads, ReadBytes: s.ReadBytes, ReadHits: s.Hits, ReadMisses: s.Misses,
@@ -183,6 +184,7 @@ func (s *statusJSON) print() error {
 		row("", "%s", s.Error)
 	}
 	row("segments", "%d of %d used, %d of them by the window, the others collected at %d %%", s.SegmentsUsed, s.Segments, s.SegmentsWindow, s.GCPercent)
+	row("settings", "%s", s.Settings.line())
 	row("data", "%s dirty, %s to be zeroed, %s clean, checksums %s", size(s.DirtyBytes), size(s.ZeroBytes), size(s.CleanBytes), onOff(s.DataCRC))
 	row("log", "head %s, dirty tail %s, key tail %s", s.KeyHead, s.DirtyTail, s.KeyTail)
 	row("index", "%d extents in %s", s.Extents, size(s.IndexBytes))
