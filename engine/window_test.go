@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"hash/maphash"
+	"io"
 	"runtime"
 	"slices"
 	"sync"
@@ -17,8 +19,11 @@ import (
 // windowSegments is enough that writers find some also where the log has all that it may have.
 const windowSegments = 16
 
+// diskPlaces is how many places of 64 KiB the disk has: half as many again as the region.
+const diskPlaces = windowSegments * perSegment * 3 / 2
+
 // windowRig is a cache with one queue, whose thread is the test, in front of a disk that is
-// twice as large, all of it stamped with version 1.
+// larger, all of it stamped with version 1.
 type windowRig struct {
 	*Cache
 	mem  Memory
@@ -31,7 +36,7 @@ type windowRig struct {
 func newWindowRig(t *testing.T, mem Memory, crc bool) *windowRig {
 	t.Helper()
 	formatSmall(t, mem, windowSegments, crc, 70)
-	disk := backing.NewFake(2*windowSegments*ondisk.SegmentSize, sectorSize, 1)
+	disk := backing.NewFake(diskPlaces<<16, sectorSize, 1)
 	t.Cleanup(func() { disk.Close() })
 	const some = 1 << 20
 	for off := int64(0); off < disk.Size(); off += some {
@@ -127,18 +132,25 @@ func TestMissesLeaveNothing(t *testing.T) {
 			for i := range w.segments.all {
 				taken[uint32(i)] = w.segments.all[i].refs.Load() > 0
 			}
-			before := make([]byte, mem.Size())
-			mem.ReadAt(before, 0)
-			w.holds(t, 1, 2*windowSegments*perSegment-1, 1)
-			after := make([]byte, mem.Size())
-			mem.ReadAt(after, 0)
-			for seg := range uint32(windowSegments) {
-				off := w.layout.Offset(seg, 0)
-				if !taken[seg] {
-					copy(after[off:], before[off:off+ondisk.SegmentData])
+			seed := maphash.MakeSeed()
+			// sum is of all that the region has, but for the data of free segments.
+			sum := func() uint64 {
+				var h maphash.Hash
+				h.SetSeed(seed)
+				from := int64(0)
+				for seg := range uint32(windowSegments) {
+					if !taken[seg] {
+						free := w.layout.Offset(seg, 0)
+						io.Copy(&h, io.NewSectionReader(mem, from, free-from))
+						from = free + ondisk.SegmentData
+					}
 				}
+				io.Copy(&h, io.NewSectionReader(mem, from, mem.Size()-from))
+				return h.Sum64()
 			}
-			if !bytes.Equal(before, after) {
+			before := sum()
+			w.holds(t, 1, windowSegments*perSegment, 1)
+			if sum() != before {
 				t.Error("misses have stored something outside of free segments")
 			}
 			s := w.Status()
@@ -148,9 +160,9 @@ func TestMissesLeaveNothing(t *testing.T) {
 			if empty := s.Segments - s.UsedSegments; empty > w.window.keep {
 				t.Errorf("%d of %d segments are empty, %d are to be", empty, s.Segments, w.window.keep)
 			}
-			// Of the whole disk it has what was read last.
+			// It has what was read last.
 			full := int64(s.WindowSegments-1) * (perSegment - 1)
-			if n := w.cached(2*windowSegments*perSegment-full, full); n != full {
+			if n := w.cached(1+windowSegments*perSegment-full, full); n != full {
 				t.Errorf("%d of the last %d places are cached", n, full)
 			}
 		})
@@ -202,15 +214,15 @@ func TestScanLeavesHotSet(t *testing.T) {
 		w.holds(t, 0, hot, 1)
 	}
 	missed := int64(0)
-	for i := int64(hot); i < 2*windowSegments*perSegment; i++ {
+	for i := int64(hot); i < diskPlaces; i++ {
 		w.holds(t, i, 1, 1)
 		if at := i % hot; !w.Cached(at<<16, 64<<10) {
 			missed++
 		}
 		w.holds(t, i%hot, 1, 1)
 	}
-	if most := int64(2*windowSegments*perSegment) / 50; missed > most {
-		t.Errorf("%d hits were lost to a scan, of %d", missed, 2*windowSegments*perSegment-hot)
+	if most := int64(diskPlaces) / 50; missed > most {
+		t.Errorf("%d hits were lost to a scan, of %d", missed, diskPlaces-hot)
 	}
 }
 
@@ -242,7 +254,7 @@ func TestSecondRound(t *testing.T) {
 // segments without waiting, down to the last that they ever have.
 func TestWritersTakeTheWindow(t *testing.T) {
 	w := newWindowRig(t, pmem.Heap(ondisk.MinSize), false)
-	w.holds(t, 0, windowSegments*perSegment, 1)
+	w.holds(t, diskPlaces-windowSegments*perSegment, windowSegments*perSegment, 1)
 	w.rest(t)
 	s := w.Status()
 	if s.WindowSegments < windowSegments/2 {
@@ -250,7 +262,7 @@ func TestWritersTakeTheWindow(t *testing.T) {
 	}
 	// The queue still fills one of the window, and the reserve is not for data.
 	n := (int64(s.WindowSegments-1) + int64(w.window.keep-w.segments.reserve)) * (perSegment - 1)
-	w.write(t, windowSegments*perSegment, n, 2)
+	w.write(t, 0, n, 2) // elsewhere
 	if s := w.Status(); s.LongestWait != 0 || s.Waiting != 0 {
 		t.Errorf("writers waited for %v, %d still do", s.LongestWait, s.Waiting)
 	}
@@ -625,9 +637,10 @@ func TestWantedInVain(t *testing.T) {
 	if err := w.Flush(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	w.holds(t, windowSegments*perSegment, 2*windowSegments*perSegment/3, 1)
-	for i := range int64(windowSegments * perSegment / 4) {
-		at := 2*windowSegments*perSegment - 1 - i
+	const last = windowSegments * perSegment / 4
+	w.holds(t, windowSegments*perSegment*7/10, diskPlaces-last-windowSegments*perSegment*7/10, 1)
+	for i := range int64(last) {
+		at := diskPlaces - 1 - i
 		w.holds(t, at, 1, 1)
 		if !w.Cached(at<<16, 64<<10) {
 			t.Fatalf("the window has not kept what was read %d reads after it was full", i)
@@ -648,8 +661,8 @@ func TestWindowBesideRefusedSector(t *testing.T) {
 	if err := w.setGC(0); err != nil {
 		t.Fatal(err)
 	}
-	for i := range int64(2 * windowSegments * perSegment) {
-		if at := 2*windowSegments*perSegment - 1 - i; at != bad>>7 {
+	for i := range int64(diskPlaces) {
+		if at := diskPlaces - 1 - i; at != bad>>7 {
 			w.holds(t, at, 1, 1)
 			if !w.Cached(at<<16, 64<<10) {
 				t.Fatalf("what was read is not cached after %d reads", i)
