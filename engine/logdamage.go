@@ -63,8 +63,8 @@ type sweep struct {
 	then int      // the same after this round, which begins with it at next
 }
 
-// collectIndex is collect for step 1.
-func (c *Cache) collectIndex() (end logPoint) {
+// pickIndex is pick for step 1.
+func (c *Cache) pickIndex() (end logPoint) {
 	w := &c.writeback
 	s := &w.sweep
 	if !s.on {
@@ -82,7 +82,7 @@ func (c *Cache) collectIndex() (end logPoint) {
 		for stripe, off := range c.index.stripes(s.then) {
 			for _, e := range c.dirtyIn(stripe, func(extent) bool { return true }) {
 				s, p := stripe.sub(e), stripe.place(e.seg, e.pos-e.off)
-				bytes += c.collectParts(s, off+int64(e.off)<<sectorShift, p, w.at, []extent{e}, known)
+				bytes += c.pickParts(s, off+int64(e.off)<<sectorShift, p, w.at, []extent{e}, known)
 			}
 		}
 	}

@@ -131,7 +131,7 @@ func (m *model) open(t *rapid.T) {
 		t.Fatalf("open: %v", err)
 	}
 	if rapid.IntRange(0, 3).Draw(t, "narrow") == 0 {
-		// Each round collects anew what the last was cut short of, so a step that is
+		// Each round picks anew what the last was cut short of, so a step that is
 		// shorter than that takes would make a flush quadratic in the length of the log.
 		m.cache.narrow(t, rapid.SampledFrom([]int{0, 1, 8}).Draw(t, "most"), rapid.SampledFrom([]time.Duration{time.Millisecond, roundTime}).Draw(t, "step"))
 	}

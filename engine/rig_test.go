@@ -33,7 +33,7 @@ func readEach(m io.ReaderAt, bufs [][]byte, offs []int64) (n int, err error) {
 	return n, err
 }
 
-// testLog collects what the engine reports.
+// testLog keeps what the engine reports.
 type testLog struct {
 	mu    sync.Mutex
 	lines []string

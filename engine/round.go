@@ -99,13 +99,13 @@ func (c *Cache) round(until uint64) error {
 	defer w.inRound.Store(0)
 	w.sweep.then = w.sweep.next // where a round that failed has left it
 	// In this order: no key before to has overwritten the parts that are taken up
-	// again, so no part that is collected up to there is newer and in their
+	// again, so no part that is picked in front of it is newer and in their
 	// place.
 	to, _ := c.journal.head()
 	w.parts = c.takeDue(w.parts[:0])
 	w.end = w.at
 	if w.end.ksets < until {
-		w.end = c.collect(to, until)
+		w.end = c.pick(to, until)
 	}
 	c.voidFingerprint(w.parts)
 	// The disk must not be ahead of the log: a key that a power cut takes would
@@ -229,13 +229,13 @@ func (c *Cache) advance() error {
 	return nil
 }
 
-// collect gathers the parts of a round from the log up to a place, or up to a
+// pick takes the parts of a round from the log up to a place, or up to a
 // number of ksets, and returns where dirty_tail may move after it. Their segments
 // need no pins: keys behind dirty_tail keep their references.
-func (c *Cache) collect(to ondisk.Position, until uint64) (end logPoint) {
+func (c *Cache) pick(to ondisk.Position, until uint64) (end logPoint) {
 	w := &c.writeback
 	if w.sweep.on {
-		return c.collectIndex()
+		return c.pickIndex()
 	}
 	end = w.at
 	known := w.known()
@@ -244,7 +244,7 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end logPoint) {
 		c.prefetchKeys(k.Keys, ondisk.KeyClean)
 		for i := range k.Keys {
 			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {
-				bytes += c.collectKey(key, end, known)
+				bytes += c.pickKey(key, end, known)
 			}
 		}
 		end = logPoint{after, end.ksets + 1, end.keys + uint64(len(k.Keys))}
@@ -252,24 +252,24 @@ func (c *Cache) collect(to ondisk.Position, until uint64) (end logPoint) {
 	})
 	if damage != nil && end == w.at {
 		c.noteLogDamage(damage, end.ksets)
-		return c.collectIndex()
+		return c.pickIndex()
 	}
 	return end
 }
 
-// collectKey adds what the index still has of a key, whose kset is at a place of the
+// pickKey adds what the index still has of a key, whose kset is at a place of the
 // log, and returns its size. It leaves out the parts that are deferred.
-func (c *Cache) collectKey(k *ondisk.Key, at logPoint, known map[where][]extent) (bytes int) {
+func (c *Cache) pickKey(k *ondisk.Key, at logPoint, known map[where][]extent) (bytes int) {
 	if c.dead(k) || c.stale.has(k) {
 		return 0
 	}
 	s, p := c.keySpan(k)
-	return c.collectParts(s, int64(k.Off), p, at, c.dirtyParts(s, p), known)
+	return c.pickParts(s, int64(k.Off), p, at, c.dirtyParts(s, p), known)
 }
 
-// collectParts adds the parts of a place that is at off of the device. Their keys lie
+// pickParts adds the parts of a place that is at off of the device. Their keys lie
 // at a place of the log, or behind.
-func (c *Cache) collectParts(s span, off int64, p place, at logPoint, parts []extent, known map[where][]extent) (bytes int) {
+func (c *Cache) pickParts(s span, off int64, p place, at logPoint, parts []extent, known map[where][]extent) (bytes int) {
 	w := &c.writeback
 	for _, e := range known[where{s.sh, s.root, p}] {
 		parts = without(parts, e)

@@ -219,7 +219,7 @@ func (x *unwritten) walk(from logPoint, visit func(after logPoint) bool) *ondisk
 	return c.walk(&w.walker, from.pos, w.at.pos, func(k *ondisk.Kset, after ondisk.Position) bool {
 		for i := range k.Keys {
 			if key := &k.Keys[i]; key.Flags&ondisk.KeyClean == 0 {
-				c.collectKey(key, logPoint{}, x.known)
+				c.pickKey(key, logPoint{}, x.known)
 			}
 		}
 		for i := range w.parts {

@@ -162,7 +162,7 @@ func (r *rig) mustNameDirty(t *testing.T) {
 }
 
 // TestRefusedBehindTheEnd: a round that is cut short may have been refused what lies
-// behind its new end. That is collected again. To be passed by it would hold
+// behind its new end. That is picked again. To be passed by it would hold
 // dirty_tail at a place that write-back has not come to, and write-back would go on
 // from there.
 func TestRefusedBehindTheEnd(t *testing.T) {

@@ -115,7 +115,7 @@ func settle(mem Memory) error {
 	return mem.Settle(u.ranges)
 }
 
-// unsynced collects the pages that no sync is known to cover.
+// unsynced gets the pages that no sync is known to cover.
 type unsynced struct {
 	l     *ondisk.Layout
 	found bool                     // the mark has been passed
@@ -156,7 +156,7 @@ func (u *unsynced) add(seg, off, n uint32) {
 	}
 }
 
-// ranges yields what was collected, by segment.
+// ranges yields them, by segment.
 func (u *unsynced) ranges(yield func(off, n int64) bool) {
 	if !yield(0, ondisk.SegmentsOff) {
 		return

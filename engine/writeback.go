@@ -34,7 +34,7 @@ const (
 	roundBytes = 64 << 20
 	roundParts = 64 << 10
 
-	// roundTime is how long a round is written as it was collected. A disk that has
+	// roundTime is how long a round is written as it was picked. A disk that has
 	// not done with it by then gets no more than about as much again, so that
 	// dirty_tail moves every few seconds, however slow it is.
 	roundTime = 2 * time.Second
