@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"ublk-pcache/backing"
@@ -31,7 +32,9 @@ func badBlocks(disk *backing.Fake, lba, n int64) {
 func TestBadSector(t *testing.T) {
 	for _, crc := range []bool{false, true} {
 		for _, zero := range []bool{false, true} {
-			t.Run(fmt.Sprintf("crc=%t,zero=%t", crc, zero), func(t *testing.T) { badSector(t, crc, zero) })
+			t.Run(fmt.Sprintf("crc=%t,zero=%t", crc, zero), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) { badSector(t, crc, zero) })
+			})
 		}
 	}
 }

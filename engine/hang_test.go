@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"ublk-pcache/backing"
@@ -196,39 +197,37 @@ func TestFlushTriesItself(t *testing.T) {
 		{"the flush", func(op backing.Op) bool { return op.Kind == backing.OpFlush }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			mem := pmem.Heap(ondisk.MinSize)
-			formatSmall(t, mem, 20, false, 70)
-			disk := backing.NewFake(64<<20, 512, 1)
-			defer disk.Close()
-			r := newRig(t, mem, disk, 1)
-			var healed atomic.Bool
-			disk.Script(func(op backing.Op) (f backing.Fault) {
-				if c.fails(op) && !healed.Load() {
-					f = backing.Fault{Err: syscall.EIO, Hold: true}
+			synctest.Test(t, func(t *testing.T) {
+				mem := pmem.Heap(ondisk.MinSize)
+				formatSmall(t, mem, 20, false, 70)
+				disk := backing.NewFake(64<<20, 512, 1)
+				defer disk.Close()
+				r := newRig(t, mem, disk, 1)
+				var healed atomic.Bool
+				disk.Script(func(op backing.Op) (f backing.Fault) {
+					if c.fails(op) && !healed.Load() {
+						f = backing.Fault{Err: syscall.EIO, Hold: true}
+					}
+					return f
+				})
+				for off := int64(0); off < 8<<20; off += 2 << 20 {
+					r.write(t, off, make([]byte, 4096))
 				}
-				return f
-			})
-			for off := int64(0); off < 8<<20; off += 2 << 20 {
-				r.write(t, off, make([]byte, 4096))
-			}
-			awaitHeld(disk, 1) // a round that will fail
-			healed.Store(true)
-			flushed := make(chan error, 1)
-			go func() { flushed <- r.Flush(t.Context()) }()
-			for waiting := false; !waiting; {
-				r.writeback.mu.Lock()
-				waiting = len(r.writeback.mu.waiters) > 0
-				r.writeback.mu.Unlock()
-			}
-			disk.Release()
-			within(t, "a flush", func() {
-				if err := <-flushed; err != nil {
-					t.Error(err)
+				awaitHeld(disk, 1) // a round that will fail
+				healed.Store(true)
+				flushed := make(chan error, 1)
+				go func() { flushed <- r.Flush(t.Context()) }()
+				synctest.Wait() // until it waits
+				disk.Release()
+				within(t, "a flush", func() {
+					if err := <-flushed; err != nil {
+						t.Error(err)
+					}
+				})
+				if err := r.kill(); err != nil {
+					t.Fatal(err)
 				}
 			})
-			if err := r.kill(); err != nil {
-				t.Fatal(err)
-			}
 		})
 	}
 }

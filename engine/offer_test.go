@@ -12,15 +12,19 @@ import (
 	"ublk-pcache/pmem"
 )
 
+// jamLongest is how many turns of an empty loop are three times spinFor, more or less.
+const jamLongest = 80_000
+
 // jam has the journal locked for a moment, now and then, so that keys are offered: for
-// less than a queue spins, or for more.
+// less than a queue spins, or for more. It counts, since a sleep is a hundred times as
+// long, and the clock of a bubble of testing/synctest stands while somebody looks at it.
 func (c *Cache) jam(dice *rand.Rand) {
 	if dice.IntN(16) == 0 {
-		long := time.Duration(dice.Int64N(int64(3 * spinFor)))
+		long := dice.IntN(jamLongest)
 		go func() {
 			c.journal.mu.Lock()
 			defer c.journal.mu.Unlock()
-			for begin := time.Now(); time.Since(begin) < long; { // a sleep is a hundred times as long
+			for range long {
 			}
 		}()
 	}

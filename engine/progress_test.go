@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"ublk-pcache/backing"
@@ -415,67 +416,69 @@ func TestFullLogOpens(t *testing.T) {
 // TestSlowDisk: dirty_tail moves every few steps of a disk that does little at a time,
 // although a round could take all that is dirty.
 func TestSlowDisk(t *testing.T) {
-	const count = 4000
-	for _, op := range []Op{Zero, Write} {
-		mem := pmem.Heap(ondisk.MinSize)
-		formatSmall(t, mem, 8, false, 70)
-		disk := backing.NewFake(8<<20, sectorSize, 1)
-		defer disk.Close()
-		var healed atomic.Bool
-		disk.Script(func(op backing.Op) (f backing.Fault) {
-			if !healed.Load() && op.Kind != backing.OpRead {
-				f.Delay = 50 * time.Millisecond
-			}
-			return f
-		})
-		c, err := Open(mem, fakeDisk{disk}, Options{Queues: 1, WritebackDepth: 4, Log: &testLog{}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		r := startRig(c)
-		r.mustRest(t)
-		for i := range int64(count) {
-			lba := i * 37 % count * 2
-			if op == Zero {
-				r.zero(t, lba*sectorSize, sectorSize)
-			} else {
-				r.write(t, lba*sectorSize, stamped(lba, 1, 1))
-			}
-		}
-		r.writeback.step = 100 * time.Millisecond
-		r.neverWait()
-		r.Resume()
-		_, begin := r.tails.dirtyTail()
-		within(t, "some steps of dirty_tail", func() {
-			last, steps := begin, 0
-			for steps < 3 && last < begin+count {
-				if _, now := r.tails.dirtyTail(); now > last {
-					steps++
-					last = now
+	synctest.Test(t, func(t *testing.T) {
+		const count = 4000
+		for _, op := range []Op{Zero, Write} {
+			mem := pmem.Heap(ondisk.MinSize)
+			formatSmall(t, mem, 8, false, 70)
+			disk := backing.NewFake(8<<20, sectorSize, 1)
+			defer disk.Close()
+			var healed atomic.Bool
+			disk.Script(func(op backing.Op) (f backing.Fault) {
+				if !healed.Load() && op.Kind != backing.OpRead {
+					f.Delay = 50 * time.Millisecond
 				}
-				time.Sleep(time.Millisecond)
+				return f
+			})
+			c, err := Open(mem, fakeDisk{disk}, Options{Queues: 1, WritebackDepth: 4, Log: &testLog{}})
+			if err != nil {
+				t.Fatal(err)
 			}
-		})
-		if _, now := r.tails.dirtyTail(); now >= begin+count/2 {
-			t.Errorf("%d of %d ksets were written before dirty_tail had moved three times", now-begin, count)
-		}
-		healed.Store(true)
-		if err := r.Flush(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		r.kill()
-		p := make([]byte, sectorSize)
-		for lba := int64(0); lba < 2*count; lba += 2 {
-			disk.ReadAt(p, lba*sectorSize)
-			want := uint64(1)
-			if op == Zero {
-				want = 0
+			r := startRig(c)
+			r.mustRest(t)
+			for i := range int64(count) {
+				lba := i * 37 % count * 2
+				if op == Zero {
+					r.zero(t, lba*sectorSize, sectorSize)
+				} else {
+					r.write(t, lba*sectorSize, stamped(lba, 1, 1))
+				}
 			}
-			if v, err := stamp(p, lba); v != want || err != nil {
-				t.Fatalf("sector %d of the disk: version %d, %v", lba, v, err)
+			r.writeback.step = 100 * time.Millisecond
+			r.neverWait()
+			r.Resume()
+			_, begin := r.tails.dirtyTail()
+			within(t, "some steps of dirty_tail", func() {
+				last, steps := begin, 0
+				for steps < 3 && last < begin+count {
+					if _, now := r.tails.dirtyTail(); now > last {
+						steps++
+						last = now
+					}
+					time.Sleep(time.Millisecond)
+				}
+			})
+			if _, now := r.tails.dirtyTail(); now >= begin+count/2 {
+				t.Errorf("%d of %d ksets were written before dirty_tail had moved three times", now-begin, count)
+			}
+			healed.Store(true)
+			if err := r.Flush(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			r.kill()
+			p := make([]byte, sectorSize)
+			for lba := int64(0); lba < 2*count; lba += 2 {
+				disk.ReadAt(p, lba*sectorSize)
+				want := uint64(1)
+				if op == Zero {
+					want = 0
+				}
+				if v, err := stamp(p, lba); v != want || err != nil {
+					t.Fatalf("sector %d of the disk: version %d, %v", lba, v, err)
+				}
 			}
 		}
-	}
+	})
 }
 
 // TestZeroesPace: transfers of zeros grow where the disk makes them at once, and
@@ -571,76 +574,78 @@ func TestRefusedEverywhere(t *testing.T) {
 		most      int
 	}{{"data", false, false, maxDeferred}, {"sums", true, false, maxDeferred}, {"zeros", true, true, maxDeferred}, {"passed by", true, true, 2}} {
 		t.Run(x.name, func(t *testing.T) {
-			const bad, stripes = 40, 40
-			mem := pmem.NewFake(ondisk.MinSize)
-			formatSmall(t, mem, 6, x.crc, 70)
-			disk := backing.NewFake(stripes<<20*4, sectorSize, 1)
-			defer disk.Close()
-			var healed atomic.Bool
-			disk.Script(func(op backing.Op) (f backing.Fault) {
-				first := (op.Off + ondisk.StripeSize - 1 - bad*sectorSize) / ondisk.StripeSize // that may be refused
-				if !healed.Load() && op.Kind != backing.OpRead && first*ondisk.StripeSize+bad*sectorSize < op.Off+op.Len {
-					f.Err = syscall.EIO
+			synctest.Test(t, func(t *testing.T) {
+				const bad, stripes = 40, 40
+				mem := pmem.NewFake(ondisk.MinSize)
+				formatSmall(t, mem, 6, x.crc, 70)
+				disk := backing.NewFake(stripes<<20*4, sectorSize, 1)
+				defer disk.Close()
+				var healed atomic.Bool
+				disk.Script(func(op backing.Op) (f backing.Fault) {
+					first := (op.Off + ondisk.StripeSize - 1 - bad*sectorSize) / ondisk.StripeSize // that may be refused
+					if !healed.Load() && op.Kind != backing.OpRead && first*ondisk.StripeSize+bad*sectorSize < op.Off+op.Len {
+						f.Err = syscall.EIO
+					}
+					return f
+				})
+				open := func(queues int) *rig {
+					r := newRig(t, mem, disk, queues)
+					r.narrow(t, x.most, roundTime)
+					return r
 				}
-				return f
-			})
-			open := func(queues int) *rig {
-				r := newRig(t, mem, disk, queues)
-				r.narrow(t, x.most, roundTime)
-				return r
-			}
-			r := open(2)
-			want := map[int64]uint64{}
-			check := func(when string) {
-				t.Helper()
-				for lba, version := range want {
-					if v := r.version(t, lba); v != version {
-						t.Fatalf("%s: sector %d has version %d, want %d", when, lba, v, version)
+				r := open(2)
+				want := map[int64]uint64{}
+				check := func(when string) {
+					t.Helper()
+					for lba, version := range want {
+						if v := r.version(t, lba); v != version {
+							t.Fatalf("%s: sector %d has version %d, want %d", when, lba, v, version)
+						}
 					}
 				}
-			}
-			for round := range uint64(3) {
-				within(t, "writing around what the disk refuses", func() {
-					for i := range int64(stripes) {
-						lba := i * stripeSectors
-						op := &Request{Op: Write, Off: (lba + bad) * sectorSize, Buf: stamped(lba+bad, 1, 2+round)}
-						want[lba+bad] = 2 + round
-						if x.zero && i%2 == 0 {
-							op = &Request{Op: Zero, Off: op.Off, Len: sectorSize}
-							want[lba+bad] = 0
-						}
-						rest := &Request{Op: Write, Off: (lba + 64) * sectorSize, Buf: stamped(lba+64, 4000, 2+round)}
-						want[lba+4000] = 2 + round
-						for _, req := range []*Request{op, rest} {
-							if err := r.do(int(i/4)%len(r.loops), req); err != nil {
-								t.Error(err)
-								return
+				for round := range uint64(3) {
+					within(t, "writing around what the disk refuses", func() {
+						for i := range int64(stripes) {
+							lba := i * stripeSectors
+							op := &Request{Op: Write, Off: (lba + bad) * sectorSize, Buf: stamped(lba+bad, 1, 2+round)}
+							want[lba+bad] = 2 + round
+							if x.zero && i%2 == 0 {
+								op = &Request{Op: Zero, Off: op.Off, Len: sectorSize}
+								want[lba+bad] = 0
+							}
+							rest := &Request{Op: Write, Off: (lba + 64) * sectorSize, Buf: stamped(lba+64, 4000, 2+round)}
+							want[lba+4000] = 2 + round
+							for _, req := range []*Request{op, rest} {
+								if err := r.do(int(i/4)%len(r.loops), req); err != nil {
+									t.Error(err)
+									return
+								}
 							}
 						}
+					})
+					check("with bad sectors")
+					if round == 1 {
+						if err := r.kill(); err != nil {
+							t.Fatal(err)
+						}
+						r = open(1)
+						check("after a restart")
 					}
-				})
-				check("with bad sectors")
-				if round == 1 {
-					if err := r.kill(); err != nil {
-						t.Fatal(err)
+				}
+				r.checkOverwritten(t)
+				healed.Store(true)
+				if err := r.Flush(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				r.kill()
+				p := make([]byte, sectorSize)
+				for lba, version := range want {
+					disk.ReadAt(p, lba*sectorSize)
+					if v, err := stamp(p, lba); v != version || err != nil {
+						t.Fatalf("sector %d of the disk: version %d, %v, want %d", lba, v, err, version)
 					}
-					r = open(1)
-					check("after a restart")
 				}
-			}
-			r.checkOverwritten(t)
-			healed.Store(true)
-			if err := r.Flush(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			r.kill()
-			p := make([]byte, sectorSize)
-			for lba, version := range want {
-				disk.ReadAt(p, lba*sectorSize)
-				if v, err := stamp(p, lba); v != version || err != nil {
-					t.Fatalf("sector %d of the disk: version %d, %v, want %d", lba, v, err, version)
-				}
-			}
+			})
 		})
 	}
 }

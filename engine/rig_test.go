@@ -195,7 +195,7 @@ func (c *Cache) setGC(n int) error {
 // neverWait has writers be idle as soon as none comes.
 func (c *Cache) neverWait() {
 	s := c.Settings()
-	s.IdleAfter = 1
+	s.IdleAfter = idleLooks // one nanosecond between two looks
 	c.settings.now.Store(&s)
 }
 

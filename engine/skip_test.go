@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"ublk-pcache/backing"
@@ -288,45 +289,47 @@ func TestFlushWhileWritten(t *testing.T) {
 // TestListIsBounded: what is deferred is bounded, also when all of it is refused again
 // and could be tried in smaller pieces, and what the disk takes goes on meanwhile.
 func TestListIsBounded(t *testing.T) {
-	const most, pieces, sectors = 8, 24, 64
-	mem := pmem.NewFake(ondisk.MinSize)
-	formatSmall(t, mem, 8, false, 70)
-	disk := backing.NewFake(64<<20, sectorSize, 1)
-	defer disk.Close()
-	disk.Script(func(op backing.Op) (f backing.Fault) {
-		if op.Kind == backing.OpWrite && op.Off < pieces<<20 {
-			f.Err = syscall.EIO
+	synctest.Test(t, func(t *testing.T) {
+		const most, pieces, sectors = 8, 24, 64
+		mem := pmem.NewFake(ondisk.MinSize)
+		formatSmall(t, mem, 8, false, 70)
+		disk := backing.NewFake(64<<20, sectorSize, 1)
+		defer disk.Close()
+		disk.Script(func(op backing.Op) (f backing.Fault) {
+			if op.Kind == backing.OpWrite && op.Off < pieces<<20 {
+				f.Err = syscall.EIO
+			}
+			return f
+		})
+		r := newRig(t, mem, disk, 1)
+		r.mustRest(t)
+		w := &r.writeback
+		w.most = most
+		for i := range int64(pieces) {
+			lba := i << 11
+			r.write(t, lba*sectorSize, stamped(lba, sectors, 1))
 		}
-		return f
+		r.Resume()
+		for n := range int64(20) {
+			lba := (pieces + n) << 11
+			r.write(t, lba*sectorSize, stamped(lba, 1, 1))
+			if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
+				t.Errorf("a flush of what the disk refuses: %v", err)
+			}
+			p := make([]byte, sectorSize)
+			disk.ReadAt(p, lba*sectorSize)
+			if v, err := stamp(p, lba); v != 1 || err != nil {
+				t.Errorf("flush %d: what the disk takes is at version %d, %v", n, v, err)
+			}
+		}
+		r.mustRest(t)
+		if n := w.refused(); n > most+1 {
+			t.Errorf("%d pieces are remembered, at most %d should be", n, most)
+		}
+		if err := r.kill(); err != nil {
+			t.Error(err)
+		}
 	})
-	r := newRig(t, mem, disk, 1)
-	r.mustRest(t)
-	w := &r.writeback
-	w.most = most
-	for i := range int64(pieces) {
-		lba := i << 11
-		r.write(t, lba*sectorSize, stamped(lba, sectors, 1))
-	}
-	r.Resume()
-	for n := range int64(20) {
-		lba := (pieces + n) << 11
-		r.write(t, lba*sectorSize, stamped(lba, 1, 1))
-		if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
-			t.Errorf("a flush of what the disk refuses: %v", err)
-		}
-		p := make([]byte, sectorSize)
-		disk.ReadAt(p, lba*sectorSize)
-		if v, err := stamp(p, lba); v != 1 || err != nil {
-			t.Errorf("flush %d: what the disk takes is at version %d, %v", n, v, err)
-		}
-	}
-	r.mustRest(t)
-	if n := w.refused(); n > most+1 {
-		t.Errorf("%d pieces are remembered, at most %d should be", n, most)
-	}
-	if err := r.kill(); err != nil {
-		t.Error(err)
-	}
 }
 
 // TestLargeKeysPassedBy: what was refused is logged again as the keys that it was, so

@@ -59,7 +59,6 @@ func TestYoungestStaysDirty(t *testing.T) {
 // TestDirtyDataExpires: a writer that is never idle, and never makes the cache
 // half full, does not keep its data from the disk for more than half a minute.
 func TestDirtyDataExpires(t *testing.T) {
-	// Without a rig, whose jam looks at the clock all the time.
 	synctest.Test(t, func(t *testing.T) {
 		mem := pmem.Heap(ondisk.MinSize)
 		formatSmall(t, mem, 24, false, 90)
