@@ -55,6 +55,13 @@ func (c *Cache) relogDeferred() (passed bool, err error) {
 			return false, err
 		}
 	}
+	more, err := c.relogRuns(runs)
+	return passed || more, err
+}
+
+// relogRuns logs runs again that have their keys, as far as there is room, and reports
+// whether dirty_tail has passed anything by that.
+func (c *Cache) relogRuns(runs []run) (passed bool, err error) {
 	for len(runs) > 0 {
 		n, err := c.relog(runs)
 		if err == errLogFull {
@@ -70,7 +77,51 @@ func (c *Cache) relogDeferred() (passed bool, err error) {
 	_, before := c.tails.dirtyTail()
 	err = c.advance()
 	_, after := c.tails.dirtyTail()
-	return passed || after > before, err
+	return after > before, err
+}
+
+// relogForRoom logs all again that was not written, in however many keys, if writers get a
+// segment by that and nothing else has brought one. A few keys may have become many pieces,
+// and as many keys again would not pay before as many had come behind them, for which there may
+// be no room. It reports whether dirty_tail has passed anything.
+func (c *Cache) relogForRoom() (passed bool, err error) {
+	if !c.heldByKeys() {
+		return false, nil
+	}
+	w := &c.writeback
+	if passed, err = c.relogUnwritten(); err != nil || w.skipped.on {
+		return passed, err
+	}
+	runs := w.runs()
+	for i := range runs {
+		runs[i].keys = c.keysOf(nil, &runs[i].part)
+	}
+	more, err := c.relogRuns(runs)
+	return passed || more, err
+}
+
+// heldByKeys reports whether writers find no segment while one is held by nothing but keys: no
+// queue fills it, and nothing in it is still to be written. It becomes free when dirty_tail has
+// passed all that was tried, so each segment is a reason once.
+func (c *Cache) heldByKeys() bool {
+	w := &c.writeback
+	dirtyTail, _ := c.tails.dirtyTail()
+	if c.available() > c.segments.reserve || w.sweep.on || c.logDamage.Load() != nil {
+		return false
+	}
+	if w.at.ksets < c.journal.point().ksets || c.tails.keyTail() != dirtyTail {
+		return false // write-back or collection may bring one
+	}
+	_, named := c.journal.account()
+	if damage := c.eachRefused(w.runs(), func(r *run) { named[r.e.seg] = 0 }); damage != nil {
+		return false
+	}
+	for seg, n := range named {
+		if s := &c.segments.all[seg]; n > 0 && !s.filling.Load() && !s.bad.Load() {
+			return true
+		}
+	}
+	return false
 }
 
 // relogPays reports whether so many keys, of all deferred parts in front of what was

@@ -163,8 +163,15 @@ func (c *Cache) relogSkipped() (passed bool, err error) {
 	if damage != nil || n >= w.at.keys-w.skipped.from.keys {
 		return false, nil
 	}
-	clear(left.zeros)
-	for end := w.skipped.from; end.ksets < w.at.ksets && !c.stopping(); {
+	return c.relogUnwritten()
+}
+
+// relogUnwritten logs what was passed by again, batch by batch as far as there is room, and
+// reports whether dirty_tail has passed any.
+func (c *Cache) relogUnwritten() (passed bool, err error) {
+	w := &c.writeback
+	left := c.newUnwritten()
+	for end := w.skipped.from; w.skipped.on && end.ksets < w.at.ksets && !c.stopping(); {
 		damage := left.walk(end, func(after logPoint) bool {
 			end = after
 			return left.keys() < relogBatch && !c.stopping()

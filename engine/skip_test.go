@@ -364,6 +364,79 @@ func TestLargeKeysPassedBy(t *testing.T) {
 	}
 }
 
+// TestMoreKeysThanPassed: what is left of a few keys takes more of them than the log could pass
+// by that. Logged again all the same, it lets go of segments in which there is nothing to be
+// written, and the cache can be filled.
+func TestMoreKeysThanPassed(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		most    int   // as of writeback
+		block   int64 // bytes of a write
+		count   int64 // of writes of which some is refused
+		piece   int64 // bytes of which the disk takes all or none
+		refused string
+	}{
+		{"deferred", maxDeferred, 1 << 20, 1, sectorSize, "-+"},
+		// More than half of each segment, so that no two can be gathered in one.
+		{"passed by", 0, ondisk.StripeSize, 11, transferBytes, "-+--+-+-"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				mem := pmem.NewFake(ondisk.MinSize)
+				formatSmall(t, mem, 8, false, 70)
+				disk := backing.NewFake(128<<20, sectorSize, 1)
+				defer disk.Close()
+				refuses := func(off int64) bool {
+					return off < test.count*test.block && test.refused[off/test.piece%int64(len(test.refused))] == '-'
+				}
+				disk.Script(func(op backing.Op) (f backing.Fault) {
+					for off := op.Off; op.Kind == backing.OpWrite && off < op.Off+op.Len; off += sectorSize {
+						if refuses(off) {
+							f.Err = syscall.EIO
+						}
+					}
+					return f
+				})
+				r := newRig(t, mem, disk, 1)
+				r.narrow(t, test.most, roundTime)
+				left := int64(0)
+				for off := int64(0); off < test.count*test.block; off += test.piece {
+					if refuses(off) {
+						left += test.piece
+					}
+				}
+				write := func(at int64, version uint64) {
+					r.write(t, at, stamped(at/sectorSize, int(test.block/sectorSize), version))
+				}
+				for i := range test.count {
+					write(i*test.block, 1)
+				}
+				r.Resume()
+				within(t, "writing what the disk takes", func() {
+					for r.Status().DirtyBytes > left {
+						time.Sleep(time.Millisecond)
+					}
+				})
+				within(t, "filling the cache three times", func() {
+					for i := range 3 * 8 * ondisk.SegmentSize / test.block {
+						write(64<<20+i*test.block%(32<<20), uint64(i))
+					}
+				})
+				r.mustRest(t)
+				r.mustNameDirty(t)
+				for lba := range test.count * test.block / sectorSize {
+					if v := r.version(t, lba); v != 1 {
+						t.Fatalf("sector %d has version %d", lba, v)
+					}
+				}
+				if err := r.kill(); err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
 // TestTried: of a disk that takes nothing each flush that fails has tried more, and what
 // lies behind comes to its turn.
 func TestTried(t *testing.T) {

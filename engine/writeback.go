@@ -378,6 +378,9 @@ func (c *Cache) relogPressed() {
 	if err == nil && !passed {
 		passed, err = c.relogSkipped()
 	}
+	if err == nil && !passed {
+		passed, err = c.relogForRoom()
+	}
 	if err != nil {
 		c.fail(err)
 	}
