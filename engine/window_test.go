@@ -567,8 +567,10 @@ func TestPromoterGivesWay(t *testing.T) {
 	const bad = 1 << 11
 	badBlocks(disk, bad, 1)
 	r := newRig(t, mem, disk, 1)
+	r.mustRest(t) // or it may be collected before it is hit
 	r.write(t, 0, stamped(0, 128, 1))
 	r.read(t, 0, 128*sectorSize) // a hit
+	r.Resume()
 	if err := r.Flush(context.Background()); err != nil {
 		t.Fatal(err)
 	}
