@@ -25,14 +25,6 @@ type knob struct {
 
 var knobs = []knob{
 	{
-		"mode", "where the data of a request goes: writeback",
-		func(s *engine.Settings, value string) (err error) {
-			s.Mode, err = ondisk.ParseMode(value)
-			return err
-		},
-		func(s *engine.Settings) string { return s.Mode.String() },
-	},
-	{
 		"gc_percent", "how full garbage collection lets the cache become, 0 to 90",
 		func(s *engine.Settings, value string) (err error) {
 			s.GCPercent, err = wholePercent(value, 0)

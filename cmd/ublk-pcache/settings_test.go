@@ -16,9 +16,9 @@ func defaults() engine.Settings {
 
 // TestKnobs: every field of the settings can be set, and what is printed is what set takes.
 func TestKnobs(t *testing.T) {
-	given := strings.Fields("gc-percent=35 dirty_high=30 dirty-low=0 dirty_max_age=7 idle_after=0 writeback_rate=20m writeback=off seq_cutoff=64K mode=writeonly")
+	given := strings.Fields("gc-percent=35 dirty_high=30 dirty-low=0 dirty_max_age=7 idle_after=0 writeback_rate=20m writeback=off seq_cutoff=64K")
 	want := engine.Settings{GCPercent: 35, Settings: ondisk.Settings{
-		Mode: ondisk.WriteOnly, DirtyHigh: 30, DirtyMaxAge: 7 * time.Second, WritebackRate: 20 << 20, SeqCutoff: 64 << 10,
+		DirtyHigh: 30, DirtyMaxAge: 7 * time.Second, WritebackRate: 20 << 20, SeqCutoff: 64 << 10,
 	}}
 	v := values{}
 	if err := v.parse(given); err != nil {
@@ -43,7 +43,7 @@ func TestKnobs(t *testing.T) {
 // TestKnobsRefused: each in a line that names the setting and says what to give.
 func TestKnobsRefused(t *testing.T) {
 	for given, want := range map[string]string{
-		"colour=red":                      `no setting "colour": there are mode, gc_percent,`,
+		"colour=red":                      `no setting "colour": there are gc_percent,`,
 		"":                                `no setting ""`,
 		"gc_percent":                      "gc_percent has no value: give gc_percent=VALUE",
 		"gc_percent=91":                   "gc_percent=91: give 0 to 90",
@@ -55,7 +55,6 @@ func TestKnobsRefused(t *testing.T) {
 		"writeback=":                      "writeback=: give on or off",
 		"seq_cutoff=4X":                   "seq_cutoff=4X: give bytes",
 		"seq_cutoff=-1":                   "seq_cutoff=-1: give bytes",
-		"mode=writesideways":              "there are writeback,",
 		"idle_after=1 gc_percent=10 gc-percent=20": "gc_percent is given twice",
 	} {
 		err := values{}.parse(strings.Split(given, " "))
@@ -76,9 +75,5 @@ func TestKnobsRefused(t *testing.T) {
 		if err := o.checkSettings(defaults()); !errors.Is(err, ondisk.ErrSettings) || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", given, err, want)
 		}
-	}
-	o := serveOptions{Settings: values{"mode": "writethrough"}}
-	if err := o.checkSettings(defaults()); !errors.Is(err, engine.ErrMode) {
-		t.Error(err)
 	}
 }
