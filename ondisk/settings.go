@@ -114,7 +114,6 @@ func DefaultSettings() Settings {
 		DirtyHigh: DirtyAuto, DirtyLow: DirtyAuto,
 		DirtyMaxAge: 30 * time.Second, IdleAfter: time.Second,
 		Writeback: true,
-		SeqCutoff: 4 << 20,
 	}
 }
 
