@@ -44,6 +44,13 @@ func (w *diskWatch) written() int64 {
 	return w.bytes
 }
 
+// when returns the times of the first and of the last write.
+func (w *diskWatch) when() (first, last time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.first, w.last
+}
+
 // steered runs a test of a cache with some settings in fake time, on a disk that is watched.
 func steered(t *testing.T, change func(*Settings), test func(t *testing.T, c *Cache, w *diskWatch)) {
 	synctest.Test(t, func(t *testing.T) {
@@ -80,7 +87,8 @@ func TestIdleAfter(t *testing.T) {
 			}
 			last := time.Now().Add(-time.Second)
 			time.Sleep(time.Hour)
-			if took := w.last.Sub(last); after > 0 && (took < after || took > after+after/idleLooks) || w.written() != int64(min(after, 1))<<20 {
+			_, wrote := w.when()
+			if took := wrote.Sub(last); after > 0 && (took < after || took > after+after/idleLooks) || w.written() != int64(min(after, 1))<<20 {
 				t.Errorf("idle_after %v: %d bytes were written %v after the last write", after, w.written(), took)
 			}
 		})
@@ -99,7 +107,8 @@ func TestDirtyMaxAge(t *testing.T) {
 				time.Sleep(time.Second)
 				fillMiB(t, c, 2<<20, 1)
 			}
-			if took := w.first.Sub(begin); age == 0 && w.written() > 0 || age > 0 && (took > age || took < age/2) {
+			wrote, _ := w.when()
+			if took := wrote.Sub(begin); age == 0 && w.written() > 0 || age > 0 && (took > age || took < age/2) {
 				t.Errorf("dirty_max_age %v: first written after %v, %d bytes in all", age, took, w.written())
 			}
 		})
