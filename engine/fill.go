@@ -189,11 +189,7 @@ func (q *Queue) fillKeysLocked() int {
 				if len(q.keys) >= ondisk.MaxKeys {
 					break
 				}
-				part := *k
-				skip := uint32(e.off-stored.off) << sectorShift
-				part.Off += uint64(skip)
-				part.SegOff += skip
-				part.Len = uint32(e.n) << sectorShift
+				part := stored.keyPart(k, e)
 				if q.c.crc && part.Len != k.Len {
 					part.CRC = ondisk.Checksum(f.at.bytes(f.buf, e))
 				}

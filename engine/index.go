@@ -309,7 +309,10 @@ func (s span) partsLocked(parts []extent, keep func(extent) bool) []extent {
 // has them, and reports whether there is that.
 func (s span) replaceClaimLocked(f *fill, e extent) bool {
 	if t := s.tableLocked(); t != nil {
-		if !s.blocks() || !f.claims(t.run(s.slotRange())) || t.run(s.slotRange()).n != s.n {
+		if !s.blocks() {
+			return false
+		}
+		if old := t.run(s.slotRange()); old.n != s.n || !f.claims(old) {
 			return false
 		}
 		s.setTableLocked(t, e, nil)

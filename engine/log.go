@@ -204,6 +204,17 @@ func (c *Cache) keySpan(k *ondisk.Key) (span, place) {
 	return s, s.place(k.Seg, uint16(k.SegOff>>sectorShift))
 }
 
+// keyPart returns the part of a key, whose span it is called for, that an extent covers. The
+// checksum is still that of all of it.
+func (s span) keyPart(k *ondisk.Key, e extent) ondisk.Key {
+	part := *k
+	skip := uint32(e.off-s.off) << sectorShift
+	part.Off += uint64(skip)
+	part.SegOff += skip
+	part.Len = uint32(e.n) << sectorShift
+	return part
+}
+
 // appendLocked writes one kset at the head, and leaves keep free segments alone.
 // Where memory does not take it, the log goes on in another segment; after any error
 // but errLogFull it cannot, and ends properly with the kset before.

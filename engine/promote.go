@@ -159,13 +159,8 @@ func (c *Cache) logCopies(to *promoter) error {
 			if len(to.logged) == ondisk.MaxKeys || c.crc && uint32(e.n)<<sectorShift != k.Len {
 				break
 			}
-			part := *k
-			skip := uint32(e.off-s.off) << sectorShift
-			part.Off += uint64(skip)
-			part.SegOff += skip
-			part.Len = uint32(e.n) << sectorShift
 			c.segments.all[k.Seg].refs.Add(1)
-			to.logged = append(to.logged, part)
+			to.logged = append(to.logged, s.keyPart(k, e))
 		}
 	}
 	if len(to.logged) == 0 {
