@@ -39,8 +39,7 @@ const (
 	settingsHold uint32 = 1 << 0 // of the flags: write-back is held
 )
 
-// Mode says where the data of a request goes. The names are those that dm-pcache
-// and dm-cache have for them.
+// Mode says where the data of a request goes.
 type Mode uint8
 
 const (

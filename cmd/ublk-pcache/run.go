@@ -96,9 +96,10 @@ The file has options of add, one a line:
   id = 0
 
 and possibly queues, depth, writeback-depth, data-crc, and whatever set can
-change, as in 'ublk-pcache set --help'. Paths begin with /. A value may be in quotes ("..." or '...'), and has to be if there is a #
-behind a space in it. Empty lines and those that begin with # do not count. Of
-more queues than there are CPUs, one for each CPU is made.
+change, as in 'ublk-pcache set --help'. Paths begin with /. A value may be in
+quotes ("..." or '...'), and has to be if there is a # behind a space in it.
+Empty lines and those that begin with # do not count. Of more queues than there
+are CPUs, one for each CPU is made.
 
 A device whose server has died is continued; a server that lives, and of which
 systemd does not know any more, becomes the service's again. Disk and pmem are
