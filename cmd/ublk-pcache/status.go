@@ -231,12 +231,13 @@ func size(n int64) string {
 // adds them, then the fields of dm_pcache_status (drivers/md/dm-pcache/
 // dm_pcache.c, Linux 7.3). The superblock's flags are 0 on every machine that
 // this runs on.
+// The segments of the window are not among its used ones: dm-pcache has no window, and would find them free.
 func printDM(id int, s *engine.Status) error {
 	info, err := ublk.Lookup(id)
 	if err != nil {
 		return err
 	}
 	_, err = fmt.Printf("0 %d pcache 0 %d %d %d %d %x %v %v %v\n", info.Size>>9,
-		s.Segments, s.Segments, s.UsedSegments, s.Settings.GCPercent, uint32(s.InfoFlags), s.KeyHead, s.DirtyTail, s.KeyTail)
+		s.Segments, s.Segments, s.UsedSegments-s.WindowSegments, s.Settings.GCPercent, uint32(s.InfoFlags), s.KeyHead, s.DirtyTail, s.KeyTail)
 	return err
 }
