@@ -88,6 +88,7 @@ soak:
 	go test -count=1 -timeout 0 -v ./engine -run '^TestModel$$' -model.cases=3000
 	go test -count=1 -timeout 0 -v ./engine -run '^TestMetamorphic$$' -meta.cases=3000
 	go test -count=1 -timeout 0 -v ./engine -run '^TestLinearizable$$' -linear.rounds=500
+	go test -count=1 -timeout 0 -v ./engine -run '^TestModeStorm$$' -storm.rounds=300
 	go test -count=1 -tags vm -timeout 0 -v ./tests -run 'TestPowerCutOfFiles$$' -cut.rounds=50
 	go test -count=1 -timeout 0 ./cmd/ublk-pcache -run '^$$' -fuzz FuzzControl -fuzztime 5m
 	$(storm) -guest '^TestUpgrade$$' -guest.flag=-upgrades=20

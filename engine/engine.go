@@ -10,7 +10,8 @@
 // Queue, hands it requests with Submit and ends every turn with Turn, which
 // makes what was submitted part of the cache and returns what is finished.
 // Everything else happens on goroutines of the cache's own: write-back
-// (writeback.go, round.go), garbage collection (gc.go), syncing (sync.go).
+// (writeback.go, round.go), garbage collection (gc.go), syncing (sync.go), the flushes for
+// writes around the cache (direct.go), and the answers to writers that are slowed (brake.go).
 //
 // # Shape
 //
@@ -137,6 +138,9 @@ type Cache struct {
 	fingerprint fingerprint
 	gc          collector
 	settings    settings
+	flushes     flushes
+	through     through
+	direct      direct
 	syncer      syncer
 
 	fills     fillTable
@@ -194,9 +198,7 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 		crc:  layout.Info.Flags.DataCRC(),
 		stop: make(chan struct{}), aborted: make(chan struct{}),
 	}
-	if err := c.settings.init(layout); err != nil {
-		return nil, err
-	}
+	c.settings.init(layout)
 	c.each, _ = mem.(eachReader)
 	c.index = newIndex(c.size)
 	for _, n := range layout.DamagedCopies {
@@ -215,6 +217,8 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 	c.gc.init()
 	c.writeback.init(c, o.WritebackDepth)
 	c.syncer.init()
+	c.flushes.init()
+	c.direct.init(c.size)
 	return c, nil
 }
 
@@ -224,9 +228,15 @@ func (c *Cache) start() {
 		c.queues[i] = newQueue(c, i)
 	}
 	c.running.Go(c.syncLoop)
+	c.running.Go(c.flushLoop)
 	c.workers.mu.Lock()
 	defer c.workers.mu.Unlock()
 	c.workLocked()
+	if promisesClean(c.settings.mode()) {
+		// What the last server did not come to, or the kernel has left.
+		_, written := c.journal.head()
+		c.writeback.demand(written)
+	}
 }
 
 // Queue returns queue i, from 0 to Options.Queues - 1. Any goroutine may ask for it; all
@@ -289,6 +299,7 @@ func (c *Cache) Abort() {
 	}
 	close(c.aborted)
 	c.wakeWriters()
+	c.through.abort()
 	for _, q := range c.queues {
 		q.wake()
 	}

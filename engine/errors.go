@@ -5,7 +5,6 @@ import "errors"
 // Errors of opening a cache.
 var (
 	ErrOptions       = errors.New("invalid option")
-	ErrMode          = errors.New("only the mode writeback is served")
 	ErrDiskTooSmall  = errors.New("the backing device is smaller than what the cache holds for it")
 	ErrKeyGeneration = errors.New("a key names a generation of its segment that does not exist yet")
 	ErrKeyInLog      = errors.New("a key names data inside the log")
@@ -37,6 +36,8 @@ var (
 	// ErrSync: a region that needs syncs has failed one, and the cache takes no more
 	// writes until it is opened again.
 	ErrSync = errors.New("sync the cache")
+	// ErrResting: the settings are another server's to read.
+	ErrResting = errors.New("the cache is being handed over")
 	// ErrAborted: the cache was told to give up what waits.
 	ErrAborted = errors.New("the cache is being removed and waits for nothing")
 	// ErrStopped: the cache was closed before the work was done.

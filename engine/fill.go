@@ -29,6 +29,8 @@ type fill struct {
 	err     error
 	keys    []ondisk.Key // where the data was stored, as far as it was
 	window  bool         // that is in the window
+	direct  bool         // it is a write of r, see direct.go
+	since   uint64       // of that, as flushDisk wants it
 	waiters []*Request   // under the lock of at's shard
 	done    func(error)  // finished, bound once
 	next    *fill
@@ -70,7 +72,7 @@ func (q *Queue) newFill() *fill {
 // addFill gives r one more thing to wait for.
 func (q *Queue) addFill(r *Request, s span, e extent) *fill {
 	f := q.newFill()
-	f.r, f.at, f.err, f.keys, f.window = r, s.sub(e), nil, f.keys[:0], false
+	f.r, f.at, f.err, f.keys, f.window, f.direct = r, s.sub(e), nil, f.keys[:0], false, false
 	f.buf, f.off = s.bytes(r.Buf, e), s.device(r, e)
 	f.next, r.fills = r.fills, f
 	return f
@@ -93,6 +95,15 @@ func (q *Queue) startFills(r *Request) {
 // finish is called by the disk.
 func (f *fill) finish(err error) {
 	f.err = err
+	if f.direct {
+		f.q.c.direct.landed(f)
+		return
+	}
+	f.answer()
+}
+
+// answer hands the request back to its queue if it lacks nothing else.
+func (f *fill) answer() {
 	if r := f.r; r.lacks.Add(-1) == 0 {
 		r.q.post(r)
 	}
@@ -128,7 +139,7 @@ func (q *Queue) abandonFills() {
 // waiting for it: a read never makes a write wait.
 func (q *Queue) takeFills(r *Request) {
 	c := q.c
-	passes := c.passes(r)
+	passes := c.passes(r) || !keepsReads(c.settings.mode()) || c.flushes.unsure.Load()
 	for f := r.fills; f != nil; {
 		next := f.next
 		err := c.errs.diskRead(f.off, f.err)

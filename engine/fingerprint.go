@@ -172,9 +172,10 @@ func (c *Cache) compareDisk(choice Choice, foreign bool) error {
 // flushes the disk first: the last writes of a server that died may be in the
 // disk's volatile cache only.
 func (c *Cache) readDisk() {
-	if err := c.flushDisk(nil); err != nil {
+	if err := c.flushDisk(c.flushes.failed.Load(), nil); err != nil {
 		err = fmt.Errorf("flush the backing device: %w", err)
 		c.writeback.failed(err) // until a round succeeds
+		c.flushes.unsure.Store(true)
 		c.log.Error("cannot take the fingerprint of the backing device", err)
 		c.fingerprint.now = ondisk.Fingerprint{}
 		return

@@ -59,7 +59,9 @@ type collector struct {
 	dropped  []references
 	walker   ondisk.Walker
 	promoter promoter
-	passed   int64 // bytes of collected keys, less somewhat more than those that got another round
+	lost     []int64 // stripes where it has forgotten more than it has collected, of this step
+	tail     uint64  // ksets that key_tail has passed
+	passed   int64   // bytes of collected keys, less somewhat more than those that got another round
 }
 
 func (g *collector) init() { g.kicked = make(chan struct{}, 1) }
@@ -145,6 +147,13 @@ func (c *Cache) gcStep() (changed bool, err error) {
 	if from == to {
 		c.clearLogDamage(cleaned)
 	}
+	if goesAround(c.settings.mode()) && !c.direct.isSure() {
+		sure, err := c.makeSure()
+		if err != nil {
+			return false, err
+		}
+		c.direct.set(&c.direct.mu.sure, sure)
+	}
 	needed := c.gcNeeded() || c.logDamage.Load() != nil
 	raised := c.raiseDying()
 	if c.pressed() {
@@ -153,7 +162,7 @@ func (c *Cache) gcStep() (changed bool, err error) {
 	// Where the log is to shrink first, what is hit in the window waits for that, as long as it
 	// will come about.
 	_, written := c.journal.head()
-	refilled := c.refill(!needed || from == to && (written == cleaned || c.pressed() || c.writeback.hindered()), !needed)
+	refilled := c.refill(!needed || from == to && (written == cleaned || c.pressed() || c.writeback.hindrance() != nil), !needed)
 	if needed && from == to && len(raised) == 0 {
 		c.pressWriteback(cleaned)
 	}
@@ -161,13 +170,17 @@ func (c *Cache) gcStep() (changed bool, err error) {
 	var dropped []references
 	if needed && from != to {
 		var end ondisk.Position
-		if end, dropped = c.collectKsets(from, to); end != from {
+		var ksets uint64
+		c.direct.set(&c.direct.mu.collecting, true)
+		if end, ksets, dropped = c.collectKsets(from, to, cleaned); end != from {
 			changed = true
 			if err := c.moveKeyTail(end); err != nil {
 				return false, err
 			}
 			freed = c.journal.passed(end, dropped)
+			c.gc.tail += ksets
 		} else {
+			c.direct.set(&c.direct.mu.collecting, false)
 			c.pressWriteback(cleaned) // it gets past the damage, too, and behind that
 		}
 	}
@@ -176,6 +189,13 @@ func (c *Cache) gcStep() (changed bool, err error) {
 	}
 	if err := c.persist(); err != nil {
 		return false, err
+	}
+	if changed {
+		sure, err := c.makeSure()
+		if err != nil {
+			return false, err
+		}
+		c.direct.passed(c.gc.tail, sure)
 	}
 	for _, seg := range append(freed, raised...) {
 		c.segments.addFree(seg)
@@ -187,10 +207,11 @@ func (c *Cache) gcStep() (changed bool, err error) {
 }
 
 // collectKsets forgets what the index has of the ksets from key_tail on, as many as
-// a step is to have. It returns where they end, and the segment of each key that
-// holds a reference.
-func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dropped []references) {
-	end, ksets, most := from, 0, gcKsets
+// a step is to have. Up to to there are cleaned, as dirty_tail counts them. It returns where they end, how many they are, and the segment of each
+// key that holds a reference.
+func (c *Cache) collectKsets(from, to ondisk.Position, cleaned uint64) (end ondisk.Position, ksets uint64, dropped []references) {
+	end = from
+	most := uint64(gcKsets)
 	dropped = c.gc.dropped[:0]
 	defer func() { c.gc.dropped = dropped }()
 	if !c.mem.Durable() {
@@ -208,14 +229,19 @@ func (c *Cache) collectKsets(from, to ondisk.Position) (end ondisk.Position, dro
 		return ksets < most
 	})
 	c.endPromotion(&c.gc.promoter)
+	_, written := c.journal.head()
+	for _, stripe := range c.gc.lost {
+		c.direct.lose(stripe, written)
+	}
+	c.gc.lost = c.gc.lost[:0]
 	if damage == nil || end != from {
-		return end, dropped
+		return end, ksets, dropped
 	}
 	c.noteLogDamage(damage, 0)
 	if dropped, damage = c.forgetHidden(to); damage != nil {
-		return from, nil
+		return from, 0, nil
 	}
-	return to, dropped
+	return to, cleaned - c.gc.tail, dropped
 }
 
 // forgetKey removes what the index still has of a key, but for what gets another round,
@@ -242,6 +268,13 @@ func (c *Cache) forgetKey(k *ondisk.Key) bool {
 		s.sub(e).cutLocked(nil)
 	}
 	s.sh.Unlock()
+	if k.Flags&ondisk.KeyZero != 0 || c.stale.of[k.Seg].Load() == nil {
+		// A younger key may name the same place: zeros, or what was logged again before
+		// Open. What was clean of that is gone, too.
+		if stripe := int64(k.Off / ondisk.StripeSize); len(g.lost) == 0 || g.lost[len(g.lost)-1] != stripe {
+			g.lost = append(g.lost, stripe)
+		}
+	}
 	for _, e := range hit {
 		if c.promote(&g.promoter, s, int64(k.Off), e) {
 			c.counts.again.Add(uint64(e.n) << sectorShift)

@@ -37,8 +37,8 @@ import (
 // cache is that of a server that was killed: Open finds everything.
 //
 // Invariant: between Rest and Resume nothing that replay starts from changes: no
-// generation, neither tail, no fingerprint, nothing on the disk. The sync mark
-// does, since flushes go on. The settings must be left alone (Set).
+// generation, neither tail, no fingerprint, no setting, nothing on the disk. The sync mark
+// does, since flushes go on.
 
 // Head is the end of the log.
 type Head struct {
@@ -110,6 +110,7 @@ func (c *Cache) tellToRest() (ended <-chan struct{}) {
 	w.mu.resume = false
 	if !w.mu.resting {
 		w.mu.resting, w.mu.ended = true, make(chan struct{})
+		c.settings.rest(true)
 		close(w.stop)
 		go c.awaitRest()
 	}
@@ -119,6 +120,7 @@ func (c *Cache) tellToRest() (ended <-chan struct{}) {
 func (c *Cache) awaitRest() {
 	w := &c.workers
 	w.running.Wait()
+	c.restDirect()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	close(w.mu.ended)
@@ -146,6 +148,8 @@ func (c *Cache) Resume() {
 func (c *Cache) workLocked() {
 	w := &c.workers
 	w.mu.resting = false
+	c.settings.rest(false)
+	c.direct.set(&c.direct.mu.resting, false)
 	w.stop = make(chan struct{})
 	w.running.Go(c.gcLoop)
 	w.running.Go(c.writebackLoop)

@@ -899,7 +899,7 @@ func (r *reading) checkLayout() error {
 	if n := len(l.Chain); n == 0 || n != int(l.Info.Segments) || l.Info.Flags.GCPercent() > 90 {
 		return fmt.Errorf("%+v with a chain of %d", l.Info, n)
 	}
-	if err := l.Settings.Validate(); err != nil || l.Settings.Mode != ondisk.WriteBack {
+	if err := l.Settings.Validate(); err != nil {
 		return fmt.Errorf("%+v: %w", l.Settings, err)
 	}
 	return nil

@@ -101,7 +101,12 @@ func (s *sweep) swept() {
 
 // forgetHidden is step 2: it returns the hidden references.
 func (c *Cache) forgetHidden(to ondisk.Position) (dropped []references, damage *ondisk.Damage) {
+	// Of clean data some is named behind to.
+	_, written := c.journal.head()
+	c.direct.lose(everywhere, written)
 	c.index.forgetClean()
+	_, written = c.journal.head() // of what has come meanwhile some is forgotten, too
+	c.direct.lose(everywhere, written)
 	head, hidden := c.journal.account()
 	damage = c.walk(&c.gc.walker, to, head, func(k *ondisk.Kset, _ ondisk.Position) bool {
 		for i := range k.Keys {

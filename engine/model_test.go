@@ -479,7 +479,7 @@ func (m *model) collect(t *rapid.T) {
 func (m *model) turnKnobs(t *rapid.T) {
 	percent := rapid.IntRange(0, 90).Draw(t, "percent")
 	cutoff := rapid.SampledFrom([]int64{0, sectorSize, 8 << 10, 4 << 20}).Draw(t, "cutoff")
-	if err := m.cache.Set(func(s *Settings) error {
+	if err := m.cache.Set(context.Background(), func(s *Settings) error {
 		s.GCPercent, s.SeqCutoff = percent, cutoff
 		return nil
 	}); err != nil {

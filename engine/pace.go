@@ -7,7 +7,7 @@ import "time"
 // one transfer.
 //
 // It is for the sake of those who use the disk for something else, and gives way to those who
-// wait for the cache: a flush, a writer without room. They kick write-back, which ends a
+// wait for the cache: a flush, a writer without room, a write that is answered from the disk. They kick write-back, which ends a
 // pause; what it does then is decided anew, and once nobody waits any more the rate counts
 // again from there on.
 type pace struct {
@@ -47,5 +47,5 @@ func (c *Cache) hurried() bool {
 	w.mu.Lock()
 	flushing := len(w.mu.waiters) > 0
 	w.mu.Unlock()
-	return flushing || c.pressed()
+	return flushing || c.through.waits.Load() > 0 || c.pressed()
 }

@@ -188,7 +188,7 @@ func TestLineOrder(t *testing.T) {
 	a, b, c := d.queues[0], d.queues[1], d.queues[2]
 	line := []*Request{{q: a}, {q: a}, {q: b}, {q: a}, {q: c}}
 	for i, r := range line {
-		r.stage, r.Op, r.Len = stageSynced, Write, 0 // comes back and is nothing else
+		r.stage, r.Op, r.Len = stageAnswered, Write, 0 // comes back and is nothing else
 		d.space.park(r, i == 0 || i == 2)
 	}
 	var taken []uint32

@@ -56,11 +56,12 @@ type Queue struct {
 		bufs  [readBatch][]byte
 		offs  [readBatch]int64
 	}
-	pieces   []extent // scratch of a read
-	whole    []byte   // likewise
-	freeFill *fill
-	stalled  atomic.Bool  // the log was full at the last commit
-	since    atomic.Int64 // when it first was, as sinceStart counts
+	pieces     []extent // scratch of a read
+	whole      []byte   // likewise
+	freeFill   *fill
+	committing atomic.Bool  // it obeys the mode that it has looked at
+	stalled    atomic.Bool  // the log was full at the last commit
+	since      atomic.Int64 // when it first was, as sinceStart counts
 
 	abandoned bool // abandonFills was called
 
@@ -85,7 +86,7 @@ type counts struct {
 	windowHits                    uint64 // of the hits, those in the window
 	ghostHits                     uint64 // of the misses, those of what had just left it
 	readBytes, writeBytes         uint64
-	bypassed                      uint64 // bytes that were read from the disk and not kept, since they are of a stream
+	bypassed                      uint64 // bytes that were read from the disk and not kept
 }
 
 // show lets others see what the queue has done.
@@ -221,7 +222,9 @@ func (q *Queue) takeInbox() {
 			q.read(r)
 		case stageFilled:
 			q.takeFills(r)
-		case stageSynced:
+		case stageDirect:
+			q.endDirect(r)
+		case stageAnswered:
 			q.finished = append(q.finished, r)
 		}
 	}
@@ -252,12 +255,18 @@ func (q *Queue) commit() {
 	if len(q.turn) == 0 && len(q.filled) == 0 && len(q.keys) == 0 {
 		return
 	}
+	q.committing.Store(true) // before the mode is looked at, see awaitTurns
+	through := promisesClean(q.c.settings.mode())
+	if through {
+		q.c.register(q)
+	}
 	done, err := q.commitKeys()
 	// Mostly there is nothing to note.
 	if err != nil || len(q.keys) > 0 || q.stalled.Load() {
 		q.noteStall(err)
 	}
-	q.finishTurn(done, err)
+	q.finishTurn(done, err, through)
+	q.committing.Store(false)
 	for _, f := range q.filled {
 		q.endFill(f)
 	}
@@ -313,7 +322,8 @@ func (q *Queue) noteStall(err error) {
 }
 
 // finishTurn finishes the requests whose keys are among the first done, or which have failed.
-func (q *Queue) finishTurn(done uint64, err error) {
+func (q *Queue) finishTurn(done uint64, err error, through bool) {
+	c := q.c
 	stay := q.turn[:0]
 	for _, r := range q.turn {
 		if r.last > done {
@@ -321,10 +331,21 @@ func (q *Queue) finishTurn(done uint64, err error) {
 				stay = append(stay, r)
 				continue
 			}
-			r.Err = err
+			if r.Err = err; r.through {
+				c.through.forget(r)
+			}
 		}
-		if r.Err == nil && !q.c.mem.Durable() && (r.Op == Flush || r.FUA) {
-			q.c.syncer.add(r)
+		if r.through && !through {
+			c.through.forget(r)
+		}
+		switch {
+		case r.Err != nil:
+		case through && (r.Op == Write || r.Op == Zero):
+			_, written := c.journal.head()
+			c.awaitDisk(r, written)
+			continue
+		case (r.Op == Flush || r.FUA) && !c.mem.Durable():
+			c.syncer.add(r)
 			continue
 		}
 		q.finished = append(q.finished, r)

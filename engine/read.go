@@ -1,6 +1,10 @@
 package engine
 
-import "fmt"
+import (
+	"fmt"
+
+	"ublk-pcache/ondisk"
+)
 
 // A read pins the segments that the index leads it to, copies without any lock, and
 // unpins. For what the index does not have it claims the hole with a fill, which reads
@@ -107,6 +111,8 @@ func (q *Queue) answer(r *Request, s span, hits []extent) {
 		case err != nil:
 			// The disk has it too. The extent goes, and the disk's answer is
 			// not put in its place by this fill, which the index does not know.
+			_, written := c.journal.head()
+			c.direct.lose(r.Off/ondisk.StripeSize, written)
 			c.index.forget(s.sub(e), s.sub(e).place(e.seg, e.pos), nil)
 			q.addFill(r, s, e)
 		}

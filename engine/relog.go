@@ -228,6 +228,8 @@ func (c *Cache) appendAgainLocked(keys []ondisk.Key, keep int) error {
 		}
 		for i := range some {
 			c.segments.all[some[i].Seg].refs.Add(1)
+			// Two keys have one place now, and the index forgets both with the first.
+			c.direct.lose(int64(some[i].Off/ondisk.StripeSize), c.journal.mu.written)
 		}
 		keys = keys[len(some):]
 	}

@@ -39,16 +39,26 @@ type Request struct {
 	fills   *fill  // what a read still lacks, linked by next
 	lacks   atomic.Int32
 	passage passage // of what they read, see streams.go
+
+	// Of a write that waits for write-back, see through.go, under its lock.
+	through bool   // it is known there
+	number  uint64 // in the order in which they came
+	triedAt uint64 // through.done when it was first in front of that
+	overBy  uint64 // the last then that may have overwritten it, 0 before
+	from    uint64 // the kset that it is logged behind, or with
+	until   uint64 // the kset that it is logged in front of, 0 while it is not
+	refused error  // why the disk does not have all of it
 }
 
 // stage says how a request that comes back to its queue goes on.
 type stage uint8
 
 const (
-	stageWrite  stage = iota // there may be space, or nobody will have any
-	stageRead                // somebody else's fill is done
-	stageFilled              // its own fills are done
-	stageSynced              // the region is synced
+	stageWrite    stage = iota // there may be space, or nobody will have any
+	stageRead                  // somebody else's fill is done
+	stageFilled                // its own fills are done
+	stageDirect                // the disk is done with a write that goes around the cache
+	stageAnswered              // what else it waited for has come about
 )
 
 // size returns how many bytes r covers.

@@ -186,7 +186,7 @@ func (l *loop) run() {
 
 // setGC makes garbage collection keep the cache at most n percent full.
 func (c *Cache) setGC(n int) error {
-	return c.Set(func(s *Settings) error {
+	return c.Set(context.Background(), func(s *Settings) error {
 		s.GCPercent = n
 		return nil
 	})

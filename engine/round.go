@@ -3,6 +3,7 @@ package engine
 import (
 	"cmp"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 	"ublk-pcache/ondisk"
@@ -64,6 +65,15 @@ func (w *writeback) sortParts() {
 	}
 }
 
+// keyOf returns the kset that names a part, or the last there can be where that is not known: a
+// sweep finds parts without their keys, and zeros by an older key for the same.
+func (w *writeback) keyOf(p *part) uint64 {
+	if w.sweep.on || p.zero() {
+		return math.MaxUint64
+	}
+	return p.key.ksets
+}
+
 func (p *part) len() int { return int(p.e.n) << sectorShift }
 
 func (p *part) zero() bool { return p.e.flags&extZero != 0 }
@@ -119,6 +129,10 @@ func (c *Cache) round(until uint64) error {
 		return err
 	}
 	w.sortParts()
+	if err := c.awaitDirect(w.parts); err != nil {
+		w.deferAgain(w.parts, err)
+		return err
+	}
 	if err := c.writeParts(); err != nil {
 		w.deferAgain(w.parts, err)
 		return err
@@ -140,6 +154,9 @@ func (c *Cache) round(until uint64) error {
 	none := refused == len(w.parts) && fresh > max(0, room)
 	// Before dirty_tail moves: after that a part's place may soon be another's.
 	for i := range w.parts {
+		if p := &w.parts[i]; p.err != nil {
+			c.through.refuse(p, w.keyOf(p))
+		}
 		switch p := &w.parts[i]; {
 		case p.err == nil:
 			w.scratch = c.index.clean(p.s, p.s.place(p.e.seg, p.e.pos), w.scratch)
@@ -176,6 +193,7 @@ func (c *Cache) writeParts() error {
 	if len(w.parts) == 0 {
 		return nil
 	}
+	since := c.flushes.failed.Load()
 	if err := c.transferParts(w.parts, w.shorten); err != nil {
 		return err
 	}
@@ -202,7 +220,7 @@ func (c *Cache) writeParts() error {
 	if failed == len(w.parts) {
 		return nil
 	}
-	if err := c.flushDisk(c.workers.stop); err == errRest || err == ErrAborted {
+	if err := c.flushDisk(since, c.workers.stop); err == errRest || err == ErrAborted {
 		return err
 	} else if err != nil {
 		c.errs.rounds.Add(1)

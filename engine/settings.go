@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"runtime"
@@ -21,9 +22,12 @@ type Settings struct {
 // settings are stored before they count. They are in two records, since the kernel
 // knows one of them.
 type settings struct {
-	now atomic.Pointer[Settings] // what counts; nobody changes what it points to
-	mu  struct {
+	now      atomic.Pointer[Settings] // what counts; nobody changes what it points to
+	obeyed   atomic.Uint32            // the mode, which counts before it is stored, see mode.go
+	changing chan struct{}            // has room while nobody changes any
+	mu       struct {
 		sync.Mutex // held over stores and syncs
+		resting    bool
 		info       ondisk.Info
 		infoAt     ondisk.Replica
 		at         ondisk.Replica
@@ -31,10 +35,8 @@ type settings struct {
 	}
 }
 
-func (s *settings) init(l *ondisk.Layout) error {
-	if l.Settings.Mode != ondisk.WriteBack {
-		return fmt.Errorf("%w: %v", ErrMode, l.Settings.Mode)
-	}
+func (s *settings) init(l *ondisk.Layout) {
+	s.changing = make(chan struct{}, 1)
 	s.mu.info, s.mu.infoAt = l.Info, l.InfoCopies.Newest
 	s.mu.at = l.SettingsCopies.Newest
 	switch {
@@ -44,7 +46,14 @@ func (s *settings) init(l *ondisk.Layout) error {
 		s.mu.lacking = 1
 	}
 	s.now.Store(&Settings{l.Settings, l.Info.Flags.GCPercent()})
-	return nil
+	s.obeyed.Store(uint32(l.Settings.Mode))
+}
+
+// rest says whether the settings must be left alone.
+func (s *settings) rest(resting bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.resting = resting
 }
 
 // Settings returns what counts now. Any goroutine.
@@ -58,14 +67,24 @@ func (s *settings) infoFlags() ondisk.InfoFlags {
 }
 
 // Set makes the settings those that change makes of the present ones: all, or with an
-// error none. Its error is that of change, that of Validate, or what keeps
-// them from being stored. A power cut while it runs may leave the gc percentage
-// unchanged and the others not, since they are in two records. Any goroutine. It must
-// not be called between Rest and Resume.
-func (c *Cache) Set(change func(*Settings) error) error {
+// error none. For a mode that promises a clean cache it first waits until all that is dirty
+// has been written back, or ctx ends. Its error is that of change, of Validate or of
+// Flush, what keeps them from being stored, or ErrResting between Rest and
+// Resume. A power cut while it runs may leave the gc percentage
+// unchanged and the others not, since they are in two records. Any goroutine, one after
+// the other.
+func (c *Cache) Set(ctx context.Context, change func(*Settings) error) error {
 	s := &c.settings
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	select {
+	case s.changing <- struct{}{}:
+	default: // what need not wait does not ask whether anybody waits for it
+		select {
+		case s.changing <- struct{}{}:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	defer func() { <-s.changing }()
 	old := *s.now.Load()
 	wanted := old
 	if err := change(&wanted); err != nil {
@@ -73,6 +92,33 @@ func (c *Cache) Set(change func(*Settings) error) error {
 	}
 	if err := wanted.Validate(); err != nil {
 		return err
+	}
+	err := c.prepareMode(ctx, old.Mode, wanted.Mode)
+	if err == nil {
+		err = c.store(old, wanted)
+	}
+	if err != nil {
+		c.obey(old.Mode)
+		return err
+	}
+	c.obey(wanted.Mode)
+	c.gc.kick()
+	c.writeback.kick()
+	return nil
+}
+
+// store is the part of Set that changes the media.
+func (c *Cache) store(old, wanted Settings) error {
+	s := &c.settings
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	select {
+	case <-c.stop: // the region may be another's by now
+		return ErrStopped
+	default:
+	}
+	if s.mu.resting {
+		return ErrResting
 	}
 	runtime.LockOSThread() // a fence is for the stores of its own thread
 	defer runtime.UnlockOSThread()
@@ -90,12 +136,10 @@ func (c *Cache) Set(change func(*Settings) error) error {
 		}
 	}
 	s.now.Store(&wanted)
-	c.gc.kick()
-	c.writeback.kick()
 	return nil
 }
 
-// Validate returns nil for settings that a cache can have, and otherwise ErrMode or
+// Validate returns nil for settings that a cache can have, and otherwise
 // ondisk.ErrSettings.
 func (s *Settings) Validate() error {
 	switch err := s.Settings.Validate(); {
@@ -103,8 +147,6 @@ func (s *Settings) Validate() error {
 		return err
 	case s.GCPercent < 0 || s.GCPercent > ondisk.MaxGCPercent:
 		return fmt.Errorf("%w: gc_percent %d is not within 0 to %d", ondisk.ErrSettings, s.GCPercent, ondisk.MaxGCPercent)
-	case s.Mode != ondisk.WriteBack:
-		return fmt.Errorf("%w: %v", ErrMode, s.Mode)
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"errors"
 	"math/rand/v2"
 	"testing"
@@ -13,7 +14,7 @@ import (
 // set changes the settings.
 func set(t testing.TB, c *Cache, change func(*Settings)) {
 	t.Helper()
-	if err := c.Set(func(s *Settings) error { change(s); return nil }); err != nil {
+	if err := c.Set(context.Background(), func(s *Settings) error { change(s); return nil }); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -62,13 +63,12 @@ func TestSettingsAllOrNone(t *testing.T) {
 		want   error
 	}{
 		"the caller":  {func(s *Settings) error { s.IdleAfter = 0; return refused }, refused},
-		"mode":        {func(s *Settings) error { s.IdleAfter, s.Mode = 0, ondisk.WriteThrough; return nil }, ErrMode},
 		"no mode":     {func(s *Settings) error { s.IdleAfter, s.Mode = 0, 9; return nil }, ondisk.ErrSettings},
 		"gc_percent":  {func(s *Settings) error { s.IdleAfter, s.GCPercent = 0, 91; return nil }, ondisk.ErrSettings},
 		"gc_percent-": {func(s *Settings) error { s.IdleAfter, s.GCPercent = 0, -1; return nil }, ondisk.ErrSettings},
 		"dirty_low":   {func(s *Settings) error { s.GCPercent, s.DirtyHigh, s.DirtyLow = 50, 20, 30; return nil }, ondisk.ErrSettings},
 	} {
-		if err := c.Set(x.change); !errors.Is(err, x.want) || c.Settings() != old {
+		if err := c.Set(context.Background(), x.change); !errors.Is(err, x.want) || c.Settings() != old {
 			t.Errorf("%s: %v, %+v", name, err, c.Settings())
 		}
 	}
@@ -83,7 +83,7 @@ func TestSettingsAllOrNone(t *testing.T) {
 	} {
 		name, off := c2.name, c2.off
 		m.Poison(off, 8)
-		if err := c.Set(both); err == nil || c.Settings() != old {
+		if err := c.Set(context.Background(), both); err == nil || c.Settings() != old {
 			t.Errorf("%s cannot be stored: %v, %+v", name, err, c.Settings())
 		}
 		if l, err := ondisk.ReadLayout(m, m.Size()); err != nil || l.Settings != old.Settings || l.Info.Flags.GCPercent() != old.GCPercent {
@@ -92,23 +92,10 @@ func TestSettingsAllOrNone(t *testing.T) {
 		m.Mend()
 		m.Zero(off, 8)
 	}
-	if err := c.Set(both); err != nil {
+	if err := c.Set(context.Background(), both); err != nil {
 		t.Error(err)
 	}
 	c.Close()
-}
-
-// TestOpenRefusesModes: a promise that cannot be kept is not made.
-func TestOpenRefusesModes(t *testing.T) {
-	m := pmem.NewFake(ondisk.MinSize)
-	formatSmall(t, m, 8, false, 70)
-	s := ondisk.DefaultSettings()
-	s.Mode = ondisk.WriteThrough
-	var p [ondisk.SettingsSize]byte
-	store(t, m, p[:], ondisk.EncodeSettings(p[:], ondisk.Replica{}.Next(), &s))
-	if _, err := Open(m, fakeDisk{deadDisk(t)}, Options{Queues: 1, Log: &testLog{}}); !errors.Is(err, ErrMode) {
-		t.Error(err)
-	}
 }
 
 // TestSettingsPowerCut cuts the power at every store and fence of a change, with the words

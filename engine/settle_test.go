@@ -271,8 +271,8 @@ func TestNothingRestsOnAFailedSync(t *testing.T) {
 	r.mustRest(t)
 	r.write(t, 0, stamped(0, 8, 1))
 	m.fails.Store(true)
-	if err := r.setGC(60); !errors.Is(err, syscall.EIO) {
-		t.Errorf("a setting that could not be kept: %v", err)
+	if err := r.do(0, &Request{Op: Flush}); !errors.Is(err, syscall.EIO) {
+		t.Errorf("a flush that could not sync: %v", err)
 	}
 	m.fails.Store(false)
 	if s := r.Status(); s.State != Failed {

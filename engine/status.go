@@ -76,10 +76,12 @@ type Status struct {
 	Reads, Writes, Flushes, Zeros uint64
 	ReadBytes, WriteBytes         uint64
 	Hits, Misses                  uint64
-	Bypassed                      uint64 // bytes of misses that were not kept, since they are of a stream
+	Bypassed                      uint64 // bytes of misses that were not kept, since they are of a stream or the mode keeps no reads
 	WindowHits                    uint64 // of the hits, those in the window
 	GhostHits                     uint64 // of the misses, those of what had just left it
 	Promoted, Again               uint64 // bytes that were kept because they were hit: from the window, and at the end of the log
+	DirectWrites                  uint64 // writes that went to the disk alone
+	DirectWriteErrors             uint64 // of those
 	WrittenBack                   uint64
 	Ksets, Tried                  uint64        // in the log, and those that write-back has come to
 	RoundBytes                    int64         // of the dirty bytes, written but not flushed yet
@@ -121,6 +123,7 @@ func (c *Cache) Status() Status {
 		WritebackErrors: c.errs.rounds.Load(),
 		BadSegments:     c.segments.badList(),
 	}
+	s.DirectWrites, s.DirectWriteErrors = c.direct.writes.Load(), c.direct.errors.Load()
 	s.Promoted, s.Again = c.counts.promoted.Load(), c.counts.again.Load()
 	s.KeyHead, s.Ksets = c.journal.head()
 	s.DirtyTail, _ = c.tails.dirtyTail()

@@ -76,7 +76,7 @@ func (s *syncer) kick() {
 }
 
 func (s *syncer) add(r *Request) {
-	r.stage = stageSynced
+	r.stage = stageAnswered
 	s.mu.Lock()
 	s.mu.list = append(s.mu.list, r)
 	s.mu.Unlock()

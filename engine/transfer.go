@@ -2,7 +2,9 @@ package engine
 
 import (
 	"fmt"
+	"sync/atomic"
 	"time"
+
 	"ublk-pcache/ondisk"
 )
 
@@ -174,11 +176,44 @@ func (c *Cache) load(buf []byte, p *part) error {
 	return nil
 }
 
-// flushDisk flushes the disk, or does not wait for that any longer when nobody
-// relies on it: a closed channel says so.
-func (c *Cache) flushDisk(rest <-chan struct{}) error {
+// flushes are those of the disk. Two use it, write-back and what goes around the cache, and a
+// disk tells of a failure once: the next flush succeeds without what was lost. So they go one
+// after the other, and who has written since one failed is told of that one.
+type flushes struct {
+	turn   chan struct{} // has room while none is under way
+	failed atomic.Uint64 // how many have
+	last   atomic.Pointer[failure]
+	unsure atomic.Bool // one has failed that was for writes around the cache, and none succeeded since
+}
+
+func (f *flushes) init() { f.turn = make(chan struct{}, 1) }
+
+// flushDisk flushes the disk for what was written since flushes.failed was since, or does not
+// wait for that any longer when nobody relies on it: a closed channel says so.
+func (c *Cache) flushDisk(since uint64, rest <-chan struct{}) error {
+	f := &c.flushes
+	select {
+	case f.turn <- struct{}{}:
+	case <-rest:
+		return errRest
+	case <-c.aborted:
+		return ErrAborted
+	}
 	done := make(chan error, 1)
-	c.disk.Flush(func(err error) { done <- err })
+	c.disk.Flush(func(err error) {
+		if err == nil {
+			f.unsure.Store(false)
+		}
+		switch {
+		case err != nil:
+			f.last.Store(&failure{err})
+			f.failed.Add(1)
+		case f.failed.Load() != since:
+			err = fmt.Errorf("one has failed before: %w", f.last.Load().err)
+		}
+		<-f.turn
+		done <- err
+	})
 	select {
 	case err := <-done:
 		return err

@@ -18,8 +18,13 @@ func (q *Queue) write(r *Request) {
 	c := q.c
 	if err := c.failure(); err != nil {
 		q.leaveLine(r)
-		r.Err = err
+		if r.Err = err; r.through {
+			c.through.forget(r)
+		}
 		q.finished = append(q.finished, r)
+		return
+	}
+	if r.Op == Write && goesAround(c.settings.mode()) && q.writeDirect(r) {
 		return
 	}
 	if q.stalled.Load() || r.ticket == 0 && (len(q.line) > 0 || c.space.parked.Load() > 0) {

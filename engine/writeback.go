@@ -277,11 +277,11 @@ func (c *Cache) answerFlushes(err error) {
 	})
 }
 
-// hindered reports whether something keeps data from the disk.
-func (w *writeback) hindered() bool {
+// hindrance returns what keeps data from the disk, nil if nothing does.
+func (w *writeback) hindrance() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.mu.err != nil
+	return w.mu.err
 }
 
 // failed is called when the disk has failed outside a round.
@@ -340,6 +340,7 @@ func (c *Cache) writebackLoop() {
 			return
 		}
 		c.answerFlushes(err)
+		c.through.roundEnded(w.at.ksets, err)
 		if c.failure() == ErrAborted {
 			return // the transfers under way still have their parts of the round
 		}
@@ -414,7 +415,7 @@ func (c *Cache) outlook(written uint64, writers *activity, flushing bool, flushe
 	_, o.cleaned = c.tails.dirtyTail()
 	pressed := w.tail.Load() == o.cleaned+1 && (s.Writeback || c.pressed())
 	quiet := writers.quietSince(o.now, o.written)
-	if s.Writeback || flushing || pressed {
+	if s.Writeback || flushing || pressed || promisesClean(c.settings.mode()) || c.through.waits.Load() > 0 {
 		o.until = w.want.Load()
 		o.retryAt, o.retry = w.nextRetry()
 		if s := &w.skipped; s.on && (!o.retry || s.next.Before(o.retryAt)) {

@@ -26,9 +26,7 @@ func TestYoungestStaysDirty(t *testing.T) {
 	disk := backing.NewFake(blocks*block, sectorSize, 1)
 	defer disk.Close()
 	r := newRig(t, mem, disk, 1)
-	r.mustRest(t)
 	set(t, r.Cache, func(s *Settings) { s.IdleAfter = time.Hour })
-	r.Resume()
 	for v := range uint64(times) {
 		for i := range int64(blocks) {
 			r.write(t, i*block, stamped(i*block/sectorSize, block/sectorSize, 1+v))

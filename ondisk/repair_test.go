@@ -167,7 +167,7 @@ func newPatient(t testing.TB, crc bool, seed uint64) *patient {
 		must(t, err)
 		turns(s, 15)
 		must(t, s.Flush(context.Background()))
-		must(t, s.Set(func(s *engine.Settings) error {
+		must(t, s.Set(context.Background(), func(s *engine.Settings) error {
 			s.SeqCutoff += 4 << 20
 			return nil
 		}))

@@ -39,19 +39,19 @@ const (
 	settingsHold uint32 = 1 << 0 // of the flags: write-back is held
 )
 
-// Mode says where the data of a request goes.
+// Mode says when a write is answered and what is kept (engine/mode.go).
 type Mode uint8
 
 const (
 	// WriteBack answers a write when it is in the cache.
 	WriteBack Mode = iota
-	// WriteThrough answers a write when it is on the disk as well.
+	// WriteThrough answers a write when the disk has it as well, and has flushed it.
 	WriteThrough
-	// WriteAround writes to the disk alone.
+	// WriteAround is WriteThrough, and writes to the disk alone where nothing is cached.
 	WriteAround
-	// WriteOnly keeps what is written, and nothing that is read.
+	// WriteOnly is WriteBack, and keeps nothing that is read.
 	WriteOnly
-	// PassThrough neither serves nor keeps anything.
+	// PassThrough is WriteAround, and keeps nothing that is read. What is cached is served.
 	PassThrough
 )
 

@@ -55,7 +55,10 @@ what becomes of that:
 
   overwrite  written over what is on BACKING now, before the device appears.
              This can be given also where the change was not noticed.
-  discard    given up. Only where the change was noticed.`,
+  discard    given up. Only where the change was noticed.
+
+With a --mode that promises a clean cache ('ublk-pcache set --help') all dirty data
+is written to BACKING before the device appears.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o, err := a.options(cmd.Flags())

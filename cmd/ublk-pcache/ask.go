@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,11 +17,11 @@ import (
 
 // The other end of the control socket: whoever gives a command.
 //
-// A flush may take hours, and a server that has been stopped, or that hangs,
-// says as little meanwhile. So where no answer comes for a while a second
-// connection asks for the status, which a server always has at hand. Any answer
-// to that, a refusal too, is a sign of life. It takes nothing that older servers
-// do not have, and these refuse what they do not know.
+// A flush, or a set that drains, may take hours, and a server that has been
+// stopped, or that hangs, says as little meanwhile. So where no answer comes for a
+// while a second connection asks for the status, which a server always has at
+// hand. Any answer to that, a refusal too, is a sign of life. It takes nothing that
+// older servers do not have, and these refuse what they do not know.
 
 var (
 	// lifeSign is how long a server may say nothing before it is looked after:
@@ -40,9 +41,13 @@ var errNoAnswer = errors.New("died before it answered")
 
 // ask sends a command to the server of a device and returns its answer. If that
 // server ends for another one to follow, it is the other one that answers.
-func ask(id int, cmd command) (*reply, error) {
+func ask(id int, cmd command) (*reply, error) { return askUntil(context.Background(), id, cmd) }
+
+// askUntil is ask for what can be broken off: when ctx ends, the server is told to, and
+// answers what has come of it.
+func askUntil(ctx context.Context, id int, cmd command) (*reply, error) {
 	for successors := 0; ; successors++ {
-		r, pid, err := askOnce(id, cmd)
+		r, pid, err := askOnce(ctx, id, cmd)
 		// An upgrade that was not answered may have been the reason.
 		if !errors.Is(err, errNoAnswer) || cmd.Do == "upgrade" || successors == maxSuccessors {
 			return r, err
@@ -54,7 +59,7 @@ func ask(id int, cmd command) (*reply, error) {
 }
 
 // askOnce asks the server that is there now, the process pid.
-func askOnce(id int, cmd command) (r *reply, pid int, err error) {
+func askOnce(ctx context.Context, id int, cmd command) (r *reply, pid int, err error) {
 	conn, pid, err := dial(id)
 	if err != nil {
 		return nil, 0, unreachableError(id, err)
@@ -65,18 +70,22 @@ func askOnce(id int, cmd command) (r *reply, pid int, err error) {
 		err error
 	}
 	answered := make(chan answer, 1)
+	// A server that refuses does not wait for the command, so an error here is
+	// not the end of it. A new socket has room for it.
+	sent := json.NewEncoder(conn).Encode(cmd)
 	go func() {
-		// A server that refuses does not wait for the command, so an error here is
-		// not the end of it.
-		sent := json.NewEncoder(conn).Encode(cmd)
 		var a answer
 		if err := json.NewDecoder(conn).Decode(&a.reply); err != nil {
 			a.err = fmt.Errorf("the server of device %d %w: %w", id, errNoAnswer, errors.Join(sent, err))
 		}
 		answered <- a
 	}()
+	brokenOff := ctx.Done()
 	for {
 		select {
+		case <-brokenOff:
+			conn.CloseWrite() // see serveClient
+			brokenOff = nil
 		case a := <-answered:
 			if a.err == nil && a.Error != "" {
 				a.err = errors.New(a.Error)

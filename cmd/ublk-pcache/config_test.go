@@ -20,14 +20,14 @@ func config(t *testing.T, text string) string {
 }
 
 func TestConfig(t *testing.T) {
-	path := config(t, "# a comment\n\npmem = /dev/dax0.0\n backing=/dev/sdb\nid = 3\nqueues = 1\ngc-percent = 0\n")
+	path := config(t, "# a comment\n\npmem = /dev/dax0.0\n backing=/dev/sdb\nid = 3\nqueues = 1\ngc-percent = 0\nmode = writethrough\n")
 	o, err := readConfig(path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	d := o.Device
 	if d.PMEM != "/dev/dax0.0" || d.Backing != "/dev/sdb" || d.ID != 3 || d.Queues != 1 || d.Depth != 128 ||
-		o.Settings["gc_percent"] != "0" || o.DataCRC != nil || !o.Foreground || !o.Existing {
+		o.Settings["gc_percent"] != "0" || o.Settings["mode"] != "writethrough" || o.DataCRC != nil || !o.Foreground || !o.Existing {
 		t.Errorf("%+v", o)
 	}
 	const good = "pmem = /dev/dax0.0\nbacking = /dev/sdb\n"
@@ -44,6 +44,7 @@ func TestConfig(t *testing.T) {
 		{good + "writeback-depth = 1000", `data.conf:3: writeback-depth 1000: give`},
 		{good + "gc_percent = 91", `data.conf:3: gc-percent 91: give 0 to 90`},
 		{good + "seq_cutoff = 4X", `data.conf:3: seq-cutoff 4X: give bytes`},
+		{good + "mode = fast", `data.conf:3: mode fast: give writeback, writeonly, writethrough, writearound or passthrough`},
 		{good + "writeback = yes", `data.conf:3: writeback yes: give on or off`},
 		{good + "dirty_high = 0", `data.conf:3: dirty-high 0: give 1 to 90, or auto`},
 		{good + "id = -1", `data.conf:3: id -1: give 0 to 1048575`},

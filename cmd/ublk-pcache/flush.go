@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"os"
 	"time"
 
@@ -24,45 +25,54 @@ confirmed its flush; the data stays in the cache, clean.`,
 			if err != nil {
 				return err
 			}
-			done := make(chan error, 1)
-			go func() {
-				_, err := ask(id, command{Do: "flush"})
-				done <- err
-			}()
-			return showProgress(done, func() (int64, error) {
-				r, err := ask(id, command{Do: "status"})
-				if err != nil {
-					return 0, err
-				}
-				return r.Status.DirtyBytes - r.Status.RoundBytes, nil
-			})
+			return askShowing(context.Background(), id, command{Do: "flush"})
 		},
 	}
 }
 
+// askShowing is askUntil for a command that may have to wait until dirty data has been
+// written back.
+func askShowing(ctx context.Context, id int, cmd command) error {
+	done := make(chan error, 1)
+	go func() {
+		_, err := askUntil(ctx, id, cmd)
+		done <- err
+	}()
+	return showProgress(done, func() (int64, error) {
+		r, err := ask(id, command{Do: "status"})
+		if err != nil {
+			return 0, err
+		}
+		return r.Status.DirtyBytes - r.Status.RoundBytes, nil
+	})
+}
+
 // showProgress waits until done, and meanwhile draws how much is left of the
-// dirty data if somebody sits in front of it.
+// dirty data if that takes a while and somebody sits in front of it.
 func showProgress(done <-chan error, left func() (int64, error)) error {
 	if !term.IsTerminal(int(os.Stderr.Fd())) {
 		return <-done
 	}
 	total, err := left()
-	if err != nil {
-		return err
-	}
-	if total == 0 {
+	if err != nil || total <= 0 {
 		return <-done
 	}
-	bar := progressbar.DefaultBytes(total, "flushing")
 	tick := time.NewTicker(progressEvery)
 	defer tick.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-tick.C:
+	}
+	bar := progressbar.DefaultBytes(total, "flushing")
 	for {
 		select {
 		case err := <-done:
 			if err == nil {
 				bar.Finish()
+			} else if !bar.IsFinished() {
+				bar.Exit() // the error gets a line of its own
 			}
-			bar.Close()
 			return err
 		case <-tick.C:
 			if now, err := left(); err == nil {

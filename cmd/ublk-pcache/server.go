@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -147,8 +148,12 @@ func start(o serveOptions) (_ *server, err error) {
 	if !o.Recover && s.disk.Identity() == "" {
 		s.warn(fmt.Sprintf("nothing tells backing device %s from another of its size: make sure that this path always leads to it", s.dev.Backing))
 	}
-	if len(o.Settings) > 0 {
-		if err := s.set(o.Settings); err != nil {
+	now, mode := o.Settings, values(nil)
+	if o.Recover {
+		now, mode = o.Settings.apart("mode")
+	}
+	if len(now) > 0 {
+		if err := s.setUnlessSignalled(now); err != nil {
 			return nil, err
 		}
 	}
@@ -165,8 +170,35 @@ func start(o serveOptions) (_ *server, err error) {
 		return nil, err
 	}
 	s.accept()
+	if len(mode) > 0 {
+		go s.setLater(mode)
+	}
 	s.log.Info("serving", zap.String("version", longVersion()), zap.Any("device", s.dev), zap.Bool("recovered", o.Recover))
 	return s, nil
+}
+
+// setLater is set for a device that was there before: its users do not wait for a drain, nor
+// does it for a disk that refuses some of it.
+func (s *server) setLater(v values) {
+	if err := s.set(context.Background(), v); err != nil {
+		s.log.Error("settings are as they were", zap.Any("wanted", v), zap.Error(err))
+	}
+}
+
+// setUnlessSignalled is set for a server that does not serve yet: a signal ends a drain.
+func (s *server) setUnlessSignalled(v values) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- s.set(ctx, v) }()
+	select {
+	case err := <-done:
+		return err
+	case <-s.signals:
+		cancel()
+		<-done
+		return errInterrupted
+	}
 }
 
 func (s *server) warn(line string) {

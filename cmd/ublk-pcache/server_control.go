@@ -59,8 +59,8 @@ const (
 	// commandTime is how long a client may take to send one, or to take the
 	// answer.
 	commandTime = 5 * time.Second
-	// maxClients are served at a time. Nobody but a flush has a reason to stay
-	// longer than commandTime, and one is enough of these.
+	// maxClients are served at a time. Nobody but a flush, or a set that drains, has a
+	// reason to stay longer than commandTime, and one is enough of these.
 	maxClients = 64
 	// acceptPause is for an error that passes by itself: no descriptor left.
 	acceptPause = 100 * time.Millisecond
@@ -263,16 +263,9 @@ func (s *server) execute(ctx context.Context, cmd command) (reply, error) {
 		r.Persistence, r.Doubt = s.region.Persistence()
 		return r, nil
 	case "flush":
-		err := s.cache.Flush(ctx)
-		if errors.Is(err, engine.ErrStopped) {
-			// If that is for the next server, this is held until the end of the
-			// process, and the next one is asked.
-			s.removal.Lock()
-			defer s.removal.Unlock()
-		}
-		return reply{}, err
+		return reply{}, s.heldWhereStopped(s.cache.Flush(ctx))
 	case "set":
-		return reply{}, s.set(cmd.Settings)
+		return reply{}, s.set(ctx, cmd.Settings)
 	case "upgrade":
 		return s.upgrade(ctx)
 	case "del":
@@ -286,15 +279,33 @@ func (s *server) execute(ctx context.Context, cmd command) (reply, error) {
 	}
 }
 
-// set keeps out of the way of an upgrade, whose new server has read the settings
-// already, and of a removal, which takes the memory away that this writes to.
-func (s *server) set(v values) error {
-	s.upgrading.Lock()
-	defer s.upgrading.Unlock()
-	s.removal.Lock()
-	defer s.removal.Unlock()
-	if s.removal.done {
-		return fmt.Errorf("device %d has been removed", s.dev.ID)
+// set begins anew after an upgrade that it met, whose new server has read the settings
+// already: if that has failed here, and otherwise there, with the client's next question.
+func (s *server) set(ctx context.Context, v values) error {
+	for {
+		err := s.cache.Set(ctx, v.change)
+		switch {
+		case err != nil && (errors.Is(err, ctx.Err()) || errors.Is(err, engine.ErrResting) && ctx.Err() != nil):
+			return fmt.Errorf("broken off: all settings are as they were, mode=%v", s.cache.Settings().Mode)
+		case !errors.Is(err, engine.ErrResting):
+			return s.heldWhereStopped(err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(restingAgain):
+		}
 	}
-	return s.cache.Set(v.change)
+}
+
+// restingAgain is how often that is tried.
+const restingAgain = 100 * time.Millisecond
+
+// heldWhereStopped returns the error of what the cache's end has broken off. If that is for
+// the next server, it is held until the end of the process, and the next one is asked.
+func (s *server) heldWhereStopped(err error) error {
+	if errors.Is(err, engine.ErrStopped) {
+		s.removal.Lock()
+		defer s.removal.Unlock()
+	}
+	return err
 }

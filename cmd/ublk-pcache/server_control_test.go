@@ -49,6 +49,12 @@ func someServer(tb testing.TB) *server {
 // serverOnMemory makes the cache of someServer in mem.
 func serverOnMemory(tb testing.TB, mem engine.Memory) *server {
 	tb.Helper()
+	return serverOnDisk(tb, mem, func(d disk) engine.Disk { return d })
+}
+
+// serverOnDisk has the cache use its disk as on gives it.
+func serverOnDisk(tb testing.TB, mem engine.Memory, on func(disk) engine.Disk) *server {
+	tb.Helper()
 	if err := ondisk.Format(mem, ondisk.FormatOptions{GCPercent: ondisk.DefaultGCPercent}); err != nil {
 		tb.Fatal(err)
 	}
@@ -60,7 +66,7 @@ func serverOnMemory(tb testing.TB, mem engine.Memory) *server {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	cache, err := engine.Open(mem, disk{dev}, engine.Options{Queues: 1, Log: logger{zap.NewNop()}})
+	cache, err := engine.Open(mem, on(disk{dev}), engine.Options{Queues: 1, Log: logger{zap.NewNop()}})
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"strings"
 
@@ -17,7 +18,19 @@ func newSetCmd() *cobra.Command {
 		Short: "Change settings of a running cache, now and for later",
 		Long: `Change settings of a running cache, now and for later: all that are given, or none.
 They are kept on the media.
-` + help.String(),
+` + help.String() + `
+
+The modes. In the last three the cache is clean: BACKING alone has every write that
+was answered, and PMEM may be lost.
+
+  writeback       a write is answered when PMEM has it; BACKING gets it later
+  writeonly       the same, but what is read from BACKING is not kept
+  writethrough    a write is answered when BACKING has it and has flushed it
+  writearound     the same; it is kept only where something is cached already
+  passthrough     the same as writearound, and what is read is not kept either
+
+A change from one of the first two to one of the last three waits until all dirty data
+has been written to BACKING. Broken off (^C), it leaves all settings as they were.`,
 		Args: cobra.MinimumNArgs(2),
 		RunE: func(_ *cobra.Command, args []string) error {
 			id, err := deviceID(args[0])
@@ -28,8 +41,10 @@ They are kept on the media.
 			if err := v.parse(args[1:]); err != nil {
 				return err
 			}
-			_, err = ask(id, command{Do: "set", Settings: v})
-			return err
+			ctx, stop := untilBrokenOff()
+			defer stop()
+			context.AfterFunc(ctx, stop) // a second signal does not wait for the server
+			return askShowing(ctx, id, command{Do: "set", Settings: v})
 		},
 	}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -24,6 +25,16 @@ type knob struct {
 }
 
 var knobs = []knob{
+	{
+		"mode", "what a write waits for and what is kept: writeback, writeonly, writethrough, writearound or passthrough",
+		func(s *engine.Settings, value string) (err error) {
+			if s.Mode, err = ondisk.ParseMode(value); err != nil {
+				return errors.New("give writeback, writeonly, writethrough, writearound or passthrough")
+			}
+			return nil
+		},
+		func(s *engine.Settings) string { return s.Mode.String() },
+	},
 	{
 		"gc_percent", "how full garbage collection lets the cache become, 0 to 90",
 		func(s *engine.Settings, value string) (err error) {
@@ -191,6 +202,16 @@ func (v values) change(s *engine.Settings) error {
 		}
 	}
 	return nil
+}
+
+// apart returns the values without the one of a name, and that.
+func (v values) apart(name string) (others, one values) {
+	others = maps.Clone(v)
+	if value, given := v[name]; given {
+		delete(others, name)
+		one = values{name: value}
+	}
+	return others, one
 }
 
 func knobNames() string {

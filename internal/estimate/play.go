@@ -1,6 +1,7 @@
 package estimate
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -70,7 +71,7 @@ func (t *Trace) Play(size Size, scaled int) (Result, error) {
 		return Result{}, err
 	}
 	if scaled != blockSize {
-		if err := c.Set(func(s *engine.Settings) error {
+		if err := c.Set(context.Background(), func(s *engine.Settings) error {
 			s.SeqCutoff *= int64(scaled / blockSize)
 			return nil
 		}); err != nil {

@@ -31,7 +31,7 @@ func TestSettings(t *testing.T) {
 	wipe(t, disk)
 	d := add(t, "-p", dax, "-b", disk, "--seq-cutoff", "1M", "--dirty_high=40")
 	want := d.settings(t)
-	if want["seq_cutoff"] != "1048576" || want["dirty_high"] != "40" || want["gc_percent"] != "70" || want["writeback"] != "on" {
+	if want["seq_cutoff"] != "1048576" || want["dirty_high"] != "40" || want["gc_percent"] != "70" || want["writeback"] != "on" || want["mode"] != "writeback" {
 		t.Errorf("after add: %v", want)
 	}
 	f, err := os.OpenFile(d.path, os.O_RDWR|unix.O_DIRECT, 0)
@@ -65,7 +65,7 @@ func TestSettings(t *testing.T) {
 			t.Errorf("after set %v: %v, want %v", to, got, want)
 		}
 	}
-	for _, one := range []string{"gc_percent=60", "dirty_high=30", "dirty_low=10", "dirty_max_age=5", "idle_after=3", "writeback_rate=1048576", "writeback=off", "seq_cutoff=0"} {
+	for _, one := range []string{"mode=writeonly", "gc_percent=60", "dirty_high=30", "dirty_low=10", "dirty_max_age=5", "idle_after=3", "writeback_rate=1048576", "writeback=off", "seq_cutoff=0"} {
 		change(one)
 	}
 	change("dirty_high=auto", "dirty_low=auto", "writeback=on", "gc_percent=80", "writeback_rate=0")
@@ -73,7 +73,7 @@ func TestSettings(t *testing.T) {
 	refuse(t, nil, t.TempDir(), []refusal{ // the load changes pmem and disk
 		{name: "low above high", args: "set " + d.id + " gc_percent=10 dirty_low=60", says: []string{"dirty_low 60", "dirty_high 50"}},
 		{name: "the second one", args: "set " + d.id + " gc_percent=10 idle_after=x", says: []string{"idle_after=x", "seconds"}},
-		{name: "a mode", args: "set " + d.id + " gc_percent=10 mode=writethrough", says: []string{"no setting \"mode\""}},
+		{name: "no mode", args: "set " + d.id + " gc_percent=10 mode=fast", says: []string{"mode=fast: give writeback, writeonly, writethrough, writearound or passthrough"}},
 		{name: "rate too low", args: "set " + d.id + " writeback_rate=5", says: []string{"writeback_rate 5", "65536"}},
 	})
 	if got := d.settings(t); fmt.Sprint(got) != fmt.Sprint(want) {
