@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -225,20 +226,36 @@ func (f *Fake) Crash() *Fake {
 	after := NewFake(f.size, f.blockSize, f.mu.rng.Uint64())
 	after.mu.Lock()
 	defer after.mu.Unlock()
-	copy(after.mu.stable, f.mu.stable)
-	lost := f.mu.unstable
+	f.crashLocked(after.mu.stable, 0)
+	copy(after.mu.current, after.mu.stable)
+	return after
+}
+
+// CrashAt reads blocks as Crash might leave them.
+func (f *Fake) CrashAt(p []byte, off int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.crashLocked(p, off)
+}
+
+func (f *Fake) crashLocked(p []byte, off int64) {
+	copy(p, f.mu.stable[off:])
+	lost := slices.Clone(f.mu.unstable)
 	inFlight := append(append([]*fakeOp{}, f.mu.ready...), f.mu.held...)
 	for p := range f.mu.delayed {
 		inFlight = append(inFlight, p)
 	}
-	for _, p := range inFlight {
-		if (p.kind == OpWrite || p.kind == OpZero) && p.n > 0 {
-			lost = append(lost, extent{p.off, p.buf})
+	for _, o := range inFlight {
+		if (o.kind == OpWrite || o.kind == OpZero) && o.n > 0 {
+			lost = append(lost, extent{o.off, o.buf})
 		}
 	}
-	f.someBlocksLocked(lost, after.mu.stable)
-	copy(after.mu.current, after.mu.stable)
-	return after
+	for i, e := range lost {
+		from := max(e.off, off)
+		to := max(from, min(e.off+int64(len(e.data)), off+int64(len(p))))
+		lost[i] = extent{from - off, e.data[min(from-e.off, int64(len(e.data))):][:to-from]}
+	}
+	f.someBlocksLocked(lost, p)
 }
 
 // someBlocksLocked copies some of the blocks of each extent to where they

@@ -168,6 +168,7 @@ type snapshot struct {
 	moment
 	disk    []byte // the window as a power cut leaves it
 	sectors []sectorHistory
+	modes   []ondisk.Mode
 }
 
 func (l *life) run() {
@@ -229,7 +230,7 @@ func (l *life) run() {
 			disk.Close()
 			disk = l.newDisk(s.disk)
 			l.spoil(disk)
-			h = &history{next: h.next, sectors: s.sectors}
+			h = &history{next: h.next, sectors: s.sectors, modes: s.modes}
 			choices := s.choices(dice, fewStates)
 			region, sum := s.leave(choices[dice.IntN(len(choices))])
 			mem = newRecorder(region, sum, l.durable)
@@ -361,7 +362,12 @@ func (l *life) reopen(mem *recorder, disk *backing.Fake, h *history, live bool) 
 		c.Close()
 		return nil, err
 	}
+	if mode := c.Settings().Mode; !slices.Contains(h.modes, mode) {
+		c.Close()
+		return nil, fmt.Errorf("the mode is %v, may be %v", mode, h.modes)
+	}
 	h.settle(now)
+	h.modes = []ondisk.Mode{c.Settings().Mode}
 	r := startRig(c)
 	c.Resume()
 	return r, nil
@@ -383,11 +389,18 @@ func (l *life) watch(mem *recorder, disk *backing.Fake, h *history, cut int) {
 		s := &snapshot{}
 		mem.freeze(func(m moment) {
 			s.moment = m
+			// A write that goes around the cache may be answered meanwhile.
+			before, modes := h.copy()
 			crashed := disk.Crash()
 			s.disk = make([]byte, windowSize)
 			crashed.ReadAt(s.disk, 0)
 			crashed.Close()
-			s.sectors = h.copy()
+			s.sectors, s.modes = h.copy()
+			s.modes = append(modes, s.modes...)
+			for i := range s.sectors {
+				before[i].begun, before[i].zeroed = s.sectors[i].begun, s.sectors[i].zeroed
+			}
+			s.sectors = before
 		})
 		l.moments.Add(1)
 		most := fewStates / 2
@@ -450,6 +463,11 @@ func (l *life) check(s *snapshot, region *pmem.Fake, sum uint64, window []byte, 
 			return err
 		}
 	}
+	h := history{sectors: s.sectors, modes: s.modes}
+	clean, err := h.judgeMode(region, s.disk)
+	if err != nil {
+		return err
+	}
 	c, err := l.open(stillMemory{region, l.durable}, disk)
 	if err != nil {
 		return err
@@ -460,7 +478,11 @@ func (l *life) check(s *snapshot, region *pmem.Fake, sum uint64, window []byte, 
 	if err := peek(c, window); err != nil {
 		return err
 	}
-	h := history{sectors: s.sectors}
+	if clean {
+		if err := h.judgeAcked(window); err != nil {
+			return err
+		}
+	}
 	return h.judge(window, false)
 }
 
@@ -495,7 +517,7 @@ func (l *life) goOn(s *snapshot, region *pmem.Fake, sum uint64, dice *rand.Rand)
 	disk := l.newDisk(s.disk)
 	defer disk.Close()
 	mem := newRecorder(region, sum, l.durable)
-	h := &history{sectors: slices.Clone(s.sectors)}
+	h := &history{sectors: slices.Clone(s.sectors), modes: s.modes}
 	for i := range h.sectors {
 		h.next = max(h.next, h.sectors[i].begun)
 	}
@@ -566,9 +588,9 @@ func (l *life) client(r *rig, h *history, id, clients int, dice *rand.Rand, step
 			op = Zero
 		}
 		var err error
-		switch queue := dice.IntN(l.queues); dice.IntN(12) {
+		switch queue := dice.IntN(l.queues); dice.IntN(14) {
 		case 0:
-			live := h.copy()
+			live, _ := h.copy()
 			if err = r.do(queue, &Request{Op: Flush}); err == nil {
 				h.flushed(live)
 			}
@@ -578,16 +600,22 @@ func (l *life) client(r *rig, h *history, id, clients int, dice *rand.Rand, step
 			switch err = r.Flush(context.Background()); {
 			case errors.Is(err, ErrStopped):
 				err = errKilled
-			case l.bad >= 0 && errors.Is(err, syscall.EIO):
+			case l.refuses(err):
 				err = nil
 			}
+		case 12:
+			err = l.setMode(r, h, dice)
 		case 3:
 			// Two writes of the same sectors at once.
 			low, one := l.write(r, h, queue, first, n, op, false)
 			_, other := l.write(r, h, dice.IntN(l.queues), first, n, Write, false)
-			if err = errors.Join(one(), other()); err == nil {
+			switch err = errors.Join(one(), other()); {
+			case err == nil:
 				h.written(first, n, low, l.durable)
 				err = l.read(r, h, queue, first, n)
+			case l.refuses(err):
+				h.failed(first, n)
+				err = nil
 			}
 		default:
 			// One turn with several requests, mostly.
@@ -599,11 +627,19 @@ func (l *life) client(r *rig, h *history, id, clients int, dice *rand.Rand, step
 				v, wait := l.write(r, h, queue, from, to-from, op, fua)
 				finish = append(finish, func() error {
 					err := wait()
-					if err == nil {
+					switch {
+					case err == nil:
 						h.written(from, to-from, v, l.durable || fua)
+					case l.refuses(err):
+						h.failed(from, to-from)
+						err = nil
 					}
 					return err
 				})
+			}
+			if dice.IntN(4) == 0 && !(first <= l.bad && l.bad < first+n) {
+				// What is read of a write that is under way stays.
+				err = l.readDuring(r, h, dice.IntN(l.queues), first, n)
 			}
 			for _, f := range finish {
 				err = errors.Join(err, f())
@@ -618,6 +654,45 @@ func (l *life) client(r *rig, h *history, id, clients int, dice *rand.Rand, step
 		case err != nil:
 			return err
 		}
+	}
+	return nil
+}
+
+// refuses reports whether an error is that of the disk's bad sector.
+func (l *life) refuses(err error) bool {
+	return l.bad >= 0 && errors.Is(err, syscall.EIO) && !errors.Is(err, errKilled)
+}
+
+// setMode changes the mode, or breaks that off.
+func (l *life) setMode(r *rig, h *history, dice *rand.Rand) error {
+	h.setting.Lock()
+	defer h.setting.Unlock()
+	wanted := ondisk.Mode(dice.IntN(int(ondisk.PassThrough) + 1))
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	if dice.IntN(4) == 0 {
+		after := dice.IntN(200)
+		go func() {
+			for range after {
+				runtime.Gosched()
+			}
+			cancel()
+		}()
+	}
+	old := r.Settings().Mode
+	h.maySet(old, wanted)
+	err := r.Set(ctx, func(s *Settings) error { s.Mode = wanted; return nil })
+	switch {
+	case errors.Is(err, ErrStopped):
+		return errKilled // and it may have been stored
+	case err != nil && !errors.Is(err, context.Canceled) && !l.refuses(err):
+		return fmt.Errorf("set the mode %v: %w", wanted, err)
+	case err != nil:
+		wanted = old
+	}
+	h.maySet(wanted)
+	if now := r.Settings().Mode; now != wanted {
+		return fmt.Errorf("the mode is %v, want %v (%v)", now, wanted, err)
 	}
 	return nil
 }
@@ -641,15 +716,26 @@ func (l *life) read(r *rig, h *history, queue, first, n int) error {
 	if err := r.do(queue, &Request{Op: Read, Off: windowOff + int64(first*sectorSize), Buf: p}); err != nil {
 		return err
 	}
-	return h.read(p, first)
+	return h.read(p, first, true, false)
+}
+
+// readDuring is read while a write of each of the sectors may be under way.
+func (l *life) readDuring(r *rig, h *history, queue, first, n int) error {
+	p := make([]byte, n*sectorSize)
+	if err := r.do(queue, &Request{Op: Read, Off: windowOff + int64(first*sectorSize), Buf: p}); err != nil {
+		return err
+	}
+	return h.read(p, first, l.durable, true)
 }
 
 // history knows what each sector of the window may hold. Versions grow; every
 // write has one of its own.
 type history struct {
+	setting sync.Mutex // held by who changes the mode
 	mu      sync.Mutex
 	next    uint64 // the newest version
 	sectors []sectorHistory
+	modes   []ondisk.Mode // that may be on the media
 }
 
 // sectorHistory is the history of one sector. Its content may be settled, or any
@@ -657,24 +743,64 @@ type history struct {
 type sectorHistory struct {
 	live   bound // what a read may find
 	sure   bound // what may be found after a power cut
+	acked  bound // what may be found on the disk alone, where a mode promises that it has all
 	begun  uint64
 	zeroed uint64 // the newest version that is zeros
+	open   bool   // a write has failed, and what is there may change yet
 }
 
 type bound struct{ settled, floor uint64 }
 
+func (b bound) holds(version uint64) bool { return version == b.settled || version > b.floor }
+
 func newHistory() *history {
-	h := &history{next: 1, sectors: make([]sectorHistory, windowSectors)}
+	h := &history{next: 1, sectors: make([]sectorHistory, windowSectors), modes: []ondisk.Mode{ondisk.WriteBack}}
 	for i := range h.sectors {
-		h.sectors[i] = sectorHistory{bound{1, 1}, bound{1, 1}, 1, 0}
+		h.sectors[i] = sectorHistory{live: bound{1, 1}, sure: bound{1, 1}, acked: bound{1, 1}, begun: 1}
 	}
 	return h
 }
 
-func (h *history) copy() []sectorHistory {
+func (h *history) copy() ([]sectorHistory, []ondisk.Mode) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return slices.Clone(h.sectors)
+	return slices.Clone(h.sectors), slices.Clone(h.modes)
+}
+
+func (h *history) maySet(modes ...ondisk.Mode) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.modes = modes
+}
+
+// judgeMode checks the mode that a region is left with and, if it promises a clean cache,
+// the disk alone.
+func (h *history) judgeMode(region *pmem.Fake, disk []byte) (clean bool, err error) {
+	l, err := ondisk.ReadLayout(region, region.Size())
+	if err != nil {
+		return false, err
+	}
+	mode := l.Settings.Mode
+	if !slices.Contains(h.modes, mode) {
+		return false, fmt.Errorf("the mode is %v, may be %v", mode, h.modes)
+	}
+	if !promisesClean(mode) {
+		return false, nil
+	}
+	if err := h.judgeAcked(disk); err != nil {
+		return true, fmt.Errorf("on the disk alone, in mode %v: %w", mode, err)
+	}
+	return true, nil
+}
+
+// judgeAcked checks that everything is there that was acknowledged.
+func (h *history) judgeAcked(p []byte) error {
+	for i := range h.sectors {
+		if _, err := h.sectors[i].version(p[i*sectorSize:], i, h.sectors[i].acked); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // begin is called before a write is submitted.
@@ -698,9 +824,24 @@ func (h *history) written(first, n int, version uint64, sure bool) {
 	defer h.mu.Unlock()
 	for i := range h.sectors[first : first+n] {
 		s := &h.sectors[first+i]
-		s.live = bound{version, version}
+		s.live, s.open = bound{version, version}, false
+		s.acked = s.live
 		if sure {
 			s.sure = s.live
+		}
+	}
+}
+
+// failed is called when a write has been answered with an error. Until the next one the disk
+// may have the old content or the new, and a power cut change that.
+func (h *history) failed(first, n int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for i := range h.sectors[first : first+n] {
+		s := &h.sectors[first+i]
+		s.live, s.open = s.acked, true
+		if s.sure.floor > s.acked.floor {
+			s.sure = s.acked
 		}
 	}
 }
@@ -718,7 +859,7 @@ func (h *history) flushed(before []sectorHistory) {
 }
 
 // read checks what was read, and no later read may find anything older.
-func (h *history) read(p []byte, first int) error {
+func (h *history) read(p []byte, first int, sure, during bool) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for i := range len(p) / sectorSize {
@@ -727,10 +868,20 @@ func (h *history) read(p []byte, first int) error {
 			return fmt.Errorf("read: %w", err)
 		}
 		s := &h.sectors[first+i]
-		if s.sure == s.live {
-			s.sure = bound{v, s.begun}
+		if s.open {
+			continue
 		}
-		s.live = bound{v, s.begun}
+		b := bound{v, s.begun}
+		if during {
+			if v <= s.live.floor {
+				continue // the write may still come
+			}
+			b.floor = v
+		}
+		if sure && s.sure == s.live {
+			s.sure = b
+		}
+		s.live = b
 	}
 	return nil
 }
@@ -748,19 +899,24 @@ func (h *history) judge(p []byte, live bool) error {
 }
 
 func (h *history) versionLocked(p []byte, i int, live bool) (uint64, error) {
-	v, err := stamp(p[:sectorSize], windowOff/sectorSize+int64(i))
-	if err != nil {
-		return 0, err
-	}
 	s := &h.sectors[i]
-	if v == 0 {
-		v = s.zeroed
-	}
 	b := s.sure
 	if live {
 		b = s.live
 	}
-	if v != b.settled && (v <= b.floor || v > s.begun) {
+	return s.version(p, i, b)
+}
+
+// version returns which version of a sector of the window is there, if it may be.
+func (s *sectorHistory) version(p []byte, i int, b bound) (uint64, error) {
+	v, err := stamp(p[:sectorSize], windowOff/sectorSize+int64(i))
+	if err != nil {
+		return 0, err
+	}
+	if v == 0 {
+		v = s.zeroed
+	}
+	if !b.holds(v) || v > s.begun {
 		return 0, &wrongVersion{i, v, b, s.begun}
 	}
 	return v, nil
@@ -850,7 +1006,14 @@ func (h *history) settle(p []byte) {
 			v = s.zeroed
 		}
 		b := bound{v, h.next}
-		*s = sectorHistory{b, b, h.next, s.zeroed}
+		if !s.acked.holds(v) {
+			s.acked = b // not flushed, and no mode had promised it
+		}
+		if s.open {
+			s.live, s.sure = s.acked, s.acked
+			continue
+		}
+		*s = sectorHistory{live: b, sure: b, acked: s.acked, begun: h.next, zeroed: s.zeroed}
 	}
 }
 

@@ -126,6 +126,7 @@ type contest struct {
 	queues, clients int
 	durable, crc    bool
 	gcPercent       int
+	around          bool // also the modes that go around the cache, and the disk takes all that is written
 }
 
 // spots are where the contested sectors are: the start, both sides of a stripe
@@ -152,9 +153,10 @@ func TestLinearizable(t *testing.T) {
 	t.Logf("seed %d (-linear.seed)", seed)
 	for i, c := range []contest{
 		{queues: 1, clients: 4, durable: true, gcPercent: 0},
-		{queues: 2, clients: 6, durable: false, gcPercent: 0},
+		{queues: 2, clients: 6, durable: false, gcPercent: 0, around: true},
 		{queues: 3, clients: 6, durable: true, crc: true, gcPercent: 0},
 		{queues: 4, clients: 8, durable: false, crc: true, gcPercent: 90},
+		{queues: 2, clients: 6, durable: true, gcPercent: 0, around: true},
 	} {
 		t.Run(fmt.Sprintf("%dq-%dc", c.queues, c.clients), func(t *testing.T) { c.run(t, seed+uint64(i)) })
 	}
@@ -175,7 +177,7 @@ func (c contest) run(t *testing.T, seed uint64) {
 				f.Delay = time.Duration(delays.IntN(1000)) * time.Microsecond
 			}
 			// A failed round of write-back is a pause for most of a round here.
-			if op.Kind == backing.OpRead && delays.IntN(50) == 0 || delays.IntN(1000) == 0 {
+			if op.Kind == backing.OpRead && delays.IntN(50) == 0 || delays.IntN(1000) == 0 && !c.around {
 				f.Err = syscall.EIO
 			}
 			return f
@@ -208,6 +210,8 @@ func (c contest) run(t *testing.T, seed uint64) {
 				r.Flush(context.Background())
 			}
 		})
+		mode := rand.New(rand.NewPCG(dice.Uint64(), 4))
+		fillers.Go(func() { c.changeModes(t, r, &dead, mode) })
 		ended := make(chan struct{})
 		go func() { clients.Wait(); close(ended) }()
 		select {
@@ -301,9 +305,12 @@ func (c contest) client(t *testing.T, r *rig, h *testimony, id int, dead *atomic
 				h.add(id, req, version, begin, false)
 			}
 			return
+		case err != nil && (!errors.Is(err, syscall.EIO) || c.around && req.Op != Read):
+			t.Errorf("op %d: %v", req.Op, err)
+			continue
 		case err != nil:
-			if req.Op != Read || !errors.Is(err, syscall.EIO) {
-				t.Errorf("op %d: %v", req.Op, err)
+			if req.Op != Read { // in a mode that answers from the disk
+				h.add(id, req, version, begin, false)
 			}
 			continue
 		}
@@ -326,8 +333,26 @@ func (c contest) filler(r *rig, dead *atomic.Bool, dice *rand.Rand) {
 		if dice.IntN(8) == 0 {
 			req.Op, req.Buf, req.Len = Zero, nil, n
 		}
-		if r.do(dice.IntN(c.queues), req) != nil {
+		if err := r.do(dice.IntN(c.queues), req); err != nil && !errors.Is(err, syscall.EIO) {
 			return
+		}
+	}
+}
+
+// changeModes changes the mode all the time, and now and then breaks that off.
+func (c contest) changeModes(t *testing.T, r *rig, dead *atomic.Bool, dice *rand.Rand) {
+	modes := []ondisk.Mode{ondisk.WriteBack, ondisk.WriteOnly, ondisk.WriteThrough}
+	if c.around {
+		modes = append(modes, ondisk.WriteAround, ondisk.PassThrough)
+	}
+	for !dead.Load() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Duration(1+dice.IntN(50))*time.Millisecond)
+		mode := modes[dice.IntN(len(modes))]
+		err := r.Set(ctx, func(s *Settings) error { s.Mode = mode; return nil })
+		<-ctx.Done() // some requests meet each mode
+		cancel()
+		if err != nil && !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, syscall.EIO) && !dead.Load() {
+			t.Errorf("mode %v: %v", mode, err)
 		}
 	}
 }

@@ -52,6 +52,7 @@ type setting struct {
 	Kill      bool
 	Flush     int // batches between two write-backs of everything, 0 for none
 	Log       relogging
+	Modes     []ondisk.Mode // one after the other, a batch each
 }
 
 func drawSetting(t *rapid.T) setting {
@@ -71,6 +72,7 @@ func drawSetting(t *rapid.T) setting {
 			Room:     rapid.Uint32Range(0, maxRoom).Draw(t, "room"),
 			Numbered: rapid.SampledFrom([]int{0, 0, 3, 1 << 20}).Draw(t, "numbered"),
 		},
+		Modes: rapid.SliceOfN(rapid.Custom(drawMode), 1, 3).Draw(t, "modes"),
 	}
 }
 
@@ -143,12 +145,20 @@ func (s setting) run(t *rapid.T, dir string, steps []step) (o outcome) {
 
 	var batch []*Request
 	batches := 0
+	setMode := func() {
+		mode := s.Modes[batches%len(s.Modes)]
+		if err := c.Set(context.Background(), func(now *Settings) error { now.Mode = mode; return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	setMode()
 	end := func() {
 		if err := c.do(batch...); err != nil {
 			t.Fatal(err)
 		}
 		batch = batch[:0]
 		batches++
+		setMode()
 		if s.Flush > 0 && batches%s.Flush == 0 {
 			if err := c.Flush(context.Background()); err != nil {
 				t.Fatal(err)

@@ -25,17 +25,19 @@ var modelCases = flag.Int("model.cases", 20, "cases of the model test; -rapid.se
 // device is small, and one goroutine drives all queues: only where an action
 // says so is anything under way while the next one runs.
 type model struct {
-	mem    *medium
-	disk   *backing.Fake
-	fate   *diskFate
-	dice   *rand.Rand // for what a power cut takes
-	crc    bool
-	cache  *driver
-	want   []uint64 // the version of each sector
-	last   uint64   // version
-	reads  map[*Request]*modelRead
-	flush  chan error // of a Flush under way, else nil
-	faulty bool       // faults of the disk may still show
+	mem       *medium
+	disk      *backing.Fake
+	fate      *diskFate
+	dice      *rand.Rand // for what a power cut takes
+	crc       bool
+	cache     *driver
+	want      []uint64 // the version of each sector
+	last      uint64   // version
+	reads     map[*Request]*modelRead
+	flush     chan error // of a Flush under way, else nil
+	mode      ondisk.Mode
+	faulty    bool // faults of the disk may still show
+	unsettled bool // nobody has looked yet what came of a write
 }
 
 // modelRead is a read that is under way, and for each of its sectors the
@@ -69,6 +71,7 @@ func TestModel(t *testing.T) {
 			"hold flush": m.holdFlush,
 			"collect":    m.collect,
 			"knobs":      m.turnKnobs,
+			"mode":       m.setMode,
 			"fail disk":  m.failDisk,
 			"bad disk":   m.badDisk,
 			"fail store": m.failStore,
@@ -115,6 +118,7 @@ func newModel(t *rapid.T) *model {
 	m.disk = backing.NewFake(modelSectors*sectorSize, sectorSize, 1)
 	m.disk.Script(m.fate.script)
 	m.open(t)
+	m.setMode(t)
 	return m
 }
 
@@ -267,6 +271,13 @@ func (m *model) run(t *rapid.T, rs []*Request, queues []int) {
 		}
 		m.reads[r] = read
 	}
+	// What misses in a mode that keeps no reads is cached by nobody.
+	kept := map[*Request][]bool{}
+	if !keepsReads(m.mode) {
+		for r := range m.reads {
+			kept[r] = m.cached(r)
+		}
+	}
 	contested := map[int64][]uint64{}
 	for _, r := range rs {
 		from, to, version := effect(r)
@@ -283,9 +294,17 @@ func (m *model) run(t *rapid.T, rs []*Request, queues []int) {
 		m.cache.submit(queues[i], r)
 	}
 	m.await(t, rs)
+	var failed []*Request
 	for _, r := range rs {
-		if r.Op != Read && r.Err != nil {
+		switch {
+		case r.Op == Read || r.Err == nil:
+			continue
+		case !m.refused(r.Err):
 			t.Fatalf("op %d: %v", r.Op, r.Err)
+		}
+		failed = append(failed, r)
+		for lba, to, _ := effect(r); lba < to; lba++ {
+			contested[lba] = append(contested[lba], m.want[lba])
 		}
 	}
 	for lba, versions := range contested {
@@ -294,6 +313,35 @@ func (m *model) run(t *rapid.T, rs []*Request, queues []int) {
 			m.want[lba] = m.oneOf(t, lba, versions)
 		}
 	}
+	m.again(t, failed)
+	if len(failed) == 0 {
+		for _, r := range rs {
+			if from, to, _ := effect(r); from < to {
+				m.checkDisk(t, from, to-from)
+			}
+		}
+	}
+	for r, before := range kept {
+		for i, now := range m.cached(r) {
+			if lba := r.Off/sectorSize + int64(i); now && !before[i] && contested[lba] == nil && len(failed) == 0 {
+				t.Fatalf("sector %d was missed in mode %v and is cached", lba, m.mode)
+			}
+		}
+	}
+}
+
+// cached says which sectors of a read are in the cache.
+func (m *model) cached(r *Request) []bool {
+	cached := make([]bool, len(r.Buf)/sectorSize)
+	s := m.cache.index.spanOf(r)
+	s.sh.Lock()
+	defer s.sh.Unlock()
+	for _, e := range s.partsLocked(nil, func(e extent) bool { return e.flags&extClaim == 0 }) {
+		for at := e.off; at < e.end(); at++ {
+			cached[at-s.off] = true
+		}
+	}
+	return cached
 }
 
 // oneOf reads a sector, which must have one of the versions. It may be on the disk
@@ -475,7 +523,65 @@ func (m *model) collect(t *rapid.T) {
 	}
 }
 
-// turnKnobs changes settings.
+func drawMode(t *rapid.T) ondisk.Mode {
+	return ondisk.Mode(rapid.IntRange(0, int(ondisk.PassThrough)).Draw(t, "mode"))
+}
+
+// setMode changes the mode, or tries to and gives up where that takes time.
+func (m *model) setMode(t *rapid.T) {
+	m.release(t)
+	wanted := drawMode(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	if rapid.IntRange(0, 3).Draw(t, "break off") == 0 {
+		cancel()
+	}
+	err := m.cache.Set(ctx, func(s *Settings) error { s.Mode = wanted; return nil })
+	switch {
+	case err == nil:
+		m.mode = wanted
+	case !errors.Is(err, context.Canceled) && !m.explains(err):
+		t.Fatalf("mode %v: %v", wanted, err)
+	}
+	if now := m.cache.Settings().Mode; now != m.mode {
+		t.Fatalf("the mode is %v, want %v (%v)", now, m.mode, err)
+	}
+	m.checkDisk(t, 0, modelSectors)
+}
+
+// checkDisk compares sectors of the disk as a power cut would leave it, where the mode
+// promises that it has everything.
+func (m *model) checkDisk(t *rapid.T, lba, n int64) {
+	if promisesClean(m.mode) && !m.unsettled {
+		buf := make([]byte, n*sectorSize)
+		m.disk.CrashAt(buf, lba*sectorSize)
+		m.compare(t, buf, lba, "the disk alone")
+	}
+}
+
+// refused reports whether a write has failed as one may in a mode that answers from the
+// disk.
+func (m *model) refused(err error) bool {
+	return err != nil && promisesClean(m.mode) && m.explains(err)
+}
+
+// again makes writes that have failed once more on a disk that has healed: until then it may
+// have the old content or the new.
+func (m *model) again(t *rapid.T, failed []*Request) {
+	if len(failed) == 0 {
+		return
+	}
+	m.heal(t)
+	for _, r := range failed {
+		again := &Request{Op: r.Op, Off: r.Off, Len: r.Len}
+		if r.Op == Write {
+			from, to, _ := effect(r)
+			again = m.newWrite(from, int(to-from))
+		}
+		m.run(t, []*Request{again}, []int{0})
+	}
+}
+
 func (m *model) turnKnobs(t *rapid.T) {
 	percent := rapid.IntRange(0, 90).Draw(t, "percent")
 	cutoff := rapid.SampledFrom([]int64{0, sectorSize, 8 << 10, 4 << 20}).Draw(t, "cutoff")
@@ -531,10 +637,12 @@ func (m *model) failStore(t *rapid.T) {
 	m.cache.Resume()
 	s := m.cache.Status()
 	why := m.cache.failure()
-	if err != nil && why == nil || why != nil && area == 1 && !errors.Is(why, ErrBadSegments) && !errors.Is(why, ErrBadHead) {
+	if err != nil && why == nil && !m.refused(err) || why != nil && area == 1 && !errors.Is(why, ErrBadSegments) && !errors.Is(why, ErrBadHead) {
 		t.Fatalf("write: %v; %s: %s, bad are %v", err, s.State, s.Error, s.BadSegments)
 	}
+	m.unsettled = true
 	m.restartIfFailed(t)
+	m.unsettled = false
 	m.heal(t)
 	from, to, version := effect(r)
 	for lba := from; lba < to; lba++ {
@@ -544,6 +652,10 @@ func (m *model) failStore(t *rapid.T) {
 		}
 		m.want[lba] = m.oneOf(t, lba, may)
 	}
+	if err != nil {
+		m.again(t, []*Request{r})
+	}
+	m.checkDisk(t, from, to-from)
 }
 
 // restartIfFailed opens the cache again if it has no use for the memory that it
@@ -629,7 +741,8 @@ func (m *model) spoil(t *rapid.T, dirty bool) (k loggedKey, ok bool) {
 // restart closes the cache, or kills it with whatever is under way, and opens
 // it again, after another writer of the format had it.
 func (m *model) restart(t *rapid.T) {
-	how := rapid.SampledFrom([]string{"close", "kill", "power cut"}).Draw(t, "how")
+	how := rapid.SampledFrom([]string{"close", "kill", "power cut", "loss"}).Draw(t, "how")
+	lost := how == "loss" && promisesClean(m.mode)
 	old := m.disk
 	// Whatever the cache writes after its memory has stopped, no disk gets.
 	stopped := func() { m.disk = old.Crash() }
@@ -656,9 +769,23 @@ func (m *model) restart(t *rapid.T) {
 		old.Close()
 		m.disk.Script(m.fate.script)
 	}
+	percent := m.cache.Settings().GCPercent
 	m.cache, m.mem, m.faulty = nil, m.mem.restarted(), false
 	clear(m.reads)
+	if lost {
+		m.mem, m.mode = newMedium(m.mem.Durable()), ondisk.WriteBack
+		formatSmall(t, m.mem, modelSegments, m.crc, percent)
+	}
 	m.open(t)
+	if now := m.cache.Settings().Mode; now != m.mode {
+		t.Fatalf("the mode is %v after a restart, want %v", now, m.mode)
+	}
+	if lost {
+		if !m.unsettled {
+			m.check(t)
+		}
+		m.setMode(t)
+	}
 }
 
 // check compares the whole device.
