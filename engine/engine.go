@@ -138,6 +138,7 @@ type Cache struct {
 	fingerprint fingerprint
 	gc          collector
 	settings    settings
+	brake       brake
 	flushes     flushes
 	through     through
 	direct      direct
@@ -217,6 +218,7 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 	c.gc.init()
 	c.writeback.init(c, o.WritebackDepth)
 	c.syncer.init()
+	c.brake.init()
 	c.flushes.init()
 	c.direct.init(c.size)
 	return c, nil
@@ -229,6 +231,7 @@ func (c *Cache) start() {
 	}
 	c.running.Go(c.syncLoop)
 	c.running.Go(c.flushLoop)
+	c.running.Go(c.brakeLoop)
 	c.workers.mu.Lock()
 	defer c.workers.mu.Unlock()
 	c.workLocked()
@@ -300,6 +303,7 @@ func (c *Cache) Abort() {
 	close(c.aborted)
 	c.wakeWriters()
 	c.through.abort()
+	c.brake.kick()
 	for _, q := range c.queues {
 		q.wake()
 	}

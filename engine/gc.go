@@ -203,6 +203,7 @@ func (c *Cache) gcStep() (changed bool, err error) {
 	for _, r := range dropped {
 		c.dropAll(r)
 	}
+	c.setBrake()
 	return true, nil
 }
 

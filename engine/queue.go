@@ -324,6 +324,7 @@ func (q *Queue) noteStall(err error) {
 // finishTurn finishes the requests whose keys are among the first done, or which have failed.
 func (q *Queue) finishTurn(done uint64, err error, through bool) {
 	c := q.c
+	cost := c.brake.cost.Load()
 	stay := q.turn[:0]
 	for _, r := range q.turn {
 		if r.last > done {
@@ -346,6 +347,8 @@ func (q *Queue) finishTurn(done uint64, err error, through bool) {
 			continue
 		case (r.Op == Flush || r.FUA) && !c.mem.Durable():
 			c.syncer.add(r)
+			continue
+		case cost > 0 && r.Op == Write && c.brake.holds(r, cost):
 			continue
 		}
 		q.finished = append(q.finished, r)

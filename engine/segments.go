@@ -176,6 +176,7 @@ func (c *Cache) beginData(seg uint32) {
 // took is called when data or the log has taken a segment, with how many ksets are in the
 // log. It kicks garbage collection or write-back where the cache has become too full.
 func (c *Cache) took(written uint64) {
+	c.setBrake()
 	used := c.inLog()
 	s := c.settings.now.Load()
 	limit := s.GCPercent * c.segments.good() / 100

@@ -102,6 +102,7 @@ func (c *Cache) Set(ctx context.Context, change func(*Settings) error) error {
 		return err
 	}
 	c.obey(wanted.Mode)
+	c.setBrake()
 	c.gc.kick()
 	c.writeback.kick()
 	return nil

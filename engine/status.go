@@ -82,6 +82,7 @@ type Status struct {
 	Promoted, Again               uint64 // bytes that were kept because they were hit: from the window, and at the end of the log
 	DirectWrites                  uint64 // writes that went to the disk alone
 	DirectWriteErrors             uint64 // of those
+	WriteLimit                    int64  // bytes a second that writers are held to, since the cache is filling up; 0 for none
 	WrittenBack                   uint64
 	Ksets, Tried                  uint64        // in the log, and those that write-back has come to
 	RoundBytes                    int64         // of the dirty bytes, written but not flushed yet
@@ -123,6 +124,7 @@ func (c *Cache) Status() Status {
 		WritebackErrors: c.errs.rounds.Load(),
 		BadSegments:     c.segments.badList(),
 	}
+	s.WriteLimit = c.brake.writeLimit()
 	s.DirectWrites, s.DirectWriteErrors = c.direct.writes.Load(), c.direct.errors.Load()
 	s.Promoted, s.Again = c.counts.promoted.Load(), c.counts.again.Load()
 	s.KeyHead, s.Ksets = c.journal.head()

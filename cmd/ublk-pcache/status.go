@@ -53,6 +53,7 @@ type statusJSON struct {
 	LongestWaitMS   int64  `json:"longest_wait_ms"`
 	DirectWrites    uint64 `json:"direct_writes"`       // of those, what went to the disk alone
 	DirectErrors    uint64 `json:"direct_write_errors"` // of these
+	WriteLimit      int64  `json:"write_limit_bytes_per_second"`
 	WrittenBack     uint64 `json:"written_back_bytes"`
 	MemoryErrors    uint64 `json:"memory_errors"`
 	DiskReadErrors  uint64 `json:"disk_read_errors"`
@@ -149,7 +150,7 @@ func newStatusJSON(l listed, s *engine.Status) statusJSON {
 		WindowHits: s.WindowHits, GhostHits: s.GhostHits, BypassedBytes: s.Bypassed, PromotedBytes: s.Promoted, AgainBytes: s.Again,
 		Writes: s.Writes, WriteBytes: s.WriteBytes, Flushes: s.Flushes,
 		Zeros: s.Zeros, ZeroBytes: s.ZeroBytes,
-		DirectWrites: s.DirectWrites, DirectErrors: s.DirectWriteErrors,
+		DirectWrites: s.DirectWrites, DirectErrors: s.DirectWriteErrors, WriteLimit: s.WriteLimit,
 		WaitingRequests: s.Waiting, LongestWaitMS: s.LongestWait.Milliseconds(), WrittenBack: s.WrittenBack,
 		MemoryErrors: s.MemoryErrors, DiskReadErrors: s.DiskReadErrors, WritebackErrors: s.WritebackErrors,
 	}
@@ -194,6 +195,9 @@ func (s *statusJSON) print() error {
 	row("reads", "%d (%s), %d hits, %d of them in the window, %d misses", s.Reads, size(int64(s.ReadBytes)), s.ReadHits, s.WindowHits, s.ReadMisses)
 	row("kept", "%s from the window, %s at the log's end, %d misses had just left, %s of streams passed by", size(int64(s.PromotedBytes)), size(int64(s.AgainBytes)), s.GhostHits, size(int64(s.BypassedBytes)))
 	row("writes", "%d (%s), %d of them around the cache, %d flushes, %d zeroed ranges", s.Writes, size(int64(s.WriteBytes)), s.DirectWrites, s.Flushes, s.Zeros)
+	if s.WriteLimit > 0 {
+		row("", "slowed to %s a second, since the cache is filling up", size(s.WriteLimit))
+	}
 	row("written back", "%s", size(int64(s.WrittenBack)))
 	row("waiting", "%d requests for space, longest so far %v", s.WaitingRequests, time.Duration(s.LongestWaitMS)*time.Millisecond)
 	if n := len(s.BadSegments); n > 0 {
