@@ -75,7 +75,7 @@ func (q *Queue) writeDirect(r *Request) bool {
 	if b := int64(c.disk.BlockSize()); r.ticket != 0 || r.Off%b != 0 || n%b != 0 || c.logDamage.Load() != nil {
 		return false
 	}
-	if slices.ContainsFunc(d.areas, func(a area) bool { return a.off < r.Off+n && r.Off < a.off+a.n }) {
+	if slices.ContainsFunc(d.areas, func(a area) bool { return a.overlaps(r.Off, n) }) {
 		return false
 	}
 	s := c.index.spanOf(r)
@@ -260,7 +260,7 @@ func (c *Cache) restDirect() {
 	}
 }
 
-// set sets one of resting and collecting.
+// set sets one of resting, collecting and sure.
 func (d *direct) set(flag *bool, to bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

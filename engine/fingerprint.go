@@ -85,6 +85,8 @@ type fingerprint struct {
 // area is a part of the disk, in bytes.
 type area struct{ off, n int64 }
 
+func (a area) overlaps(off, n int64) bool { return a.off < off+n && off < a.off+a.n }
+
 // sampledAreas returns the areas of a disk, in order and disjoint. Their bounds
 // are multiples of its blocks, as its size is.
 func sampledAreas(size int64) []area {
@@ -204,7 +206,7 @@ func (c *Cache) voidFingerprint(parts []part) {
 	for i := range parts {
 		off, n := parts[i].off, int64(parts[i].len())
 		for j, a := range f.areas {
-			f.stale[j] = f.stale[j] || off < a.off+a.n && a.off < off+n
+			f.stale[j] = f.stale[j] || a.overlaps(off, n)
 		}
 	}
 	if f.now.State == ondisk.FingerprintKnown && slices.Contains(f.stale, true) {

@@ -208,8 +208,8 @@ func (c *Cache) gcStep() (changed bool, err error) {
 }
 
 // collectKsets forgets what the index has of the ksets from key_tail on, as many as
-// a step is to have. Up to to there are cleaned, as dirty_tail counts them. It returns where they end, how many they are, and the segment of each
-// key that holds a reference.
+// a step is to have. Up to to there are cleaned, as dirty_tail counts them. It returns where
+// they end, how many they are, and the segment of each key that holds a reference.
 func (c *Cache) collectKsets(from, to ondisk.Position, cleaned uint64) (end ondisk.Position, ksets uint64, dropped []references) {
 	end = from
 	most := uint64(gcKsets)

@@ -261,7 +261,7 @@ const coldSectors = 8
 // fingerprinted reports whether the fingerprint of a disk of that size looks at any of n sectors.
 func fingerprinted(size, lba, n int64) bool {
 	return slices.ContainsFunc(sampledAreas(size), func(a area) bool {
-		return a.off < (lba+n)*sectorSize && lba*sectorSize < a.off+a.n
+		return a.overlaps(lba*sectorSize, n*sectorSize)
 	})
 }
 

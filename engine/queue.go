@@ -325,6 +325,10 @@ func (q *Queue) noteStall(err error) {
 func (q *Queue) finishTurn(done uint64, err error, through bool) {
 	c := q.c
 	cost := c.brake.cost.Load()
+	written := uint64(0) // what all writes of the turn that are committed are logged in front of
+	if through {
+		_, written = c.journal.head()
+	}
 	stay := q.turn[:0]
 	for _, r := range q.turn {
 		if r.last > done {
@@ -342,7 +346,6 @@ func (q *Queue) finishTurn(done uint64, err error, through bool) {
 		switch {
 		case r.Err != nil:
 		case through && (r.Op == Write || r.Op == Zero):
-			_, written := c.journal.head()
 			c.awaitDisk(r, written)
 			continue
 		case (r.Op == Flush || r.FUA) && !c.mem.Durable():

@@ -237,8 +237,8 @@ func size(n int64) string {
 // printDM prints the status of dm-pcache: start, length and target as dmsetup
 // adds them, then the fields of dm_pcache_status (drivers/md/dm-pcache/
 // dm_pcache.c, Linux 7.3). The superblock's flags are 0 on every machine that
-// this runs on.
-// The segments of the window are not among its used ones: dm-pcache has no window, and would find them free.
+// this runs on. The segments of the window are not among the used ones: dm-pcache
+// has no window, and would find them free.
 func printDM(id int, s *engine.Status) error {
 	info, err := ublk.Lookup(id)
 	if err != nil {
