@@ -94,20 +94,43 @@ func (x *modeRig) holds(kinds ...backing.Kind) {
 
 // beginWrite begins a write of some version at lba.
 func (x *modeRig) beginWrite(queue int, lba int64, version uint64) (ended chan error) {
-	wait := x.begin(queue, &Request{Op: Write, Off: lba * sectorSize, Buf: stamped(lba, 8, version)})
+	return x.start(queue, &Request{Op: Write, Off: lba * sectorSize, Buf: stamped(lba, 8, version)})
+}
+
+// start begins a request.
+func (x *modeRig) start(queue int, req *Request) (ended chan error) {
+	wait := x.begin(queue, req)
 	ended = make(chan error, 1)
 	go func() { ended <- wait() }()
 	return ended
+}
+
+// beginFlush begins a flush of the cache, and returns when its round waits for a write that goes
+// around, or has ended, or has given the disk more than that.
+func (x *modeRig) beginFlush(t *testing.T) (flushed chan error) {
+	t.Helper()
+	flushed = make(chan error, 1)
+	go func() { flushed <- x.Flush(context.Background()) }()
+	within(t, "a round", func() {
+		for !x.awaitsDirect() && x.disk.Held() == 1 && len(flushed) == 0 {
+			time.Sleep(time.Millisecond)
+		}
+	})
+	return flushed
+}
+
+// afterCut returns 8 sectors at lba of the disk alone, as a power cut may leave them.
+func (x *modeRig) afterCut(lba int64) []byte {
+	p := make([]byte, 8*sectorSize)
+	x.disk.CrashAt(p, lba*sectorSize)
+	return p
 }
 
 // onDisk fails if a power cut could leave anything but a version at lba of the disk.
 func (x *modeRig) onDisk(t *testing.T, lba int64, version uint64) {
 	t.Helper()
 	for range 4 {
-		after := x.disk.Crash()
-		p := make([]byte, 8*sectorSize)
-		after.ReadAt(p, lba*sectorSize)
-		after.Close()
+		p := x.afterCut(lba)
 		if !bytes.Equal(p, stamped(lba, 8, version)) {
 			v, err := stamp(p[:sectorSize], lba)
 			t.Fatalf("after a power cut the disk alone has version %d at %d, %v; want %d", v, lba, err, version)
@@ -202,11 +225,7 @@ func TestCleanModesWait(t *testing.T) {
 			if err := x.do(0, &Request{Op: Zero, Off: far * sectorSize, Len: 4096}); err != nil {
 				t.Fatal(err)
 			}
-			after := x.disk.Crash()
-			defer after.Close()
-			p := make([]byte, 4096)
-			after.ReadAt(p, far*sectorSize)
-			if !bytes.Equal(p, make([]byte, 4096)) {
+			if !bytes.Equal(x.afterCut(far), make([]byte, 4096)) {
 				t.Error("zeros were acknowledged, and the disk has something else")
 			}
 		})
@@ -272,9 +291,7 @@ func TestReadersAwaitDirectWrite(t *testing.T) {
 	read := make([]chan error, 2)
 	bufs := [2][]byte{make([]byte, 8*sectorSize), make([]byte, 8*sectorSize)}
 	for i := range read {
-		read[i] = make(chan error, 1)
-		wait := x.begin(i, &Request{Op: Read, Off: far * sectorSize, Buf: bufs[i]})
-		go func() { read[i] <- wait() }()
+		read[i] = x.start(i, &Request{Op: Read, Off: far * sectorSize, Buf: bufs[i]})
 	}
 	// Another miss is answered, so both of them have been looked up.
 	for i := range read {
@@ -305,13 +322,7 @@ func TestWritebackAwaitsDirectWrite(t *testing.T) {
 	x.setMode(t, ondisk.WriteBack)
 	answered(t, "a write over it", x.beginWrite(1, far, 2), nil)
 	x.readBack(t, far, 2)
-	flushed := make(chan error, 1)
-	go func() { flushed <- x.Flush(context.Background()) }()
-	within(t, "a round", func() { // which waits
-		for !x.awaitsDirect() && x.disk.Held() == 1 {
-			time.Sleep(time.Millisecond)
-		}
-	})
+	flushed := x.beginFlush(t)
 	if n := x.disk.Held(); n != 1 {
 		t.Errorf("%d writes of the same place are under way", n)
 	}
@@ -810,9 +821,7 @@ func TestUnflushedIsNotKept(t *testing.T) {
 	wrote := x.beginWrite(0, far, 1)
 	held(t, x.disk, 1)
 	buf := make([]byte, 8*sectorSize)
-	wait := x.begin(1, &Request{Op: Read, Off: far * sectorSize, Buf: buf})
-	read := make(chan error, 1)
-	go func() { read <- wait() }()
+	read := x.start(1, &Request{Op: Read, Off: far * sectorSize, Buf: buf})
 	if err := x.do(1, &Request{Op: Read, Off: 4 * far * sectorSize, Buf: make([]byte, 4096)}); err != nil {
 		t.Fatal(err)
 	}
@@ -928,22 +937,13 @@ func TestZerosAwaitDirectWrite(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	flushed := make(chan error, 1)
-	go func() { flushed <- x.Flush(context.Background()) }()
-	within(t, "a round", func() {
-		for !x.awaitsDirect() && len(flushed) == 0 {
-			time.Sleep(time.Millisecond)
-		}
-	})
+	flushed := x.beginFlush(t)
 	unanswered(t, "a flush", flushed)
 	x.holds()
 	x.disk.Release()
 	answered(t, "the write", first, nil)
 	answered(t, "a flush", flushed, nil)
-	after := x.disk.Crash()
-	defer after.Close()
-	p := make([]byte, 4096)
-	if after.ReadAt(p, (far+120)*sectorSize); !bytes.Equal(p, make([]byte, len(p))) {
+	if !bytes.Equal(x.afterCut(far+120), make([]byte, 4096)) {
 		t.Error("the disk has what came before the zeros")
 	}
 }

@@ -333,13 +333,8 @@ func (m *model) run(t *rapid.T, rs []*Request, queues []int) {
 // cached says which sectors of a read are in the cache.
 func (m *model) cached(r *Request) []bool {
 	cached := make([]bool, len(r.Buf)/sectorSize)
-	s := m.cache.index.spanOf(r)
-	s.sh.Lock()
-	defer s.sh.Unlock()
-	for _, e := range s.partsLocked(nil, func(e extent) bool { return e.flags&extClaim == 0 }) {
-		for at := e.off; at < e.end(); at++ {
-			cached[at-s.off] = true
-		}
+	for i := range cached {
+		cached[i] = m.cache.Cached(r.Off+int64(i*sectorSize), sectorSize)
 	}
 	return cached
 }
@@ -582,6 +577,7 @@ func (m *model) again(t *rapid.T, failed []*Request) {
 	}
 }
 
+// turnKnobs changes settings.
 func (m *model) turnKnobs(t *rapid.T) {
 	percent := rapid.IntRange(0, 90).Draw(t, "percent")
 	cutoff := rapid.SampledFrom([]int64{0, sectorSize, 8 << 10, 4 << 20}).Draw(t, "cutoff")
