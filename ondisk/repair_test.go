@@ -198,7 +198,7 @@ func forgeOldLog(t testing.TB, mem *pmem.Fake, crc bool) {
 		dead[i] = ondisk.Key{Off: uint64(i) * 512, Len: 512, Seg: 7}
 	}
 	seq, at := uint64(1<<47), ondisk.Position{}
-	for ; at.Off < ondisk.SegmentData-20_000; at.Off += ondisk.MaxKsetSize {
+	for ; at.Off < ondisk.SegmentData-16_000; at.Off += ondisk.MaxKsetSize {
 		mem.WriteAt(ondisk.EncodeKset(buf, seq, dead), l.Offset(0, at.Off))
 		seq++
 	}
