@@ -411,3 +411,56 @@ func within(t *testing.T, what string, f func()) {
 		t.Fatalf("%s does not end", what)
 	}
 }
+
+// TestPowerCutLeavesNoStart lets a power cut take one page of the log, and leave the segment
+// that the log went on to. That would be the continuation of what is written afterwards.
+func TestPowerCutLeavesNoStart(t *testing.T) {
+	disk := backing.NewFake(32<<20, sectorSize, 1)
+	defer disk.Close()
+	m := newPageCache()
+	formatSmall(t, m.Region, 8, true, 70)
+	l, err := ondisk.ReadLayout(m, m.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// 1,200 ksets of one key each are to go over the end of the segment.
+	begin := ondisk.Position{Off: ondisk.SegmentData - 64<<10}
+	var buf [ondisk.PositionSize]byte
+	for _, tail := range []ondisk.Tail{ondisk.KeyTail, ondisk.DirtyTail} {
+		for slot := range uint8(2) {
+			off := ondisk.EncodePosition(buf[:], tail, ondisk.Replica{Slot: slot, Seq: slot}, begin)
+			m.WriteAt(buf[:], off)
+		}
+	}
+	r := newRig(t, m, disk, 1)
+	r.mustRest(t)
+	version := uint64(0)
+	write := func(times int) {
+		for range times {
+			version++
+			r.write(t, 0, stamped(0, 1, version))
+		}
+	}
+	write(100)
+	for range 2 { // the sync mark is one behind
+		if err := r.do(0, &Request{Op: Flush}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	synced, _ := r.journal.head()
+	write(1200)
+	if head, _ := r.journal.head(); head.Seg == synced.Seg {
+		t.Fatalf("the log goes from %v to %v", synced, head)
+	}
+	lost := l.Offset(synced.Seg, synced.Off+8192) / pageSize
+	m = m.cut(func(page int64) bool { return page != lost })
+	r.kill()
+
+	r = newRig(t, m, disk, 1)
+	write(10)
+	r.mustFlush(t)
+	r.mustEnd(t)
+	if rep := ondisk.Check(m, m.Size(), false); len(rep.Problems) > 0 {
+		t.Errorf("a cache that was closed in order: %v", rep.Problems)
+	}
+}

@@ -106,7 +106,7 @@ func (c *Cache) tornAt(end logEnd, d *ondisk.Damage) bool {
 	return c.unsynced(lost) && d.DirtyTail == nil && !errors.Is(d, ondisk.ErrUnreadable)
 }
 
-// clearBehind zeroes what could be taken for the log's next kset. It does not persist.
+// clearBehind zeroes what could be taken for the log's continuation. It does not persist.
 func (c *Cache) clearBehind(end logEnd) {
 	// A kset cut short has the number that the next one here gets: what is left of one
 	// could complete the other. And a kset whose number does not continue the log would
@@ -117,9 +117,17 @@ func (c *Cache) clearBehind(end logEnd) {
 		// nobody has looked for them.
 		n = int64(ondisk.SegmentData - end.Pos.Off)
 	}
-	if err := c.mem.Zero(c.offset(end.Pos), n); err != nil {
-		c.badStore("log", end.Pos.Seg, end.Pos.Off, int(n), err)
-		c.fail(fmt.Errorf("%w: %w", ErrBadHead, err))
+	zero := func(at ondisk.Position, n int64) {
+		if err := c.mem.Zero(c.offset(at), n); err != nil {
+			c.badStore("log", at.Seg, at.Off, int(n), err)
+			c.fail(fmt.Errorf("%w: %w", ErrBadHead, err))
+		}
+	}
+	zero(end.Pos, n)
+	if end.torn {
+		for _, seg := range c.layout.StartsAhead(c.mem, end.Pos, end.Seq) {
+			zero(ondisk.Position{Seg: seg}, ondisk.KsetHeaderSize)
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package ondisk
 import (
 	"bytes"
 	"errors"
+	"io"
 )
 
 // A log without an end record ends where no valid kset is found. So does a
@@ -13,8 +14,10 @@ import (
 // A numbered log answers by itself: any kset with a number a little above the
 // expected one is younger than the bad one, and writers finish one before
 // they begin the next. Such a kset is looked for in the rest of the segment,
-// at every place where a kset may lie; and where the bad one may have been a
-// LAST, at the start of every other segment.
+// at every place where a kset may lie; and, since a LAST may be among the bad
+// ones, at the start of every other segment. A log that ends before others of its
+// ksets, which a power cut has left, needs their room cleared, or they would be
+// found there (engine/replay.go).
 //
 // The kernel's ksets have no number, and valid old ones lie about wherever a
 // segment is used for the log again. But before a kset is written the 24
@@ -29,7 +32,8 @@ import (
 // end mark stands at the end of a torn one.
 //
 // Neither rule finds a damaged last kset of the log. Nothing on the media
-// says that such a kset was acknowledged, unless dirty_tail is behind it.
+// says that such a kset was acknowledged, unless dirty_tail is behind it. Nor does
+// one find the log where a LAST is lost together with the kset that it leads to.
 
 // maxSeqAhead bounds how much younger a successor can be: as many ksets fit
 // into a segment. Leftovers of a cache formatted over have random numbers, of
@@ -83,19 +87,38 @@ func (w *walker) ahead(cause error) *Position {
 	if next := w.search(func() bool { return w.isAhead(expected) }); next != nil && (found == nil || found.Seg != next.Seg || next.Off < found.Off) {
 		found = next
 	}
-	if found != nil {
-		return found
+	if found == nil {
+		found = w.startAhead(expected)
 	}
-	// The bad one may be the LAST of its segment, or the kset before it.
-	if w.pos.Off+2*(MaxKsetSize+KsetHeaderSize) > SegmentData {
-		for seg := range uint32(len(w.l.Chain)) {
-			start := Position{Seg: seg}
-			if seg != w.pos.Seg && w.read(start) == nil && w.isAhead(expected) {
-				return &start
-			}
+	return found
+}
+
+// startAhead looks at the start of every other segment for the log's continuation: the
+// one with the nearest number, since the log may go through several.
+func (w *walker) startAhead(expected uint64) (found *Position) {
+	least := uint64(maxSeqAhead + 1)
+	for seg := range uint32(len(w.l.Chain)) {
+		start := Position{Seg: seg}
+		if seg == w.pos.Seg || w.read(start) != nil {
+			continue
+		}
+		if d := seqDistance(expected, w.kset.Seq); d < least && w.isAhead(expected) {
+			found, least = &start, d
 		}
 	}
-	return nil
+	return found
+}
+
+// StartsAhead returns the segments that begin with a kset whose number could make it the
+// continuation of a log that ends at a position, if its next kset has number seq.
+func (l *Layout) StartsAhead(r io.ReaderAt, end Position, seq uint64) (segs []uint32) {
+	w := &walker{l: l, r: r}
+	for seg := range uint32(len(l.Chain)) {
+		if seg != end.Seg && w.read(Position{Seg: seg}) == nil && w.isAhead(seq) {
+			segs = append(segs, seg)
+		}
+	}
+	return segs
 }
 
 // unnumberedAhead applies the rule of the end mark. A damaged LAST has no

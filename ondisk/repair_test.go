@@ -609,6 +609,57 @@ func TestRepairLog(t *testing.T) {
 	}
 }
 
+// TestRepairTwoWounds takes a kset in front of dirty_tail, so that the log seems to
+// begin at dirty_tail, and with it the one there, or all from there to the LAST.
+// The place then looks like the end of a log, and must not be taken for it.
+func TestRepairTwoWounds(t *testing.T) {
+	p := newPatient(t, true, 9)
+	last := slices.IndexFunc(p.log, func(k logKset) bool { return k.last })
+	for dirty := 2; dirty <= last; dirty += 7 {
+		moved := &patient{mem: p.mem.Clone(), log: p.log, l: p.l, crc: true, model: p.model, disk: slices.Clone(p.disk)}
+		// What is too new on the disk a younger key covers.
+		for _, k := range p.log[:dirty] {
+			for _, key := range k.keys {
+				copy(moved.disk[key.Off:][:key.Len], p.model[key.Off:])
+			}
+		}
+		var buf [ondisk.PositionSize]byte
+		at := p.l.DirtyTailCopies.Newest
+		for range 2 {
+			at = at.Next()
+			off := ondisk.EncodePosition(buf[:], ondisk.DirtyTail, at, p.log[dirty].at)
+			moved.mem.WriteAt(buf[:], off)
+		}
+		var f [ondisk.FingerprintSize]byte
+		off := ondisk.EncodeFingerprint(f[:], p.l.FingerprintCopies.Newest.Next(), &ondisk.Fingerprint{})
+		moved.mem.WriteAt(f[:], off)
+		for _, to := range []int{dirty, last} {
+			front := blow{"kset", p.log[dirty/2].off, 8, "zero"}
+			from, end := p.log[dirty], p.log[to]
+			blows := []blow{front, {"kset", from.off, end.off + end.size - from.off, "zero"}}
+			what := fmt.Sprintf("ksets %d and %d to %d", dirty/2, dirty, to)
+			mem := moved.mem.Clone()
+			for _, b := range blows {
+				b.hit(mem)
+			}
+			if rep := repaired(t, what, mem, ondisk.RepairOptions{Durable: true}); rep.Done() && dirty != last {
+				t.Errorf("%s: without the flag: %q", what, rep.Mended)
+			}
+			rep := repaired(t, what, mem, ondisk.RepairOptions{Durable: true, GiveUpLog: true})
+			if !rep.Done() {
+				t.Errorf("%s: with the flag: %q, %v, %v remain", what, rep.Mended, rep.Left, rep.Report.Problems)
+			}
+			lost := moved.lost(blows)
+			spared := moved.spared(blows, func(kset int) bool { return lost[kset] })
+			moved.mustRead(t, what, onto(rep), spared)
+			moved.mustWriteBack(t, what, onto(rep), spared)
+			if t.Failed() {
+				t.Fatalf("%q", rep.Mended)
+			}
+		}
+	}
+}
+
 // TestRepairCut: where nothing can bridge the damage, the log ends in front of
 // it, and nothing behind comes back to life.
 func TestRepairCut(t *testing.T) {

@@ -65,7 +65,48 @@ const (
 func (r *repairer) unclear(at Position) bool {
 	w := &walker{l: r.l, r: r}
 	w.start(at)
-	return (w.read(at) != nil || w.check() != nil) && w.search(func() bool { return len(w.kset.Keys) > 0 }) != nil
+	cause := w.read(at)
+	if cause == nil {
+		cause = w.check()
+	}
+	if cause == nil {
+		return false
+	}
+	if w.seq = r.seqBefore(at); w.seq != 0 {
+		return w.ahead(cause) != nil
+	}
+	return w.search(func() bool { return len(w.kset.Keys) > 0 }) != nil
+}
+
+// seqBefore returns the number of the last good kset in front of a place, in its
+// segment or that leads to it, 0 if none is found.
+func (r *repairer) seqBefore(to Position) (seq uint64) {
+	starts := []Position{{Seg: to.Seg}}
+	if key := &r.found[KeyTail]; key.err == nil {
+		starts = append(starts, key.pos)
+	}
+	for _, from := range starts {
+		r.l.walkOn(r, from, func(at Position, k *Kset) error {
+			switch {
+			case at.Seg == to.Seg && at.Off >= to.Off:
+				return errFound
+			case at.Seg != to.Seg && !(k.Last && k.Next == to.Seg):
+			case k.Seq != 0 && (seq == 0 || SeqAfter(k.Seq, seq)):
+				seq = k.Seq
+			}
+			return nil
+		})
+	}
+	if key := &r.found[KeyTail]; seq == 0 && key.err == nil {
+		// The walk goes over no LAST that leads to nothing.
+		end, _ := r.l.WalkLog(r, key.pos, func(Position, *Kset) error { return nil })
+		w := &walker{l: r.l, r: r}
+		w.start(end.Pos)
+		if w.search(func() bool { return w.kset.Last && w.kset.Next == to.Seg }) != nil {
+			seq = w.kset.Seq
+		}
+	}
+	return seq
 }
 
 // concludeTails concludes the tails from the copies that are found. A tail with

@@ -437,3 +437,62 @@ func TestWalkAllocations(t *testing.T) {
 		t.Errorf("%v allocations for a kset, %v for 1000", few, many)
 	}
 }
+
+// TestNearestStart loses a LAST behind which the log goes through two more segments. It goes
+// on at the first of them, whatever the numbers of the segments are.
+func TestNearestStart(t *testing.T) {
+	for _, path := range [][2]uint32{{17, 4}, {4, 17}} {
+		w := newScribe(t, 1000)
+		w.kset(1)
+		lost := w.last(path[0])
+		w.kset(MaxKeys)
+		w.kset(5)
+		w.last(path[1])
+		w.kset(2)
+		w.s.Zero(w.l.Offset(lost.Seg, lost.Off), KsetHeaderSize)
+		end, _ := w.l.WalkLog(w.s, w.l.KeyTail, func(Position, *Kset) error { return nil })
+		if d := end.Damage; d == nil || d.Ahead == nil || *d.Ahead != (Position{Seg: path[0]}) {
+			t.Errorf("%v: %v", path, d)
+		}
+		rep := Repair(w.s, w.s.Size(), RepairOptions{Durable: true})
+		if rep.Verify(); !rep.Done() || rep.LostLog || rep.Report.Keys != 1+MaxKeys+5+2 {
+			t.Errorf("%v: %q, %v remain, %d keys", path, rep.Mended, rep.Report.Problems, rep.Report.Keys)
+		}
+	}
+}
+
+// TestDirtyTailBehindLast loses all ksets from dirty_tail to the LAST, at the start of a
+// segment or one kset behind it, and the kset in front of them. Nothing is readable in that
+// segment any more, and the log goes on in the next one.
+func TestDirtyTailBehindLast(t *testing.T) {
+	for _, behind := range []bool{false, true} {
+		w := newScribe(t, 1000)
+		w.kset(1)
+		front := w.kset(1)
+		w.last(17)
+		dirty := w.pos
+		if behind {
+			front = w.kset(1)
+			w.kset(1)
+			dirty = w.pos
+		}
+		w.kset(3)
+		w.kset(4)
+		w.last(4)
+		w.kset(7)
+		w.kset(8)
+		for range 2 {
+			w.tail(DirtyTail, dirty)
+		}
+		w.s.Zero(w.l.Offset(front.Seg, front.Off), int64(KsetSize(1)))
+		w.s.Zero(w.l.Offset(dirty.Seg, dirty.Off), int64(KsetSize(3)+KsetSize(4)+KsetHeaderSize))
+		rep := Repair(w.s, w.s.Size(), RepairOptions{Durable: true})
+		if rep.Verify(); rep.Done() {
+			t.Errorf("behind %t: without the flag: %q", behind, rep.Mended)
+		}
+		rep = Repair(w.s, w.s.Size(), RepairOptions{Durable: true, GiveUpLog: true})
+		if rep.Verify(); !rep.Done() || !rep.LostLog || rep.Report.Keys < 7+8 {
+			t.Errorf("behind %t: with the flag: %q, %v remain, %d keys", behind, rep.Mended, rep.Report.Problems, rep.Report.Keys)
+		}
+	}
+}
