@@ -24,8 +24,12 @@ type deferred struct {
 }
 
 // deferAgain keeps the parts that were deferred before for another time, after a
-// round that has moved nothing because of err.
+// round that has moved nothing because of err. If it was told to rest, that is no reason
+// for anybody: what hinders them is what did before.
 func (w *writeback) deferAgain(parts []part, err error) {
+	if err == errRest {
+		err = cmp.Or(w.hindrance(), err)
+	}
 	for _, p := range parts {
 		if p.wait > 0 {
 			p.err = cmp.Or(p.err, err)

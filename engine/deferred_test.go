@@ -315,6 +315,55 @@ func TestRetryOverwritten(t *testing.T) {
 	}
 }
 
+// TestRestIsNoReason breaks a retry off: what was deferred has not been written for
+// the reason it had before, and a flush says so.
+func TestRestIsNoReason(t *testing.T) {
+	disk := backing.NewFake(changedDisk, sectorSize, 1)
+	defer disk.Close()
+	r := newRig(t, formatted(t, false), disk, 1)
+	badBlocks(disk, elsewhere/sectorSize, 1)
+	r.write(t, elsewhere, filled(1))
+	if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("a flush to a disk that refuses: %v", err)
+	}
+	held := make(chan struct{}, 1)
+	disk.Script(func(op backing.Op) (f backing.Fault) {
+		if f.Hold = op.Kind == backing.OpWrite; f.Hold {
+			held <- struct{}{}
+		}
+		return f
+	})
+	flushed := make(chan error, 1)
+	go func() { flushed <- r.Flush(t.Context()) }()
+	<-held
+	rested := make(chan struct{})
+	go func() {
+		defer close(rested)
+		r.mustRest(t)
+	}()
+	for !r.stopping() {
+		time.Sleep(time.Millisecond)
+	}
+	disk.Release()
+	<-rested
+	badBlocks(disk, elsewhere/sectorSize, 1)
+	for _, d := range r.writeback.deferred {
+		if !errors.Is(d.err, syscall.EIO) {
+			t.Errorf("deferred because of %v", d.err)
+		}
+	}
+	if len(r.writeback.deferred) != 1 {
+		t.Errorf("%d parts are deferred", len(r.writeback.deferred))
+	}
+	r.Resume()
+	if err := <-flushed; !errors.Is(err, syscall.EIO) {
+		t.Errorf("a flush that a rest has interrupted: %v", err)
+	}
+	disk.Script(nil)
+	r.mustFlush(t)
+	r.mustEnd(t)
+}
+
 // TestRetryWhileFull: what is deferred is tried again also while writers wait for space
 // all the time, each of whom has it looked at.
 func TestRetryWhileFull(t *testing.T) {
