@@ -36,10 +36,15 @@ import (
 //
 // A crash before 5 finds the fingerprint of the round before, an unknown one, or
 // this one; a crash after it finds this one, which holds wherever dirty_tail is
-// found. A round that touches no area skips 1 and 3. A flush that failed leaves
-// the fingerprint unknown until one succeeds. Step 3 reads only the areas that
-// were written: the others are at the far end of the disk, and changes that
+// found. A round that touches no area skips 1 and 3. Step 3 reads only the areas
+// that were written: the others are at the far end of the disk, and changes that
 // somebody else has made there would count as the cache's own work.
+//
+// After a flush that failed the disk may show what it will forget, and what has been
+// superseded meanwhile is not written again. So the fingerprint stays unknown until
+// dirty_tail comes to the end of the log: by then each sector has been written again, or what
+// superseded it has. Who finds dirty data and an unknown fingerprint knows of no flush
+// that failed before, and waits as long.
 //
 // The kernel is seen to have written to the disk only where it moved dirty_tail
 // or left a kset, one without a number, behind it. With either, nothing can be
@@ -80,6 +85,10 @@ type fingerprint struct {
 	areas []area
 	buf   []byte // what was read of them, one after the other
 	stale []bool // by area: the disk may have something else
+
+	unflushed bool   // an area was written, and no flush has succeeded since
+	failures  uint64 // flushes.failed before that
+	doubt     bool   // the disk may forget what it shows of the areas
 }
 
 // area is a part of the disk, in bytes.
@@ -111,9 +120,7 @@ func (c *Cache) sample(size int64) (sum uint32, err error) {
 	if f.buf == nil {
 		f.buf = c.disk.Buffer(3 * sampleBytes)
 	}
-	if areas := sampledAreas(size); !slices.Equal(areas, f.areas) {
-		f.areas, f.stale = areas, slices.Repeat([]bool{true}, len(areas))
-	}
+	f.sized(size)
 	read := make(chan error, len(f.areas))
 	reading, n := 0, int64(0)
 	for i, a := range f.areas {
@@ -130,6 +137,13 @@ func (c *Cache) sample(size int64) (sum uint32, err error) {
 		clear(f.stale)
 	}
 	return ondisk.Checksum(f.buf[:n]), err
+}
+
+// sized is told how large the disk is, or was.
+func (f *fingerprint) sized(size int64) {
+	if areas := sampledAreas(size); !slices.Equal(areas, f.areas) {
+		f.areas, f.stale = areas, slices.Repeat([]bool{true}, len(areas))
+	}
 }
 
 // compareDisk finds out whether the disk was written without the cache, and
@@ -159,7 +173,9 @@ func (c *Cache) compareDisk(choice Choice, foreign bool) error {
 			f.now.State = ondisk.FingerprintUnknown
 		}
 	}
+	f.sized(size)
 	u := c.index.usage()
+	f.doubt = c.layout.Fingerprint.State == ondisk.FingerprintUnknown && u.dirty+u.zero > 0
 	switch {
 	case !f.outdated && choice == Discard:
 		return ErrUnchanged
@@ -182,7 +198,9 @@ func (c *Cache) readDisk() {
 		c.fingerprint.now = ondisk.Fingerprint{}
 		return
 	}
-	c.takeFingerprint()
+	c.fingerprint.flushed(c.flushes.failed.Load())
+	_, cleaned := c.tails.dirtyTail()
+	c.takeFingerprint(cleaned)
 }
 
 // firstFingerprint is stored when the cache is opened. The caller persists.
@@ -203,10 +221,18 @@ func (c *Cache) firstFingerprint() error {
 // persists.
 func (c *Cache) voidFingerprint(parts []part) {
 	f := &c.fingerprint
+	writes := false
 	for i := range parts {
 		off, n := parts[i].off, int64(parts[i].len())
 		for j, a := range f.areas {
-			f.stale[j] = f.stale[j] || a.overlaps(off, n)
+			if a.overlaps(off, n) {
+				f.stale[j], writes = true, true
+			}
+		}
+	}
+	if writes {
+		if !f.unflushed {
+			f.unflushed, f.failures = true, c.flushes.failed.Load()
 		}
 	}
 	if f.now.State == ondisk.FingerprintKnown && slices.Contains(f.stale, true) {
@@ -214,12 +240,27 @@ func (c *Cache) voidFingerprint(parts []part) {
 	}
 }
 
+// flushed is called after a flush that succeeded, when so many have failed.
+func (f *fingerprint) flushed(failures uint64) {
+	f.doubt = f.doubt || f.unflushed && failures != f.failures
+	f.unflushed = false
+}
+
+// inDoubt reports whether the disk may forget what it shows of the areas, when dirty_tail is
+// about to have passed a number of ksets.
+func (c *Cache) inDoubt(cleaned uint64) bool {
+	_, written := c.journal.head()
+	c.fingerprint.doubt = c.fingerprint.doubt && cleaned < written
+	return c.fingerprint.doubt
+}
+
 // takeFingerprint makes an unknown fingerprint known, when everything written
-// to the disk has been flushed. It is stored with the next dirty_tail and not
-// before: the copy of the unknown one must last until then.
-func (c *Cache) takeFingerprint() {
+// to the disk has been flushed, and dirty_tail is about to have passed a number of
+// ksets. It is stored with the next dirty_tail and not before: the copy of the unknown
+// one must last until then.
+func (c *Cache) takeFingerprint(cleaned uint64) {
 	f := &c.fingerprint
-	if f.lost || f.now.State != ondisk.FingerprintUnknown {
+	if f.lost || f.unflushed || f.now.State != ondisk.FingerprintUnknown || c.inDoubt(cleaned) {
 		return
 	}
 	sum, err := c.sample(c.size)

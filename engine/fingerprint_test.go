@@ -477,6 +477,104 @@ func TestVolatileDisk(t *testing.T) {
 	}
 }
 
+// TestForgottenByDisk: a flush has failed, so that the disk shows what it may forget; that was
+// overwritten since, and what overwrote it is not on the disk yet. A fingerprint of what
+// the disk shows would be wrong after a power cut.
+func TestForgottenByDisk(t *testing.T) {
+	for seed := range uint64(10) {
+		mem, disk := formatted(t, false), backing.NewFake(changedDisk, 512, seed)
+		r := mustOpen(t, mem, disk, Refuse, false)
+		r.mustRest(t)
+		r.write(t, superblock, filled(1))
+		r.write(t, elsewhere, filled(2))
+		disk.Script(func(op backing.Op) (f backing.Fault) {
+			if op.Kind == backing.OpFlush {
+				f.Err = syscall.EIO
+			}
+			return f
+		})
+		// As the loop of write-back makes them, but no more than these.
+		r.workers.stop = make(chan struct{})
+		if err := r.round(2); !errors.Is(err, syscall.EIO) {
+			t.Fatal(err)
+		}
+		disk.Script(nil)
+		r.write(t, superblock, filled(3))
+		for until := uint64(2); until <= 4; until++ {
+			if until == 3 {
+				r.write(t, superblock, filled(4)) // before the one before it is written
+			}
+			if err := r.round(until); err != nil {
+				t.Fatal(err)
+			}
+			if known := r.fingerprint.now.State == ondisk.FingerprintKnown; known != (until == 4) {
+				t.Errorf("seed %d: the fingerprint is known: %t, dirty_tail has passed %d ksets of 4", seed, known, until)
+			}
+			at, after := mem.Clone(), disk.Crash()
+			if r, _, err := openChanged(at, after, Refuse); err != nil {
+				t.Errorf("seed %d, dirty_tail has passed %d ksets of 4: %v", seed, until, err)
+			} else {
+				r.holds(t, superblock, byte(min(until+1, 4)))
+				r.mustEnd(t)
+			}
+			after.Close()
+		}
+		close(r.workers.stop)
+		r.mustEnd(t)
+		disk.Close()
+	}
+}
+
+// TestForgottenByDiskBefore: the flush has failed in a server that died, or fails when the next
+// one begins.
+func TestForgottenByDiskBefore(t *testing.T) {
+	for seed := range uint64(10) {
+		mem, disk := formatted(t, false), backing.NewFake(changedDisk, 512, seed)
+		r := mustOpen(t, mem, disk, Refuse, false)
+		r.mustRest(t)
+		r.write(t, superblock, filled(1))
+		failing := func(op backing.Op) (f backing.Fault) {
+			if op.Kind == backing.OpFlush {
+				f.Err = syscall.EIO
+			}
+			return f
+		}
+		disk.Script(failing)
+		r.workers.stop = make(chan struct{})
+		if err := r.round(1); !errors.Is(err, syscall.EIO) {
+			t.Fatal(err)
+		}
+		r.write(t, superblock, filled(2))
+		close(r.workers.stop)
+		r.mustEnd(t)
+		if seed%2 == 0 {
+			disk.Script(nil)
+		}
+		r = mustOpen(t, mem, disk, Refuse, false)
+		r.mustRest(t)
+		if r.fingerprint.now.State == ondisk.FingerprintKnown {
+			t.Errorf("seed %d: the fingerprint is known, with dirty data", seed)
+		}
+		at, after := mem.Clone(), disk.Crash()
+		r2, _, err := openChanged(at, after, Refuse)
+		if err != nil {
+			t.Errorf("seed %d: %v", seed, err)
+		} else {
+			r2.mustEnd(t)
+		}
+		after.Close()
+		disk.Script(nil)
+		r.Resume()
+		r.mustFlush(t)
+		r.mustRest(t)
+		if r.fingerprint.now.State != ondisk.FingerprintKnown {
+			t.Errorf("seed %d: the fingerprint is unknown after a flush", seed)
+		}
+		r.mustEnd(t)
+		disk.Close()
+	}
+}
+
 // cutMemory keeps, for each barrier while it is armed, what a power cut there
 // could leave of the region and the disk: of the region all that was stored up
 // to the barrier before, and of the rest all, nothing, or any of its 8-byte

@@ -49,7 +49,8 @@ type Head struct {
 // Retired is what a cache leaves to the one that follows it.
 type Retired struct {
 	Head
-	Bad []uint32 // segments with bad memory
+	Bad   []uint32 // segments with bad memory
+	Doubt bool     // the disk may forget what it shows where the fingerprint looks
 }
 
 func (j *journal) end() Head {
@@ -162,7 +163,9 @@ func (c *Cache) workLocked() {
 func (c *Cache) Retire() (Retired, error) {
 	close(c.stop)
 	c.running.Wait()
-	return Retired{c.journal.end(), c.segments.badList()}, c.failure()
+	f := &c.fingerprint
+	doubt := f.doubt || f.unflushed && f.failures != c.flushes.failed.Load()
+	return Retired{c.journal.end(), c.segments.badList(), doubt}, c.failure()
 }
 
 // Follower is a cache that is still another's.
@@ -232,6 +235,9 @@ func (f *Follower) TakeOver(old Retired) (*Cache, error) {
 		}
 	}
 	f.r.sortSegments()
+	if old.Doubt {
+		c.fingerprint.now, c.fingerprint.doubt = ondisk.Fingerprint{}, true
+	}
 	if err := c.firstFingerprint(); err != nil {
 		return nil, err
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -129,7 +128,7 @@ type modeStorm struct {
 }
 
 // hotSpots are where clients meet: around the border of two stripes, and in the middle of
-// one. None is in what the fingerprint looks at.
+// one.
 var hotSpots = [...]int64{stripeSectors - hotSectors/2, stripeSectors + 3000}
 
 const hotSectors = 64
@@ -258,13 +257,6 @@ func coldSpot(n int64) int64 { return 2*stripeSectors + n*coldSectors%stripeSect
 
 const coldSectors = 8
 
-// fingerprinted reports whether the fingerprint of a disk of that size looks at any of n sectors.
-func fingerprinted(size, lba, n int64) bool {
-	return slices.ContainsFunc(sampledAreas(size), func(a area) bool {
-		return a.overlaps(lba*sectorSize, n*sectorSize)
-	})
-}
-
 func (s modeStorm) client(t *testing.T, r *relay, g *tally, dice *rand.Rand) {
 	for range *stormOps {
 		lba, n := hotSpots[dice.IntN(len(hotSpots))], int64(hotSectors)
@@ -275,11 +267,6 @@ func (s modeStorm) client(t *testing.T, r *relay, g *tally, dice *rand.Rand) {
 		lba, n = lba+skip, 1+dice.Int64N(n-skip)
 		lba = min(lba, s.diskMiB<<20/sectorSize-1)
 		n = min(n, stripeSectors-lba%stripeSectors, s.diskMiB<<20/sectorSize-lba)
-		if s.flushes > 0 && fingerprinted(s.diskMiB<<20, lba, n) {
-			// What a failed flush has lost there may be taken for somebody else's work
-			// after a power cut: docs/reliability.md.
-			lba, n = hotSpots[0], 1
-		}
 		req := &Request{Op: Read, Off: lba * sectorSize, Buf: make([]byte, n*sectorSize)}
 		queue := dice.IntN(s.queues)
 		op := dice.IntN(8)

@@ -226,7 +226,7 @@ func (c *Cache) writeParts() error {
 		c.errs.rounds.Add(1)
 		return fmt.Errorf("flush the backing device: %w", err)
 	}
-	c.takeFingerprint()
+	c.fingerprint.flushed(since)
 	return nil
 }
 
@@ -242,6 +242,7 @@ func (c *Cache) advance() error {
 		to = s.from
 	}
 	if _, cleaned := c.tails.dirtyTail(); to.ksets > cleaned {
+		c.takeFingerprint(to.ksets)
 		return c.moveDirtyTail(to.pos, to.ksets-cleaned)
 	}
 	return nil
