@@ -34,8 +34,8 @@ type Fake struct {
 		changed  *sync.Cond
 		rng      *rand.Rand
 		script   func(Op) Fault
-		current  []byte
-		stable   []byte
+		current  content
+		stable   content
 		unstable []extent // in the order in which they were carried out
 		ready    []*fakeOp
 		held     []*fakeOp
@@ -83,8 +83,8 @@ func NewFake(size int64, blockSize int, seed uint64) *Fake {
 	f := &Fake{size: size, blockSize: blockSize, ended: make(chan struct{})}
 	f.mu.changed = sync.NewCond(&f.mu)
 	f.mu.rng = rand.New(rand.NewPCG(seed, 0))
-	f.mu.current = make([]byte, size)
-	f.mu.stable = make([]byte, size)
+	f.mu.current = newContent(size)
+	f.mu.stable = newContent(size)
 	f.mu.delayed = map[*fakeOp]struct{}{}
 	go f.work()
 	return f
@@ -197,7 +197,8 @@ func (f *Fake) Close() error {
 func (f *Fake) ReadAt(p []byte, off int64) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	n := copy(p, f.mu.current[min(off, f.size):])
+	n := int(max(0, min(int64(len(p)), f.size-off)))
+	f.mu.current.read(p[:n], off)
 	if n < len(p) {
 		return n, io.EOF
 	}
@@ -209,8 +210,9 @@ func (f *Fake) ReadAt(p []byte, off int64) (int, error) {
 func (f *Fake) WriteAt(p []byte, off int64) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	n := copy(f.mu.current[min(off, f.size):], p)
-	copy(f.mu.stable[min(off, f.size):], p)
+	n := int(max(0, min(int64(len(p)), f.size-off)))
+	f.mu.current.write(p[:n], off)
+	f.mu.stable.write(p[:n], off)
 	if n < len(p) {
 		return n, io.ErrShortWrite
 	}
@@ -226,8 +228,9 @@ func (f *Fake) Crash() *Fake {
 	after := NewFake(f.size, f.blockSize, f.mu.rng.Uint64())
 	after.mu.Lock()
 	defer after.mu.Unlock()
-	f.crashLocked(after.mu.stable, 0)
-	copy(after.mu.current, after.mu.stable)
+	after.mu.stable = f.mu.stable.clone()
+	f.crashLocked(0, f.size, after.mu.stable.write)
+	after.mu.current = after.mu.stable.clone()
 	return after
 }
 
@@ -235,11 +238,13 @@ func (f *Fake) Crash() *Fake {
 func (f *Fake) CrashAt(p []byte, off int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.crashLocked(p, off)
+	f.mu.stable.read(p, off)
+	f.crashLocked(off, int64(len(p)), func(data []byte, at int64) { copy(p[at-off:], data) })
 }
 
-func (f *Fake) crashLocked(p []byte, off int64) {
-	copy(p, f.mu.stable[off:])
+// crashLocked writes some of the blocks, among the n bytes at off, that a power cut
+// may take or leave.
+func (f *Fake) crashLocked(off, n int64, write func(data []byte, off int64)) {
 	lost := slices.Clone(f.mu.unstable)
 	inFlight := append(append([]*fakeOp{}, f.mu.ready...), f.mu.held...)
 	for p := range f.mu.delayed {
@@ -252,19 +257,18 @@ func (f *Fake) crashLocked(p []byte, off int64) {
 	}
 	for i, e := range lost {
 		from := max(e.off, off)
-		to := max(from, min(e.off+int64(len(e.data)), off+int64(len(p))))
-		lost[i] = extent{from - off, e.data[min(from-e.off, int64(len(e.data))):][:to-from]}
+		to := max(from, min(e.off+int64(len(e.data)), off+n))
+		lost[i] = extent{from, e.data[min(from-e.off, int64(len(e.data))):][:to-from]}
 	}
-	f.someBlocksLocked(lost, p)
+	f.someBlocksLocked(lost, write)
 }
 
-// someBlocksLocked copies some of the blocks of each extent to where they
-// belong, chosen at random.
-func (f *Fake) someBlocksLocked(from []extent, to []byte) {
+// someBlocksLocked writes some of the blocks of each extent, chosen at random.
+func (f *Fake) someBlocksLocked(from []extent, write func(data []byte, off int64)) {
 	for _, e := range from {
 		for at := 0; at < len(e.data); at += f.blockSize {
 			if f.mu.rng.IntN(2) == 0 {
-				copy(to[e.off+int64(at):], e.data[at:at+f.blockSize])
+				write(e.data[at:at+f.blockSize], e.off+int64(at))
 			}
 		}
 	}
@@ -305,7 +309,7 @@ func (f *Fake) carryOutLocked(p *fakeOp) {
 		c.Reads++
 		if !failed {
 			c.BytesRead += p.n
-			copy(p.buf, f.mu.current[p.off:])
+			f.mu.current.read(p.buf[:p.n], p.off)
 		}
 	case OpWrite:
 		c.Writes++
@@ -322,10 +326,10 @@ func (f *Fake) carryOutLocked(p *fakeOp) {
 	case OpFlush:
 		c.Flushes++
 		if failed {
-			f.someBlocksLocked(f.mu.unstable, f.mu.stable)
+			f.someBlocksLocked(f.mu.unstable, f.mu.stable.write)
 		} else {
 			for _, e := range f.mu.unstable {
-				copy(f.mu.stable[e.off:], e.data)
+				f.mu.stable.write(e.data, e.off)
 			}
 		}
 		f.mu.unstable = nil
@@ -334,11 +338,12 @@ func (f *Fake) carryOutLocked(p *fakeOp) {
 
 // changeLocked writes data, or some of its blocks, to the volatile cache.
 func (f *Fake) changeLocked(off int64, data []byte, onlySome bool) {
-	at := f.mu.current[off : off+int64(len(data))]
 	if onlySome {
-		f.someBlocksLocked([]extent{{off, data}}, f.mu.current)
+		f.someBlocksLocked([]extent{{off, data}}, f.mu.current.write)
 	} else {
-		copy(at, data)
+		f.mu.current.write(data, off)
 	}
-	f.mu.unstable = append(f.mu.unstable, extent{off, append([]byte{}, at...)})
+	now := make([]byte, len(data))
+	f.mu.current.read(now, off)
+	f.mu.unstable = append(f.mu.unstable, extent{off, now})
 }
