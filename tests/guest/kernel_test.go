@@ -258,6 +258,9 @@ func turnOfServer(t *testing.T, want *stamp.Device, load stamp.Load, round int) 
 	pcache(t, "flush", d.id)
 	// With 0 everything is written back at once, and this is about what is not.
 	pcache(t, "set", d.id, "gc_percent="+gcPercents[0])
+	if round == 1 {
+		d.fillWindow(t)
+	}
 	for {
 		load.Seed++
 		if _, err := load.Run(want, 8<<20, nil); err != nil {
@@ -275,6 +278,32 @@ func turnOfServer(t *testing.T, want *stamp.Device, load stamp.Load, round int) 
 	}
 	t.Logf("round %d, server: %s dirty keys left, %v", round, dirtyKeys(t), time.Since(start).Round(time.Millisecond))
 	return want
+}
+
+// fillWindow reads so much that what has been read takes all the segments that the log does not need, and some of it
+// twice. The kernel is to find all of these segments free.
+func (d device) fillWindow(t *testing.T) {
+	t.Helper()
+	read := func(more ...string) {
+		must(t, append([]string{"dd", "if=" + d.path, "of=/dev/null", "bs=1M", "iflag=direct", "status=none"}, more...)...)
+	}
+	read("count=450")
+	read("count=50", "skip=400")
+	read("count=150") // the collector moves some of that to the log
+	var s struct {
+		Segments int
+		Used     int   `json:"segments_used"`
+		Window   int   `json:"segments_window"`
+		Promoted int64 `json:"promoted_bytes"`
+	}
+	if err := json.Unmarshal([]byte(pcache(t, "status", "--json", d.id)), &s); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("of %d segments %d are used, %d of them by the window; %d bytes have been promoted", s.Segments, s.Used, s.Window, s.Promoted)
+	// Free are those that are kept for writers.
+	if s.Window < 4 || s.Used < s.Segments-4 {
+		t.Error("the window is not full")
+	}
 }
 
 var checkLine = regexp.MustCompile(`, (\d+) dirty with `)

@@ -105,7 +105,7 @@ func count(only *regexp.Regexp, byFunction bool) error {
 		}
 	}
 	for i := range targets {
-		if t := &targets[i]; only.MatchString(t.name) {
+		if t := &targets[i]; t.kind != hotspot && only.MatchString(t.name) {
 			if err := countTarget(t, functions); err != nil {
 				return fmt.Errorf("%s: %w", t.name, err)
 			}

@@ -49,6 +49,7 @@ var hitJobs = func() (list []job) {
 // measured is what fio and the kernel say about a job.
 type measured struct {
 	ios     int64
+	reads   int64 // of them
 	seconds float64
 	median  float64 // time of a request to its completion, in ns
 	p99     float64
@@ -111,7 +112,7 @@ func (m *measured) parse(out []byte) error {
 	if j.Error != 0 {
 		return fmt.Errorf("fio: error %d", j.Error)
 	}
-	m.ios = j.Read.IOs + j.Write.IOs
+	m.ios, m.reads = j.Read.IOs+j.Write.IOs, j.Read.IOs
 	m.seconds = max(j.Read.Runtime, j.Write.Runtime) / 1e3
 	most := j.Read
 	if j.Write.IOs > j.Read.IOs {
@@ -136,6 +137,9 @@ func startFilled(t *target) (device string, err error) {
 
 // hits measures a target on the fast disk while everything is in the cache.
 func hits(t *target) error {
+	if t.kind == hotspot {
+		return nil
+	}
 	device, err := startFilled(t)
 	if err != nil {
 		return err
@@ -214,7 +218,7 @@ var burst = job{name: "burst", rw: "randwrite", block: "4k", depth: 32, jobs: 1,
 
 // drains measures how long a hard disk takes to have what a cache in front of it took.
 func drains(t *target) (err error) {
-	if t.kind == nothing {
+	if t.kind == nothing || t.kind == hotspot {
 		return nil
 	}
 	var behind server
@@ -249,7 +253,7 @@ func drains(t *target) (err error) {
 
 // large measures a target while not all fits into the cache.
 func large(t *target) error {
-	if t.kind == nothing {
+	if t.kind == nothing || t.kind == hotspot {
 		return nil
 	}
 	device, err := t.start(disk)

@@ -54,7 +54,7 @@ func measure(rounds int, only *regexp.Regexp) error {
 			if !only.MatchString(t.name) {
 				continue
 			}
-			for _, part := range []func(t *target) error{hits, drains, large} {
+			for _, part := range []func(t *target) error{hits, drains, large, scanned, skewed, steered} {
 				if err := part(t); err != nil {
 					return fmt.Errorf("round %d, %s: %w", round+1, t.name, err)
 				}
@@ -71,7 +71,7 @@ func header() {
 
 // prepare loads what is measured, and gives the fast disk data everywhere, so that reading it costs what it costs.
 func prepare() error {
-	if err := run("modprobe", "-a", "dm-mod", "dm-writecache", "bcache"); err != nil {
+	if err := run("modprobe", "-a", "dm-mod", "dm-writecache", "dm-cache", "dm-cache-smq", "bcache"); err != nil {
 		return err
 	}
 	if err := run("insmod", "/share/dm-pcache.ko"); err != nil {

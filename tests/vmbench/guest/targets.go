@@ -38,6 +38,7 @@ const (
 	cache   kind = iota
 	nothing      // answers at once, and has no data
 	bare         // the disk itself
+	hotspot      // a cache of what is used often, which takes its time: for what is kept alone
 )
 
 // start makes it anew and starts it.
@@ -98,6 +99,12 @@ var targets = []target{
 		open:  registered,
 		stop:  unregister,
 		drain: bcacheClean,
+	},
+	{
+		name: "dm-cache", kind: hotspot,
+		fresh: blank,
+		open:  smq,
+		stop:  removeSMQ,
 	},
 	{
 		name: "null", kind: nothing,
@@ -167,6 +174,27 @@ func mapped(disk, table string) (string, error) {
 	}
 	return "/dev/mapper/" + mapping, run("dmsetup", "mknodes")
 }
+
+// smq makes dm-cache, with the policy smq and blocks of 32 KiB, the least there are.
+func smq(disk string) (string, error) {
+	const metadata = 32 << 11 // sectors
+	var size int64
+	fmt.Sscan(output("blockdev", "--getsz", pmem), &size)
+	for name, table := range map[string]string{
+		"metadata": fmt.Sprintf("0 %d linear %s 0", metadata, pmem),
+		"blocks":   fmt.Sprintf("0 %d linear %s %d", size-metadata, pmem, metadata),
+	} {
+		if err := run("dmsetup", "create", name, "--table", table); err != nil {
+			return "", err
+		}
+	}
+	if err := run("dmsetup", "mknodes"); err != nil {
+		return "", err
+	}
+	return mapped(disk, "cache /dev/mapper/metadata /dev/mapper/blocks "+disk+" 64 1 writeback smq 0")
+}
+
+func removeSMQ() error { return run("dmsetup", "remove", mapping, "blocks", "metadata") }
 
 // removeKernels first waits for the end of write-back: the target is not to be removed while that goes on (it then uses
 // memory that it has freed, Linux 7.3).
