@@ -230,20 +230,23 @@ func (c *Cache) voidFingerprint(parts []part) {
 			}
 		}
 	}
-	if writes {
-		if !f.unflushed {
-			f.unflushed, f.failures = true, c.flushes.failed.Load()
-		}
+	if writes && !f.unflushed {
+		f.unflushed, f.failures = true, c.flushes.failed.Load()
 	}
 	if f.now.State == ondisk.FingerprintKnown && slices.Contains(f.stale, true) {
 		c.keepFingerprint(ondisk.Fingerprint{})
 	}
 }
 
+// doubtful reports, when so many flushes have failed, whether the disk may forget what it shows
+// of the areas even after one that succeeds.
+func (f *fingerprint) doubtful(failures uint64) bool {
+	return f.doubt || f.unflushed && failures != f.failures
+}
+
 // flushed is called after a flush that succeeded, when so many have failed.
 func (f *fingerprint) flushed(failures uint64) {
-	f.doubt = f.doubt || f.unflushed && failures != f.failures
-	f.unflushed = false
+	f.doubt, f.unflushed = f.doubtful(failures), false
 }
 
 // inDoubt reports whether the disk may forget what it shows of the areas, when dirty_tail is

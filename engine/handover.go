@@ -163,9 +163,7 @@ func (c *Cache) workLocked() {
 func (c *Cache) Retire() (Retired, error) {
 	close(c.stop)
 	c.running.Wait()
-	f := &c.fingerprint
-	doubt := f.doubt || f.unflushed && f.failures != c.flushes.failed.Load()
-	return Retired{c.journal.end(), c.segments.badList(), doubt}, c.failure()
+	return Retired{c.journal.end(), c.segments.badList(), c.fingerprint.doubtful(c.flushes.failed.Load())}, c.failure()
 }
 
 // Follower is a cache that is still another's.

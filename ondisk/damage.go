@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"iter"
 )
 
 // A log without an end record ends where no valid kset is found. So does a
@@ -87,36 +88,41 @@ func (w *walker) ahead(cause error) *Position {
 	if next := w.search(func() bool { return w.isAhead(expected) }); next != nil && (found == nil || found.Seg != next.Seg || next.Off < found.Off) {
 		found = next
 	}
-	if found == nil {
-		found = w.startAhead(expected)
+	if found != nil {
+		return found
+	}
+	// The nearest number: the log may go through several segments.
+	least := uint64(maxSeqAhead + 1)
+	for seg, distance := range w.startsAhead(expected) {
+		if distance < least {
+			found, least = &Position{Seg: seg}, distance
+		}
 	}
 	return found
 }
 
-// startAhead looks at the start of every other segment for the log's continuation: the
-// one with the nearest number, since the log may go through several.
-func (w *walker) startAhead(expected uint64) (found *Position) {
-	least := uint64(maxSeqAhead + 1)
-	for seg := range uint32(len(w.l.Chain)) {
-		start := Position{Seg: seg}
-		if seg == w.pos.Seg || w.read(start) != nil {
-			continue
-		}
-		if d := seqDistance(expected, w.kset.Seq); d < least && w.isAhead(expected) {
-			found, least = &start, d
+// startsAhead has the other segments that begin with a kset that proves that the expected
+// one was there, each with how many numbers it is ahead.
+func (w *walker) startsAhead(expected uint64) iter.Seq2[uint32, uint64] {
+	return func(yield func(seg uint32, distance uint64) bool) {
+		for seg := range uint32(len(w.l.Chain)) {
+			if seg == w.pos.Seg || w.read(Position{Seg: seg}) != nil {
+				continue
+			}
+			distance := seqDistance(expected, w.kset.Seq)
+			if w.isAhead(expected) && !yield(seg, distance) {
+				return
+			}
 		}
 	}
-	return found
 }
 
 // StartsAhead returns the segments that begin with a kset whose number could make it the
 // continuation of a log that ends at a position, if its next kset has number seq.
 func (l *Layout) StartsAhead(r io.ReaderAt, end Position, seq uint64) (segs []uint32) {
-	w := &walker{l: l, r: r}
-	for seg := range uint32(len(l.Chain)) {
-		if seg != end.Seg && w.read(Position{Seg: seg}) == nil && w.isAhead(seq) {
-			segs = append(segs, seg)
-		}
+	w := &walker{l: l, r: r, pos: end}
+	for seg := range w.startsAhead(seq) {
+		segs = append(segs, seg)
 	}
 	return segs
 }

@@ -207,11 +207,16 @@ func forgeOldLog(t testing.TB, mem *pmem.Fake, crc bool) {
 		alive.CRC = ondisk.Checksum(make([]byte, 512))
 	}
 	mem.WriteAt(ondisk.EncodeKset(buf, seq, []ondisk.Key{alive}), l.Offset(0, at.Off))
-	for _, tail := range []ondisk.Tail{ondisk.KeyTail, ondisk.DirtyTail} {
-		for slot := range uint8(2) {
-			off := ondisk.EncodePosition(buf, tail, ondisk.Replica{Slot: slot, Seq: slot}, at)
-			mem.WriteAt(buf[:ondisk.PositionSize], off)
-		}
+	storeTail(mem, ondisk.KeyTail, at)
+	storeTail(mem, ondisk.DirtyTail, at)
+}
+
+// storeTail stores both copies of a tail.
+func storeTail(mem *pmem.Fake, tail ondisk.Tail, at ondisk.Position) {
+	var buf [ondisk.PositionSize]byte
+	for slot := range uint8(2) {
+		off := ondisk.EncodePosition(buf[:], tail, ondisk.Replica{Slot: slot, Seq: slot}, at)
+		mem.WriteAt(buf[:], off)
 	}
 }
 
@@ -623,13 +628,7 @@ func TestRepairTwoWounds(t *testing.T) {
 				copy(moved.disk[key.Off:][:key.Len], p.model[key.Off:])
 			}
 		}
-		var buf [ondisk.PositionSize]byte
-		at := p.l.DirtyTailCopies.Newest
-		for range 2 {
-			at = at.Next()
-			off := ondisk.EncodePosition(buf[:], ondisk.DirtyTail, at, p.log[dirty].at)
-			moved.mem.WriteAt(buf[:], off)
-		}
+		storeTail(moved.mem, ondisk.DirtyTail, p.log[dirty].at)
 		var f [ondisk.FingerprintSize]byte
 		off := ondisk.EncodeFingerprint(f[:], p.l.FingerprintCopies.Newest.Next(), &ondisk.Fingerprint{})
 		moved.mem.WriteAt(f[:], off)

@@ -65,10 +65,7 @@ const (
 func (r *repairer) unclear(at Position) bool {
 	w := &walker{l: r.l, r: r}
 	w.start(at)
-	cause := w.read(at)
-	if cause == nil {
-		cause = w.check()
-	}
+	cause := w.next()
 	if cause == nil {
 		return false
 	}
@@ -81,8 +78,8 @@ func (r *repairer) unclear(at Position) bool {
 // seqBefore returns the number of the last good kset in front of a place, in its
 // segment or that leads to it, 0 if none is found.
 func (r *repairer) seqBefore(to Position) (seq uint64) {
-	starts := []Position{{Seg: to.Seg}}
-	if key := &r.found[KeyTail]; key.err == nil {
+	key, starts := &r.found[KeyTail], []Position{{Seg: to.Seg}}
+	if key.err == nil {
 		starts = append(starts, key.pos)
 	}
 	for _, from := range starts {
@@ -97,7 +94,7 @@ func (r *repairer) seqBefore(to Position) (seq uint64) {
 			return nil
 		})
 	}
-	if key := &r.found[KeyTail]; seq == 0 && key.err == nil {
+	if seq == 0 && key.err == nil {
 		// The walk goes over no LAST that leads to nothing.
 		end, _ := r.l.WalkLog(r, key.pos, func(Position, *Kset) error { return nil })
 		w := &walker{l: r.l, r: r}

@@ -159,10 +159,7 @@ func (w *walker) enter(at Position) {
 // run visits ksets until one cannot be used. It returns why, with pos there.
 func (w *walker) run(visit func(at Position, k *Kset) error) (cause, err error) {
 	for {
-		if cause := w.read(w.pos); cause != nil {
-			return cause, nil
-		}
-		if cause := w.check(); cause != nil {
+		if cause := w.next(); cause != nil {
 			return cause, nil
 		}
 		if err := visit(w.pos, &w.kset); err != nil {
@@ -177,6 +174,15 @@ func (w *walker) run(visit func(at Position, k *Kset) error) (cause, err error) 
 			w.pos.Off += w.kset.Size()
 		}
 	}
+}
+
+// next decodes the kset at pos, and returns why it cannot be the next of the log, nil
+// if it can.
+func (w *walker) next() error {
+	if err := w.read(w.pos); err != nil {
+		return err
+	}
+	return w.check()
 }
 
 // read decodes the kset at a position. Header and keys are read apart: bad
