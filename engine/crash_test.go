@@ -278,10 +278,7 @@ func (l *life) format(dice *rand.Rand, content []byte) *pmem.Fake {
 	kset := func(keys ...ondisk.Key) []byte { return ondisk.EncodeKset(buf[:], 1+dice.Uint64N(1<<40), keys) }
 
 	log := ondisk.Position{Off: ondisk.SegmentData - 8*uint32(64+dice.IntN(2<<10))}
-	for _, tail := range []ondisk.Tail{ondisk.KeyTail, ondisk.DirtyTail} {
-		off := ondisk.EncodePosition(buf[:], tail, ondisk.Replica{Slot: 1, Seq: 2}, log)
-		store(l.t, mem, buf[:ondisk.PositionSize], off)
-	}
+	beginLog(l.t, mem, log)
 	leave := func(seg, from, to uint32) {
 		for off := from; l.durable && off+ondisk.KsetSize(1) <= to; off += ondisk.KsetSize(1) {
 			store(l.t, mem, kset(ondisk.Key{

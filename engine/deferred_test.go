@@ -326,26 +326,20 @@ func TestRestIsNoReason(t *testing.T) {
 	if err := r.Flush(t.Context()); !errors.Is(err, syscall.EIO) {
 		t.Fatalf("a flush to a disk that refuses: %v", err)
 	}
-	held := make(chan struct{}, 1)
-	disk.Script(func(op backing.Op) (f backing.Fault) {
-		if f.Hold = op.Kind == backing.OpWrite; f.Hold {
-			held <- struct{}{}
-		}
-		return f
+	disk.Script(func(op backing.Op) backing.Fault {
+		return backing.Fault{Hold: op.Kind == backing.OpWrite}
 	})
 	flushed := make(chan error, 1)
 	go func() { flushed <- r.Flush(t.Context()) }()
-	<-held
+	held(t, disk, 1)
 	rested := make(chan struct{})
 	go func() {
 		defer close(rested)
 		r.mustRest(t)
 	}()
-	for !r.stopping() {
-		time.Sleep(time.Millisecond)
-	}
+	within(t, "being told to rest", func() { <-r.workers.stop })
 	disk.Release()
-	<-rested
+	within(t, "resting", func() { <-rested })
 	badBlocks(disk, elsewhere/sectorSize, 1)
 	for _, d := range r.writeback.deferred {
 		if !errors.Is(d.err, syscall.EIO) {

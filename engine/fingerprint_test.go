@@ -449,12 +449,7 @@ func TestVolatileDisk(t *testing.T) {
 		r.mustRest(t)
 		r.write(t, superblock, filled(2))
 		// A round that ends between its write and its flush, and none before.
-		disk.Script(func(op backing.Op) (f backing.Fault) {
-			if op.Kind == backing.OpFlush {
-				f.Err = syscall.EIO
-			}
-			return f
-		})
+		refusing(disk, backing.OpFlush)
 		r.Resume()
 		if err := r.Flush(context.Background()); !errors.Is(err, syscall.EIO) {
 			t.Fatal(err)
@@ -466,15 +461,24 @@ func TestVolatileDisk(t *testing.T) {
 		disk.Write(filled(2), superblock, func(err error) { done <- err })
 		<-done
 		mustOpen(t, mem, disk, Refuse, false).mustEnd(t)
-		after := disk.Crash()
+		opensAfterCut(t, fmt.Sprint("seed ", seed), mem, disk, 2)
 		disk.Close()
-		if r, _, err := openChanged(mem, after, Refuse); err != nil {
-			t.Errorf("seed %d: %v", seed, err)
-		} else {
-			r.mustEnd(t)
-		}
-		after.Close()
 	}
+}
+
+// opensAfterCut fails the test unless the cache opens with what a power cut leaves of the
+// disk, and has filled(b) where the superblock is.
+func opensAfterCut(t *testing.T, what string, mem *pmem.Fake, disk *backing.Fake, b byte) {
+	t.Helper()
+	after := disk.Crash()
+	defer after.Close()
+	r, _, err := openChanged(mem.Clone(), after, Refuse)
+	if err != nil {
+		t.Errorf("%s: %v", what, err)
+		return
+	}
+	r.holds(t, superblock, b)
+	r.mustEnd(t)
 }
 
 // TestForgottenByDisk: a flush has failed, so that the disk shows what it may forget; that was
@@ -487,12 +491,7 @@ func TestForgottenByDisk(t *testing.T) {
 		r.mustRest(t)
 		r.write(t, superblock, filled(1))
 		r.write(t, elsewhere, filled(2))
-		disk.Script(func(op backing.Op) (f backing.Fault) {
-			if op.Kind == backing.OpFlush {
-				f.Err = syscall.EIO
-			}
-			return f
-		})
+		refusing(disk, backing.OpFlush)
 		// As the loop of write-back makes them, but no more than these.
 		r.workers.stop = make(chan struct{})
 		if err := r.round(2); !errors.Is(err, syscall.EIO) {
@@ -510,14 +509,7 @@ func TestForgottenByDisk(t *testing.T) {
 			if known := r.fingerprint.now.State == ondisk.FingerprintKnown; known != (until == 4) {
 				t.Errorf("seed %d: the fingerprint is known: %t, dirty_tail has passed %d ksets of 4", seed, known, until)
 			}
-			at, after := mem.Clone(), disk.Crash()
-			if r, _, err := openChanged(at, after, Refuse); err != nil {
-				t.Errorf("seed %d, dirty_tail has passed %d ksets of 4: %v", seed, until, err)
-			} else {
-				r.holds(t, superblock, byte(min(until+1, 4)))
-				r.mustEnd(t)
-			}
-			after.Close()
+			opensAfterCut(t, fmt.Sprintf("seed %d, dirty_tail has passed %d ksets of 4", seed, until), mem, disk, byte(min(until+1, 4)))
 		}
 		close(r.workers.stop)
 		r.mustEnd(t)
@@ -533,13 +525,7 @@ func TestForgottenByDiskBefore(t *testing.T) {
 		r := mustOpen(t, mem, disk, Refuse, false)
 		r.mustRest(t)
 		r.write(t, superblock, filled(1))
-		failing := func(op backing.Op) (f backing.Fault) {
-			if op.Kind == backing.OpFlush {
-				f.Err = syscall.EIO
-			}
-			return f
-		}
-		disk.Script(failing)
+		refusing(disk, backing.OpFlush)
 		r.workers.stop = make(chan struct{})
 		if err := r.round(1); !errors.Is(err, syscall.EIO) {
 			t.Fatal(err)
@@ -555,14 +541,7 @@ func TestForgottenByDiskBefore(t *testing.T) {
 		if r.fingerprint.now.State == ondisk.FingerprintKnown {
 			t.Errorf("seed %d: the fingerprint is known, with dirty data", seed)
 		}
-		at, after := mem.Clone(), disk.Crash()
-		r2, _, err := openChanged(at, after, Refuse)
-		if err != nil {
-			t.Errorf("seed %d: %v", seed, err)
-		} else {
-			r2.mustEnd(t)
-		}
-		after.Close()
+		opensAfterCut(t, fmt.Sprint("seed ", seed), mem, disk, 2)
 		disk.Script(nil)
 		r.Resume()
 		r.mustFlush(t)

@@ -424,14 +424,7 @@ func TestPowerCutLeavesNoStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	// 1,200 ksets of one key each are to go over the end of the segment.
-	begin := ondisk.Position{Off: ondisk.SegmentData - 64<<10}
-	var buf [ondisk.PositionSize]byte
-	for _, tail := range []ondisk.Tail{ondisk.KeyTail, ondisk.DirtyTail} {
-		for slot := range uint8(2) {
-			off := ondisk.EncodePosition(buf[:], tail, ondisk.Replica{Slot: slot, Seq: slot}, begin)
-			m.WriteAt(buf[:], off)
-		}
-	}
+	beginLog(t, m, ondisk.Position{Off: ondisk.SegmentData - 64<<10})
 	r := newRig(t, m, disk, 1)
 	r.mustRest(t)
 	version := uint64(0)

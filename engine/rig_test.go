@@ -75,6 +75,16 @@ func store(t rapid.TB, mem Memory, p []byte, off int64) {
 	}
 }
 
+// beginLog lets the empty log of a new cache begin elsewhere.
+func beginLog(t rapid.TB, mem Memory, at ondisk.Position) {
+	t.Helper()
+	var buf [ondisk.PositionSize]byte
+	for _, tail := range []ondisk.Tail{ondisk.KeyTail, ondisk.DirtyTail} {
+		off := ondisk.EncodePosition(buf[:], tail, ondisk.Replica{Slot: 1, Seq: 2}, at)
+		store(t, mem, buf[:], off)
+	}
+}
+
 // rig is an open cache with a thread for each queue.
 type rig struct {
 	*Cache
