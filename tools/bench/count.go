@@ -82,7 +82,8 @@ func (c *counted) of(target, job string) count {
 const countIntro = "## Instructions\n\n" +
 	"In the test machine, whose emulator counts them, %s; %s.\n" +
 	"They are counted in the middle of a job, from one moment to another, with whatever goes on beside it, and divided by the\n" +
-	"requests that the device has done meanwhile. Nothing else that the host does is in there. Two runs, of programs that hardly\n" +
+	"requests that the device has done meanwhile. Other load of the host's processors is not in there; that of its disk is, since the\n" +
+	"machine's time goes on while a request waits. Two runs, of programs that hardly\n" +
 	"differ, agreed within 2 %% for most jobs; the kernel's part of 4K reads at depth 32 × 1 differed by 5 %%, that of two jobs at depth 1\n" +
 	"by 13 %%, where processors sleep and wake between requests, and 128K writes by a fifth, with which write-back meets or does not.\n" +
 	"The first random writes come to a cache that was filled in order, and turn trees of its index into tables. Where the cache is full,\n" +

@@ -241,6 +241,6 @@ const (
 		"on the same two processors; the null device does not reach the kernel's targets either."
 	aboveDrain = "A round is sorted by address, so the head goes over the disk once; what is left is the time until the burst is\n" +
 		"acknowledged, the model's turns of the platter, and the server's own work under emulation."
-	aboveScan  = "What has been read once by the time that a scan comes is as good as the scan, until it is read again."
+	aboveScan  = "Where somebody waits for room, what was hit is forgotten instead of moved to the log (engine/promote.go)."
 	aboveStall = "The longest of all writes of a few seconds is one event, and on an emulated machine as likely the emulator's as the cache's."
 )
