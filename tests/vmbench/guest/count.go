@@ -9,11 +9,8 @@ import (
 	"os/exec"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"ublk-pcache/tests/plugin"
 )
@@ -73,7 +70,7 @@ var countJobs = func() (list []countJob) {
 // pmem, of 1 GiB, has been filled with what the disk does not have.
 var cacheJobs = []countJob{
 	{job: job{name: "miss", rw: "randread", block: "4k", depth: 32, jobs: 1, more: []string{"--offset=" + hot}}, n: 16000},
-	{job: job{name: "full", rw: "randwrite", block: "4k", depth: 32, jobs: 1}, n: 48000, after: 1 << 30 / 4096},
+	{job: job{name: "full", rw: "randwrite", block: "4k", depth: 32, jobs: 1}, n: 48000, after: pmemSize / 4096},
 }
 
 type countJob struct {
@@ -221,26 +218,13 @@ type moment struct {
 	at       time.Time
 }
 
-// requestsDone is how many reads, or writes, a block device has done (Documentation/block/stat.rst, the first number and the
-// fifth).
+// requestsDone is how many reads, or writes, a block device has done.
 func (j *job) requestsDone(device string) (int, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(device, &st); err != nil {
-		return 0, err
-	}
-	stat := fmt.Sprintf("/sys/dev/block/%d:%d/stat", unix.Major(st.Rdev), unix.Minor(st.Rdev))
-	text, err := os.ReadFile(stat)
-	if err != nil {
-		return 0, err
-	}
-	f := strings.Fields(string(text))
-	if len(f) < 5 {
-		return 0, fmt.Errorf("%s has %q", stat, text)
-	}
+	d, err := doneBy(device)
 	if strings.HasSuffix(j.rw, "read") {
-		return strconv.Atoi(f[0])
+		return int(d.reads), err
 	}
-	return strconv.Atoi(f[4])
+	return int(d.writes), err
 }
 
 var blockKiB = map[string]int{"4k": 4, "128k": 128}

@@ -58,11 +58,8 @@ type measured struct {
 	server  float64 // and that of the target's server
 }
 
-func (j *job) run(t *target, device string) (m measured, err error) {
-	// fio makes a file where there is no device, and measures that.
-	if info, err := os.Stat(device); err != nil || info.Mode()&os.ModeDevice == 0 {
-		return m, fmt.Errorf("%s is no device (%v)", device, err)
-	}
+// command returns fio with the job.
+func (j *job) command(device string) *exec.Cmd {
 	args := []string{"--output-format=json", "--name=" + j.name, "--filename=" + device, "--direct=1", "--ioengine=io_uring",
 		"--rw=" + j.rw, "--bs=" + j.block, fmt.Sprintf("--iodepth=%d", j.depth), fmt.Sprintf("--numjobs=%d", j.jobs),
 		"--group_reporting", "--norandommap", "--randrepeat=0"}
@@ -75,12 +72,20 @@ func (j *job) run(t *target, device string) (m measured, err error) {
 	if j.fsync {
 		args = append(args, "--fsync=1")
 	}
+	return exec.Command("fio", append(args, j.more...)...)
+}
+
+func (j *job) run(t *target, device string) (m measured, err error) {
+	// fio makes a file where there is no device, and measures that.
+	if info, err := os.Stat(device); err != nil || info.Mode()&os.ModeDevice == 0 {
+		return m, fmt.Errorf("%s is no device (%v)", device, err)
+	}
 	server := 0
 	if t.server != nil {
 		server = t.server()
 	}
 	busy, served := machineTime(), processTime(server)
-	out, err := exec.Command("fio", append(args, j.more...)...).Output()
+	out, err := j.command(device).Output()
 	if err != nil {
 		return m, fmt.Errorf("fio: %w\n%s", err, out)
 	}
@@ -137,9 +142,6 @@ func startFilled(t *target) (device string, err error) {
 
 // hits measures a target on the fast disk while everything is in the cache.
 func hits(t *target) error {
-	if t.kind == hotspot {
-		return nil
-	}
 	device, err := startFilled(t)
 	if err != nil {
 		return err
@@ -218,9 +220,6 @@ var burst = job{name: "burst", rw: "randwrite", block: "4k", depth: 32, jobs: 1,
 
 // drains measures how long a hard disk takes to have what a cache in front of it took.
 func drains(t *target) (err error) {
-	if t.kind == nothing || t.kind == hotspot {
-		return nil
-	}
 	var behind server
 	path, err := behind.start("hdd")
 	if err != nil {
@@ -253,9 +252,6 @@ func drains(t *target) (err error) {
 
 // large measures a target while not all fits into the cache.
 func large(t *target) error {
-	if t.kind == nothing || t.kind == hotspot {
-		return nil
-	}
 	device, err := t.start(disk)
 	if err != nil {
 		return err

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"os/exec"
 	"strings"
 	"syscall"
 )
@@ -11,33 +10,31 @@ import (
 
 // watched runs a job, and returns what share of its reads has come to the disk, too.
 func (j *job) watched(t *target, device string) (m measured, missed float64, err error) {
-	before := doneBy(disk).reads
-	m, err = j.run(t, device)
-	return m, float64(doneBy(disk).reads-before) / float64(m.reads), err
+	d, err := doneDuring(disk, func() error {
+		m, err = j.run(t, device)
+		return err
+	})
+	return m, float64(d.reads) / float64(m.reads), err
 }
 
 // scanned measures what a sequential read of the whole disk costs those who read something else all the time.
 func scanned(t *target) error {
-	if t.kind == nothing || t.kind == bare {
-		return nil
-	}
 	device, err := t.start(disk)
 	if err != nil {
 		return err
 	}
-	const depth = 32
-	users := job{name: "users", rw: "randread", block: "4k", depth: depth, jobs: 1, size: hot, seconds: 8}
+	users := job{name: "users", rw: "randread", block: "4k", depth: 32, jobs: 1, size: hot, seconds: 8}
 	if _, err := users.run(t, device); err != nil {
 		return err
 	}
 	// Each block once.
-	all := job{name: "all", rw: "randread", block: "4k", depth: depth, jobs: 1, size: hot, more: []string{"--norandommap=0"}}
+	all := job{name: "all", rw: "randread", block: "4k", depth: 32, jobs: 1, size: hot, more: []string{"--norandommap=0"}}
 	_, before, err := all.watched(t, device)
 	if err != nil {
 		return err
 	}
-	beside := exec.Command("fio", "--name=beside", "--filename="+device, "--direct=1", "--ioengine=io_uring", "--rw=randread", "--bs=4k",
-		"--size="+hot, "--rate_iops=2000", "--randrepeat=0", "--norandommap", "--time_based", "--runtime=600")
+	slow := job{name: "beside", rw: "randread", block: "4k", depth: 1, jobs: 1, size: hot, seconds: 600, more: []string{"--rate_iops=2000"}}
+	beside := slow.command(device)
 	var said strings.Builder
 	beside.Stdout, beside.Stderr = &said, &said
 	if err := beside.Start(); err != nil {
@@ -60,9 +57,6 @@ func scanned(t *target) error {
 
 // skewed measures a target that has room for a quarter of what is used, some of it much more than the rest.
 func skewed(t *target) error {
-	if t.kind == nothing {
-		return nil
-	}
 	device, err := t.start(disk)
 	if err != nil {
 		return err

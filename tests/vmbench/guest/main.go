@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 )
@@ -43,6 +44,19 @@ func main() {
 	}
 }
 
+// parts are what is measured, each of some kinds of target.
+var parts = []struct {
+	measure func(t *target) error
+	kinds   []kind
+}{
+	{hits, []kind{cache, nothing, bare}},
+	{drains, []kind{cache, bare}},
+	{large, []kind{cache, bare}},
+	{scanned, []kind{cache, hotspot}},
+	{skewed, []kind{cache, hotspot, bare}},
+	{steered, []kind{cache}},
+}
+
 func measure(rounds int, only *regexp.Regexp) error {
 	if err := prepare(); err != nil {
 		return err
@@ -54,8 +68,11 @@ func measure(rounds int, only *regexp.Regexp) error {
 			if !only.MatchString(t.name) {
 				continue
 			}
-			for _, part := range []func(t *target) error{hits, drains, large, scanned, skewed, steered} {
-				if err := part(t); err != nil {
+			for _, p := range parts {
+				if !slices.Contains(p.kinds, t.kind) {
+					continue
+				}
+				if err := p.measure(t); err != nil {
 					return fmt.Errorf("round %d, %s: %w", round+1, t.name, err)
 				}
 			}

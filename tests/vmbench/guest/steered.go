@@ -2,26 +2,12 @@ package main
 
 import (
 	"fmt"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"time"
 )
 
 // A setting says when and how fast something comes to the disk. Somebody who looks at nothing but the counters of the
 // disk and of the device must find just that.
-
-// done is what a block device has done so far, of the fields of /sys/block/*/stat (Documentation/block/stat.rst).
-type done struct{ reads, bytesRead, writes, bytesWritten int64 }
-
-func doneBy(device string) (d done) {
-	text, _ := os.ReadFile("/sys/block/" + filepath.Base(device) + "/stat")
-	var skip int64
-	fmt.Sscan(string(text), &d.reads, &skip, &d.bytesRead, &skip, &d.writes, &skip, &d.bytesWritten)
-	d.bytesRead, d.bytesWritten = d.bytesRead*512, d.bytesWritten*512
-	return d
-}
 
 // steered measures what the settings of our own cache do.
 func steered(t *target) error {
@@ -69,24 +55,32 @@ func steered(t *target) error {
 // pmemSize is how many bytes the cache may use, about.
 const pmemSize = 1 << 30
 
-// writes writes to the device, in order, up to a size. It is one process, and can be killed.
-func writes(device, size string, more ...string) *exec.Cmd {
-	return exec.Command("fio", append([]string{"--name=writes", "--thread", "--filename=" + device, "--direct=1", "--ioengine=io_uring", "--rw=write", "--bs=128k",
-		"--iodepth=8", "--size=" + size}, more...)...)
+// writes returns a job that writes in order, up to a size. It is one process, and can be killed.
+func writes(block string, depth int, size string, more ...string) *job {
+	return &job{name: "writes", rw: "write", block: block, depth: depth, jobs: 1, size: size, more: append(more, "--thread")}
 }
 
 // firstWrite waits until the disk has written something more, and returns what the device has written by then.
 func firstWrite(device string) (int64, error) {
-	before := doneBy(disk).writes
-	err := within(time.Minute, "something is written back", func() bool { return doneBy(disk).writes > before })
-	return doneBy(device).bytesWritten, err
+	before, err := doneBy(disk)
+	if err != nil {
+		return 0, err
+	}
+	if err := within(time.Minute, "something is written back", func() bool {
+		now, err := doneBy(disk)
+		return err == nil && now.writes > before.writes
+	}); err != nil {
+		return 0, err
+	}
+	now, err := doneBy(device)
+	return now.bytesWritten, err
 }
 
 // lastWrite waits until the disk has written nothing for two seconds.
 func lastWrite() error {
-	last, since := doneBy(disk).writes, time.Now()
+	last, since := done{}, time.Now()
 	return within(time.Minute, "write-back ends", func() bool {
-		if now := doneBy(disk).writes; now != last {
+		if now, err := doneBy(disk); err != nil || now != last {
 			last, since = now, time.Now()
 		}
 		return time.Since(since) > 2*time.Second
@@ -95,17 +89,20 @@ func lastWrite() error {
 
 // drainRate returns how many bytes of a lot of dirty data are written back in a second.
 func drainRate(device string) (float64, error) {
-	if err := writes(device, "192M").Run(); err != nil {
+	if err := writes("128k", 8, "192M").command(device).Run(); err != nil {
 		return 0, err
 	}
-	begin, before := time.Now(), doneBy(disk)
-	time.Sleep(6 * time.Second)
-	return float64(doneBy(disk).bytesWritten-before.bytesWritten) / time.Since(begin).Seconds(), nil
+	begin := time.Now()
+	d, err := doneDuring(disk, func() error {
+		time.Sleep(6 * time.Second)
+		return nil
+	})
+	return float64(d.bytesWritten) / time.Since(begin).Seconds(), err
 }
 
 // dirtyAtFirst returns how many percent of the cache are dirty when write-back begins.
 func dirtyAtFirst(device string) (float64, error) {
-	cmd := writes(device, "600M", "--rate=40m")
+	cmd := writes("128k", 8, "600M", "--rate=40m").command(device)
 	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
@@ -117,23 +114,31 @@ func dirtyAtFirst(device string) (float64, error) {
 
 // dirtyAtLast returns how many are when it has ended.
 func dirtyAtLast(device string) (float64, error) {
-	before := doneBy(disk).bytesWritten
-	if err := writes(device, "300M", "--rate=40m").Run(); err != nil {
+	d, err := doneDuring(disk, func() error {
+		if err := writes("128k", 8, "300M", "--rate=40m").command(device).Run(); err != nil {
+			return err
+		}
+		return lastWrite()
+	})
+	if err != nil {
 		return 0, err
 	}
-	err := lastWrite()
-	return 100 * float64(doneBy(device).bytesWritten-(doneBy(disk).bytesWritten-before)) / pmemSize, err
+	all, err := doneBy(device)
+	return 100 * float64(all.bytesWritten-d.bytesWritten) / pmemSize, err
 }
 
 // ageAtFirst returns how many seconds after the first write something is written back, while others go on.
 func ageAtFirst(device string) (float64, error) {
-	cmd := writes(device, "600M", "--bs=4k", "--rate_iops=50", "--iodepth=1")
+	cmd := writes("4k", 1, "600M", "--rate_iops=50").command(device)
 	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
 	defer cmd.Wait()
 	defer cmd.Process.Kill()
-	if err := within(time.Minute, "fio writes", func() bool { return doneBy(device).writes > 0 }); err != nil {
+	if err := within(time.Minute, "fio writes", func() bool {
+		now, err := doneBy(device)
+		return err == nil && now.writes > 0
+	}); err != nil {
 		return 0, err
 	}
 	begin := time.Now()
@@ -153,10 +158,11 @@ func idleAtFirst(device string) (float64, error) {
 
 // writtenUnasked returns how many bytes are written back in some seconds in which nobody waits for it.
 func writtenUnasked(device string) (float64, error) {
-	before := doneBy(disk).bytesWritten
-	err := writes(device, "128M").Run()
-	time.Sleep(5 * time.Second)
-	return float64(doneBy(disk).bytesWritten - before), err
+	d, err := doneDuring(disk, func() error {
+		defer time.Sleep(5 * time.Second)
+		return writes("128k", 8, "128M").command(device).Run()
+	})
+	return float64(d.bytesWritten), err
 }
 
 // keptOfStream returns how many bytes of a long sequential read need not be read from the disk again.
@@ -166,16 +172,12 @@ func keptOfStream(device string) (float64, error) {
 	if err := run(stream...); err != nil {
 		return 0, err
 	}
-	before := doneBy(disk).bytesRead
-	err := run(stream...)
-	return float64(size - (doneBy(disk).bytesRead - before)), err
+	d, err := doneDuring(disk, func() error { return run(stream...) })
+	return float64(size - d.bytesRead), err
 }
 
 // writtenWhenAnswered returns the share of what was written that the disk has when it is answered.
 func writtenWhenAnswered(device string) (float64, error) {
-	before := doneBy(disk).bytesWritten
-	if err := writes(device, "8M", "--bs=4k").Run(); err != nil {
-		return 0, err
-	}
-	return float64(doneBy(disk).bytesWritten-before) / float64(8<<20), nil
+	d, err := doneDuring(disk, writes("4k", 8, "8M").command(device).Run)
+	return float64(d.bytesWritten) / float64(8<<20), err
 }
