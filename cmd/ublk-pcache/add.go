@@ -80,6 +80,7 @@ is written to BACKING before the device appears.`,
 	f.BoolVar(&o.Format, "format", false, "make a new cache even if PMEM is not blank")
 	f.BoolVar(&o.Force, "force", false, "with --format: even if PMEM holds dirty data; without: even if BACKING is another device or file than the cache belongs to")
 	f.BoolVar(&o.Foreground, "foreground", false, "stay, and log to the terminal")
+	f.StringVar(&o.Device.Name, "name", "", "what the device can be called, by commands and as /dev/ublk-pcache/NAME")
 	return cmd
 }
 
@@ -138,6 +139,8 @@ func (o *serveOptions) check(idGiven bool) error {
 		return errors.New("no backing device given: -b BACKING")
 	case idGiven && (d.ID < 0 || d.ID > ublk.MaxID):
 		return fmt.Errorf("--id %d: give 0 to %d", d.ID, ublk.MaxID)
+	case d.Name != "" && checkName(d.Name) != nil:
+		return fmt.Errorf("--name %s: %w", d.Name, checkName(d.Name))
 	case d.Queues < 1 || d.Queues > runtime.NumCPU():
 		return fmt.Errorf("--queues %d: give 1 to %d, the number of CPUs", d.Queues, runtime.NumCPU())
 	case d.Depth < 1 || d.Depth > maxDepth:

@@ -57,6 +57,12 @@ func readConfig(path string) (serveOptions, error) {
 		return serveOptions{}, located(err, path, lines)
 	}
 	o.Foreground, o.Existing = true, true
+	name := strings.TrimSuffix(filepath.Base(path), configExt)
+	if wrong := checkName(name); wrong != nil {
+		fmt.Fprintf(os.Stderr, "ublk-pcache: %s: its device has only a number: %v\n", path, wrong)
+	} else {
+		o.Device.Name = name
+	}
 	return o, nil
 }
 

@@ -82,7 +82,7 @@ func (d *device) removeByDriver(force bool) error {
 			return err
 		case <-time.After(lifeSign + statusPatience):
 			if d.alive() {
-				return fmt.Errorf("device %d does not go, since process %d holds it (end that with 'kill -KILL %d', and repeat)", d.ID, d.PID, d.PID)
+				return fmt.Errorf("device %s does not go, since process %d holds it (end that with 'kill -KILL %d', and repeat)", d.title(), d.PID, d.PID)
 			}
 			if info, err := d.lookup(); errors.Is(err, ublk.ErrNoDevice) || err == nil && info.State == ublk.Dead {
 				fmt.Fprintln(os.Stderr, "ublk-pcache:", d.numberHeld())
@@ -142,7 +142,7 @@ func (d *device) printDirtyOfDead() error {
 	}
 	r, err := pmem.Spec{Path: d.PMEM}.Open(pmem.ReadOnly)
 	if err != nil {
-		return fmt.Errorf("device %d is removed, but how much of cache %s is dirty cannot be told: %w", d.ID, d.PMEM, err)
+		return fmt.Errorf("device %s is removed, but how much of cache %s is dirty cannot be told: %w", d.title(), d.PMEM, err)
 	}
 	defer r.Close()
 	// Data that is overwritten by zeros counts as data.

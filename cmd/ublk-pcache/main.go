@@ -20,8 +20,6 @@ import (
 	"math"
 	"os"
 	"runtime"
-	"strconv"
-	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -60,7 +58,7 @@ func main() {
 		newStatusCmd(), newListCmd(), newSetCmd(), newUpgradeCmd(),
 		newFormatCmd(), newDumpCmd(), newCheckCmd(), newRepairCmd(), newWritebackCmd(),
 		newEstimateCmd(),
-		newRunCmd(), newIsBackingCmd(), newClaimCmd(), newServeCmd(), newUnitCmd(),
+		newRunCmd(), newIsBackingCmd(), newNameOfCmd(), newClaimCmd(), newServeCmd(), newUnitCmd(),
 	)
 	if cmd, err := root.ExecuteC(); err != nil {
 		fmt.Fprintln(os.Stderr, "ublk-pcache:", oneLine(err))
@@ -95,18 +93,4 @@ func leaveCaller() error {
 		return fmt.Errorf("keep descriptors to this process: %w", err)
 	}
 	return nil
-}
-
-// deviceID reads the argument of the commands that take a device: its number,
-// or its path.
-func deviceID(arg string) (int, error) {
-	number := strings.TrimPrefix(arg, "/dev/ublkb")
-	id, err := strconv.Atoi(number)
-	switch {
-	case err != nil || strconv.Itoa(id) != number: // or it might be another's number, written otherwise
-		return 0, fmt.Errorf("%q is not a device: give its number, as in 'ublk-pcache list'", arg)
-	case id < 0 || id > ublk.MaxID:
-		return 0, fmt.Errorf("%q is not a device: they have numbers from 0 to %d", arg, ublk.MaxID)
-	}
-	return id, nil
 }

@@ -3,33 +3,10 @@ package main
 import (
 	"errors"
 	"os"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
-
-	"ublk-pcache/ublk"
 )
-
-// TestDeviceID: no argument is taken for another device's number.
-func TestDeviceID(t *testing.T) {
-	for arg, want := range map[string]int{"0": 0, "7": 7, "/dev/ublkb0": 0, "/dev/ublkb12": 12, strconv.Itoa(ublk.MaxID): ublk.MaxID} {
-		if id, err := deviceID(arg); err != nil || id != want {
-			t.Errorf("%q is device %d, %v", arg, id, err)
-		}
-	}
-	for _, arg := range []string{
-		"", "-1", "+1", "01", "00", " 1", "1 ", "0x1", "1_0", "1e0", "4294967296", "4294967295", "18446744073709551616", strconv.Itoa(ublk.MaxID + 1),
-		"/dev/ublkb", "/dev/ublkb0p1", "/dev/ublkb00", "/dev/ublkb-0", "/dev/ublkb+1", "/dev/ublkc0", "ublkb0", "/dev/sda", "/dev/ublkb/dev/ublkb0",
-	} {
-		id, err := deviceID(arg)
-		if err == nil {
-			t.Errorf("%q is taken for device %d", arg, id)
-			continue
-		}
-		fails(t, err, "is not a device")
-	}
-}
 
 // TestNumberBounds: a number that the driver would cut off is refused wherever it comes from.
 func TestNumberBounds(t *testing.T) {

@@ -78,5 +78,5 @@ func recovery(d *device, info ublk.Info) serveOptions {
 }
 
 func (d *device) servedError() error {
-	return fmt.Errorf("device %d has a server, process %d: there is nothing to recover (to end it: ublk-pcache del %d)", d.ID, d.PID, d.ID)
+	return fmt.Errorf("device %s has a server, process %d: there is nothing to recover (to end it: ublk-pcache del %d)", d.title(), d.PID, d.ID)
 }

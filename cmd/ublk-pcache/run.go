@@ -33,6 +33,9 @@ import (
 // a pause.
 const configDir = "/etc/ublk-pcache"
 
+// configExt is what the name of such a file has behind the service's.
+const configExt = ".conf"
+
 // devicePatience is how long a service waits for disk and pmem to appear: as
 // long as systemd waits for a device.
 const devicePatience = 90 * time.Second
@@ -109,7 +112,7 @@ and somebody should know. To begin with: ublk-pcache format PMEM.
 An error that would come again has exit status ` + fmt.Sprint(exitFinal) + `.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
-			path := filepath.Join(configDir, args[0]+".conf")
+			path := filepath.Join(configDir, args[0]+configExt)
 			o, err := readConfig(path)
 			if err != nil {
 				return finalError{err}
@@ -184,7 +187,7 @@ func continued(o serveOptions) (_ serveOptions, server *device, err error) {
 		}
 		if d.alive() {
 			if !samePMEM {
-				err = finalError{fmt.Errorf("device %d is served with the cache on %s, and not that on %s (ublk-pcache del %d, or change the description)", d.ID, d.PMEM, spec.Path, d.ID)}
+				err = finalError{fmt.Errorf("device %s is served with the cache on %s, and not that on %s (ublk-pcache del %d, or change the description)", d.title(), d.PMEM, spec.Path, d.ID)}
 			}
 			return o, d, err
 		}
@@ -193,10 +196,13 @@ func continued(o serveOptions) (_ serveOptions, server *device, err error) {
 		case err != nil:
 			return o, nil, err
 		case info.State != ublk.Dead && !samePMEM:
-			return o, nil, finalError{fmt.Errorf("device %d waits for a server with the cache on %s, and not that on %s (ublk-pcache recover %d, or del %d, or change the description)", d.ID, d.PMEM, spec.Path, d.ID, d.ID)}
+			return o, nil, finalError{fmt.Errorf("device %s waits for a server with the cache on %s, and not that on %s (ublk-pcache recover %d, or del %d, or change the description)", d.title(), d.PMEM, spec.Path, d.ID, d.ID)}
 		case info.State != ublk.Dead:
 			r := recovery(d, info)
 			r.Foreground, r.Device.Backing = true, o.Device.Backing
+			if r.Device.Name == "" {
+				r.Device.Name = o.Device.Name
+			}
 			return r, nil, nil
 		default:
 			if err := ublk.Remove(d.ID, true); err != nil {
@@ -227,7 +233,7 @@ func adopt(server *device) error {
 	switch {
 	case theirs == ours:
 	case strings.HasSuffix(theirs, ".service"):
-		return finalError{fmt.Errorf("device %d has a server already, process %d of %s (ublk-pcache del %d, then start this service)", server.ID, server.PID, filepath.Base(theirs), server.ID)}
+		return finalError{fmt.Errorf("device %s has a server already, process %d of %s (ublk-pcache del %d, then start this service)", server.title(), server.PID, filepath.Base(theirs), server.ID)}
 	default:
 		if err := os.WriteFile("/sys/fs/cgroup"+ours+"/cgroup.procs", fmt.Append(nil, server.PID), 0); err != nil {
 			return fmt.Errorf("adopt server %d: %w", server.PID, err)
@@ -291,7 +297,7 @@ func newClaimCmd() *cobra.Command {
 		Hidden: true,
 		Args:   cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
-			all, err := settings(filepath.Join(configDir, args[0]+".conf"))
+			all, err := settings(filepath.Join(configDir, args[0]+configExt))
 			for _, s := range all {
 				if s.name == "backing" {
 					err = errors.Join(err, backing.Claim(s.value))
@@ -358,7 +364,7 @@ func hardwareLinks(links []string, within bool) (kept []string) {
 // given names, relative ones being meant in /dev. A description that is refused
 // must not keep its disk, or another's, from being found.
 func backedBy(dir string, names []string) (service string) {
-	files, _ := filepath.Glob(filepath.Join(dir, "*.conf"))
+	files, _ := filepath.Glob(filepath.Join(dir, "*"+configExt))
 	for _, file := range files {
 		all, _ := settings(file)
 		for _, s := range all {
@@ -370,7 +376,7 @@ func backedBy(dir string, names []string) (service string) {
 					n = filepath.Join("/dev", n)
 				}
 				if filepath.Clean(s.value) == n || sameFile(s.value, n) {
-					return strings.TrimSuffix(filepath.Base(file), ".conf")
+					return strings.TrimSuffix(filepath.Base(file), configExt)
 				}
 			}
 		}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/unit"
+	"github.com/spf13/cobra"
 
 	"ublk-pcache/backing"
 	"ublk-pcache/engine"
@@ -187,6 +188,9 @@ func TestRule(t *testing.T) {
 		t.Fatal(err)
 	}
 	item := regexp.MustCompile(`^([A-Z]+)(\{[^}]+\})?(==|!=|\+=|:=|=)"([^"]*)"$`)
+	asks := func(program string, cmd *cobra.Command) bool {
+		return strings.HasPrefix(program, "/usr/sbin/ublk-pcache "+cmd.Name()+" ")
+	}
 	var to, labels []string
 	for n, line := range strings.Split(string(text), "\n") {
 		if line == "" || strings.HasPrefix(line, "#") {
@@ -201,7 +205,7 @@ func TestRule(t *testing.T) {
 				to = append(to, m[4])
 			case m[1] == "LABEL":
 				labels = append(labels, m[4])
-			case m[1] == "PROGRAM" && !strings.HasPrefix(m[4], "/usr/sbin/ublk-pcache "+newIsBackingCmd().Name()+" "):
+			case m[1] == "PROGRAM" && !asks(m[4], newIsBackingCmd()) && !asks(m[4], newNameOfCmd()):
 				t.Errorf("line %d asks %q", n+1, m[4])
 			}
 		}

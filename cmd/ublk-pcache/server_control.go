@@ -146,7 +146,7 @@ func (s *server) receive(conn *net.UnixConn) {
 			}
 		}()
 	default:
-		answer(conn, reply{}, fmt.Errorf("device %d is busy with %d other commands (wait for one to end)", s.dev.ID, maxClients))
+		answer(conn, reply{}, fmt.Errorf("device %s is busy with %d other commands (wait for one to end)", s.dev.title(), maxClients))
 	}
 }
 

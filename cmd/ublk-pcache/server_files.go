@@ -160,7 +160,7 @@ func (s *server) openOwnDisk(o *serveOptions) (err error) {
 	case possible && backing.OnDevice(recorded) && errors.Is(missing, backing.ErrNotFound):
 		return nil // users of the device have made another table, and no disk has the old one
 	case possible && (backing.OnDevice(recorded) || missing != nil):
-		return fmt.Errorf("nothing tells that %s is the backing device of device %d, which is known by %s (say which it is: ublk-pcache recover %d -b BACKING)", s.dev.Backing, s.dev.ID, known(recorded), s.dev.ID)
+		return fmt.Errorf("nothing tells that %s is the backing device of device %s, which is known by %s (say which it is: ublk-pcache recover %d -b BACKING)", s.dev.Backing, s.dev.title(), known(recorded), s.dev.ID)
 	case missing == nil:
 	default:
 		if err != nil {

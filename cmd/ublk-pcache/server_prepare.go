@@ -69,7 +69,7 @@ func (d *device) mustHave(id *ondisk.Identity) error {
 	if id != nil && (d.Cache == "" || d.Cache == uuidText(id.UUID)) { // older servers did not note it
 		return nil
 	}
-	return fmt.Errorf("%s holds another cache than the one of device %d, which must have been formatted meanwhile (put the right one there; the device waits; to give up what it held: ublk-pcache del --force %d)", d.PMEM, d.ID, d.ID)
+	return fmt.Errorf("%s holds another cache than the one of device %s, which must have been formatted meanwhile (put the right one there; the device waits; to give up what it held: ublk-pcache del --force %d)", d.PMEM, d.title(), d.ID)
 }
 
 // openCache makes the new cache, if there is to be one, opens the cache, and binds
@@ -157,7 +157,7 @@ func (s *server) shrunkError(o *serveOptions, id, mine *ondisk.Identity, err err
 func (s *server) openError(o *serveOptions, err error) error {
 	switch {
 	case errors.Is(err, engine.ErrChanged) && o.Recover:
-		return fmt.Errorf("cache %s cannot continue device %d: %s: %w (to write that over what is there now: recover --changed=overwrite; the device waits)", s.dev.PMEM, s.dev.ID, s.dev.Backing, err)
+		return fmt.Errorf("cache %s cannot continue device %s: %s: %w (to write that over what is there now: recover --changed=overwrite; the device waits)", s.dev.PMEM, s.dev.title(), s.dev.Backing, err)
 	case errors.Is(err, engine.ErrChanged):
 		return fmt.Errorf("cache %s: %s: %w (to write that over what is there now, as is right after a writeback that could not record itself: --changed=overwrite; to lose it: --changed=discard)", s.dev.PMEM, s.dev.Backing, err)
 	case errors.Is(err, engine.ErrUnchanged):
@@ -180,7 +180,7 @@ func (s *server) openError(o *serveOptions, err error) error {
 func (s *server) damagedError(o *serveOptions, mendable bool, err error) error {
 	do := damageRemedies(err, mendable, s.dev.PMEM, s.dev.Backing)
 	if o.Recover {
-		return &remedied{fmt.Errorf("cache %s cannot continue device %d: %w", s.dev.PMEM, s.dev.ID, err), do + "; the device waits"}
+		return &remedied{fmt.Errorf("cache %s cannot continue device %s: %w", s.dev.PMEM, s.dev.title(), err), do + "; the device waits"}
 	}
 	return &remedied{fmt.Errorf("cache %s: %w", s.dev.PMEM, err), do + "; to give up what it holds: " + o.formatting(s.dev.PMEM).byAll}
 }
@@ -190,7 +190,7 @@ func (s *server) damagedError(o *serveOptions, mendable bool, err error) error {
 func (s *server) gone() error {
 	h := ondisk.Survey(s.region, s.region.Size(), s.region.Durable())
 	if h.Err == nil {
-		return fmt.Errorf("%s holds no cache any more, so device %d cannot be continued (bring back what it held, or give up the device: ublk-pcache del --force %d; the device waits)", s.dev.PMEM, s.dev.ID, s.dev.ID)
+		return fmt.Errorf("%s holds no cache any more, so device %s cannot be continued (bring back what it held, or give up the device: ublk-pcache del --force %d; the device waits)", s.dev.PMEM, s.dev.title(), s.dev.ID)
 	}
 	return s.damagedError(&serveOptions{Recover: true}, h.Mendable, h.Err)
 }

@@ -87,7 +87,7 @@ var errRemoved = errors.New("it has been removed meanwhile")
 // error, until the new one is prepared.
 func (s *server) upgrade(ctx context.Context) (reply, error) {
 	if !s.upgrading.TryLock() {
-		return reply{}, fmt.Errorf("device %d: an upgrade is under way already", s.dev.ID)
+		return reply{}, fmt.Errorf("device %s: an upgrade is under way already", s.dev.title())
 	}
 	defer s.upgrading.Unlock()
 	if err := s.canHandOver(); err != nil {
@@ -116,12 +116,12 @@ func (s *server) upgrade(ctx context.Context) (reply, error) {
 func (s *server) canHandOver() error {
 	switch err := s.ublk.CanLetGo(); {
 	case errors.Is(err, ublk.ErrTooOld):
-		return fmt.Errorf("device %d: %w (del and add it, or end its server and recover)", s.dev.ID, err)
+		return fmt.Errorf("device %s: %w (del and add it, or end its server and recover)", s.dev.title(), err)
 	case err != nil:
-		return fmt.Errorf("device %d: %w", s.dev.ID, err)
+		return fmt.Errorf("device %s: %w", s.dev.title(), err)
 	}
 	if waiting := s.disk.Waiting(); waiting > hangsAfter {
-		return fmt.Errorf("device %d: backing device %s has not answered for %v, the old server goes on", s.dev.ID, s.dev.Backing, waiting.Round(time.Second))
+		return fmt.Errorf("device %s: backing device %s has not answered for %v, the old server goes on", s.dev.title(), s.dev.Backing, waiting.Round(time.Second))
 	}
 	return nil
 }
@@ -138,7 +138,7 @@ func (s *server) rest(ctx context.Context) (engine.Head, error) {
 		if !s.removal.done {
 			s.cache.Resume()
 		}
-		return head, fmt.Errorf("device %d cannot be handed over: %w", s.dev.ID, err)
+		return head, fmt.Errorf("device %s cannot be handed over: %w", s.dev.title(), err)
 	}
 	return head, nil
 }
@@ -169,7 +169,7 @@ func (s *server) prepareNext(ctx context.Context, head engine.Head) (*next, erro
 		err = fmt.Errorf("the new server did not get ready, the old one goes on: %w", err)
 	}
 	s.removal.Unlock()
-	return nil, fmt.Errorf("device %d: %w", s.dev.ID, err)
+	return nil, fmt.Errorf("device %s: %w", s.dev.title(), err)
 }
 
 // handOver gives the device to a prepared server, and returns how long requests waited
@@ -191,7 +191,7 @@ func (s *server) handOver(n *next) (pause time.Duration, err error) {
 	if err != nil {
 		n.kill()
 		s.log.Error("the new server has failed, the device waits (ublk-pcache recover continues)", zap.Error(err))
-		return 0, fmt.Errorf("%w: %w (device %d waits: ublk-pcache recover %d)", errRetired, err, s.dev.ID, s.dev.ID)
+		return 0, fmt.Errorf("%w: %w (device %s waits: ublk-pcache recover %d)", errRetired, err, s.dev.title(), s.dev.ID)
 	}
 	return pause, nil
 }

@@ -34,6 +34,7 @@ var stateDir = "/run/ublk-pcache"
 // full must not keep a device from being continued.
 type device struct {
 	ID        int    `json:"id"`
+	Name      string `json:"name,omitempty"` // see name.go
 	Device    string `json:"device"`
 	PMEM      string `json:"pmem"`
 	Backing   string `json:"backing"`
@@ -78,7 +79,7 @@ func (d *device) lookup() (ublk.Info, error) {
 	info, err := ublk.Lookup(d.ID)
 	drawn := isOurs(info) && info.Mark>>markBits != 0 // by a version that puts it into the state, too
 	if err == nil && (d.Mark != 0 || drawn) && info.Mark != d.Mark {
-		return ublk.Info{}, fmt.Errorf("device %d: %w, its number has been given to another (take away what is left of it: ublk-pcache del %d)", d.ID, ublk.ErrNoDevice, d.ID)
+		return ublk.Info{}, fmt.Errorf("device %s: %w, its number has been given to another (take away what is left of it: ublk-pcache del %d)", d.title(), ublk.ErrNoDevice, d.ID)
 	}
 	return info, err
 }
@@ -122,13 +123,16 @@ func reserve(d *device) error {
 		return err
 	}
 	defer unlock()
+	if err := d.refuseNamesakeLocked(); err != nil {
+		return err
+	}
 	if d.ID >= 0 {
 		if err := ublk.CheckNames(d.ID); err != nil {
 			return err
 		}
 		ok, err := d.create()
 		if err == nil && !ok {
-			err = fmt.Errorf("device %d exists already (see 'ublk-pcache list')", d.ID)
+			err = fmt.Errorf("device %s exists already (see 'ublk-pcache list')", titleOf(d.ID))
 		}
 		return err
 	}
@@ -160,7 +164,7 @@ func refuseShared(pmem, backing string) error {
 		}
 		for _, p := range [][3]string{{"pmem", pmem, o.PMEM}, {"backing device", backing, o.Backing}} {
 			if sameFile(p[1], p[2]) {
-				return fmt.Errorf("%s %s belongs to device %d (remove that first: ublk-pcache del %d)", p[0], p[1], o.ID, o.ID)
+				return fmt.Errorf("%s %s belongs to device %s (remove that first: ublk-pcache del %d)", p[0], p[1], o.title(), o.ID)
 			}
 		}
 	}
@@ -420,7 +424,7 @@ func readRegular(path string) ([]byte, error) {
 
 // plausible reports whether d may be what a server has written for a device.
 func (d *device) plausible(id int) bool {
-	return d.ID == id && id <= ublk.MaxID && d.PID > 0 && filepath.IsAbs(d.PMEM) && filepath.IsAbs(d.Backing) &&
+	return d.ID == id && id <= ublk.MaxID && (d.Name == "" || checkName(d.Name) == nil) && d.PID > 0 && filepath.IsAbs(d.PMEM) && filepath.IsAbs(d.Backing) &&
 		d.Queues > 0 && d.Depth > 0 && d.Depth <= maxDepth && d.Writeback > 0 && d.Writeback <= maxWriteback
 }
 

@@ -3,7 +3,8 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
+	"io"
+	"sync"
 	"text/tabwriter"
 	"time"
 
@@ -81,66 +82,113 @@ type badMemory struct {
 	Error      string `json:"error"`
 }
 
+// told is what there is to tell of a device: a statusJSON, or a silentJSON.
+type told interface {
+	print(out io.Writer) error
+}
+
 func newStatusCmd() *cobra.Command {
 	var asJSON, dm bool
 	cmd := &cobra.Command{
-		Use:   "status ID",
-		Short: "Show how a cache is",
-		Args:  cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
+		Use:   "status [ID]",
+		Short: "Show how a cache is, or how all are",
+		Args:  cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			out := cmd.OutOrStdout()
+			if len(args) == 0 {
+				if dm {
+					return errors.New("--dm: tells of one device: ublk-pcache status ID --dm")
+				}
+				return printAll(out, asJSON)
+			}
 			id, err := deviceID(args[0])
 			if err != nil {
 				return err
 			}
-			r, unanswered := ask(id, command{Do: "status"})
 			if dm {
-				if unanswered != nil {
-					return unanswered
-				}
-				return printDM(id, r.Status)
+				return printDM(out, id)
 			}
-			d, broken := readState(id)
-			if errors.Is(broken, errDamaged) {
-				d = &device{ID: id, damage: broken}
-			} else if broken != nil {
-				return broken
+			s, wrong := statusOf(id)
+			switch {
+			case s == nil:
+				return wrong
+			case asJSON:
+				return errors.Join(printJSON(out, s), wrong)
 			}
-			l, err := describe(d)
-			if err != nil {
-				return err
-			}
-			// A server that does not answer is an error, and the rest is told all the same.
-			if unanswered != nil {
-				s := silentJSON{l, oneLine(unanswered)}
-				if asJSON {
-					return errors.Join(printJSON(os.Stdout, s), unanswered)
-				}
-				return errors.Join(s.print(), unanswered)
-			}
-			s := newStatusJSON(l, r.Status)
-			s.Persistence, s.Doubt = string(r.Persistence), r.Doubt
-			// The server may not see the file system below a loop device or an overlay.
-			if p, why := pmem.PersistenceOf(d.PMEM); p == pmem.Volatile {
-				s.Persistence, s.Doubt = string(p), why
-			}
-			if asJSON {
-				return errors.Join(printJSON(os.Stdout, s), broken)
-			}
-			return errors.Join(s.print(), broken)
+			return errors.Join(s.print(out), wrong)
 		},
 	}
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object, or without ID an array of them")
 	cmd.Flags().BoolVar(&dm, "dm", false, "print the line that 'dmsetup status' prints for dm-pcache")
 	cmd.MarkFlagsMutuallyExclusive("json", "dm")
 	return cmd
 }
 
-func newStatusJSON(l listed, s *engine.Status) statusJSON {
+// printAll prints the status of all devices, which are asked at once.
+func printAll(out io.Writer, asJSON bool) error {
+	devices, err := allDevices()
+	if err != nil {
+		return err
+	}
+	found := make([]told, len(devices))
+	wrong := make([]error, len(devices))
+	var asked sync.WaitGroup
+	for i, d := range devices {
+		asked.Go(func() { found[i], wrong[i] = statusOf(d.ID) })
+	}
+	asked.Wait()
+	all := []told{}
+	for i, s := range found {
+		if s != nil {
+			all = append(all, s)
+		} else if errors.Is(wrong[i], errNoDevice) {
+			wrong[i] = nil // it has been removed meanwhile
+		}
+	}
+	if asJSON {
+		return errors.Join(append(wrong, printJSON(out, all))...)
+	}
+	for i, s := range all {
+		if i > 0 {
+			fmt.Fprintln(out)
+		}
+		wrong = append(wrong, s.print(out))
+	}
+	return errors.Join(wrong...)
+}
+
+// statusOf asks the server of a device. One that does not answer, or a state file that is no
+// good, is an error, and the rest is told all the same.
+func statusOf(id int) (told, error) {
+	r, unanswered := ask(id, command{Do: "status"})
+	d, broken := readState(id)
+	if errors.Is(broken, errDamaged) {
+		d = &device{ID: id, damage: broken}
+	} else if broken != nil {
+		return nil, broken
+	}
+	l, err := describe(d)
+	if err != nil {
+		return nil, err
+	}
+	if unanswered != nil {
+		return &silentJSON{l, oneLine(unanswered)}, unanswered
+	}
+	s := newStatusJSON(l, r.Status)
+	s.Persistence, s.Doubt = string(r.Persistence), r.Doubt
+	// The server may not see the file system below a loop device or an overlay.
+	if p, why := pmem.PersistenceOf(d.PMEM); p == pmem.Volatile {
+		s.Persistence, s.Doubt = string(p), why
+	}
+	return s, broken
+}
+
+func newStatusJSON(l listed, s *engine.Status) *statusJSON {
 	bad := []badMemory{}
 	for _, p := range s.BadPlaces {
 		bad = append(bad, badMemory{p.What, p.Off, p.Len, p.Segment, p.DiskOff, p.DiskLen, p.Err})
 	}
-	return statusJSON{
+	return &statusJSON{
 		BadSegments: append([]uint32{}, s.BadSegments...), BadMemory: bad, MoreBad: s.MoreBad,
 		listed: l, Health: string(s.State), Error: s.Error,
 		Segments: s.Segments, SegmentsUsed: s.UsedSegments, SegmentsWindow: s.WindowSegments, GCPercent: s.Settings.GCPercent, Settings: textsOf(&s.Settings), DataCRC: s.DataCRC,
@@ -157,8 +205,8 @@ func newStatusJSON(l listed, s *engine.Status) statusJSON {
 }
 
 // rows begins a table, with what list knows.
-func (l *listed) rows() (row func(name, format string, args ...any), flush func() error) {
-	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
+func (l *listed) rows(out io.Writer) (row func(name, format string, args ...any), flush func() error) {
+	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
 	row = func(name, format string, args ...any) {
 		fmt.Fprintf(w, "%s\t"+format+"\n", append([]any{name}, args...)...)
 	}
@@ -166,19 +214,22 @@ func (l *listed) rows() (row func(name, format string, args ...any), flush func(
 	if l.PID != 0 {
 		server = fmt.Sprintf("server %d, version %s", l.PID, orUnknown(l.Version))
 	}
-	row("device", "%s, %s, %s", l.Device, l.State, server)
+	if l.Name != "" {
+		row("name", "%s", l.Name)
+	}
+	row("device", "%s, %s%s, %s", l.Device, unlessNone(l.Size > 0, size(l.Size)+", "), l.State, server)
 	row("pmem", "%s", l.PMEM)
 	row("backing", "%s", l.Backing)
 	return row, w.Flush
 }
 
-func (s *silentJSON) print() error {
-	_, flush := s.rows()
+func (s *silentJSON) print(out io.Writer) error {
+	_, flush := s.rows(out)
 	return flush()
 }
 
-func (s *statusJSON) print() error {
-	row, flush := s.rows()
+func (s *statusJSON) print(out io.Writer) error {
+	row, flush := s.rows(out)
 	row("persistence", "%s", s.Persistence)
 	if s.Doubt != "" {
 		row("", "%s", s.Doubt)
@@ -239,12 +290,17 @@ func size(n int64) string {
 // dm_pcache.c, Linux 7.3). The superblock's flags are 0 on every machine that
 // this runs on. The segments of the window are not among the used ones: dm-pcache
 // has no window, and would find them free.
-func printDM(id int, s *engine.Status) error {
+func printDM(out io.Writer, id int) error {
+	r, err := ask(id, command{Do: "status"})
+	if err != nil {
+		return err
+	}
 	info, err := ublk.Lookup(id)
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Printf("0 %d pcache 0 %d %d %d %d %x %v %v %v\n", info.Size>>9,
+	s := r.Status
+	_, err = fmt.Fprintf(out, "0 %d pcache 0 %d %d %d %d %x %v %v %v\n", info.Size>>9,
 		s.Segments, s.Segments, s.UsedSegments-s.WindowSegments, s.Settings.GCPercent, uint32(s.InfoFlags), s.KeyHead, s.DirtyTail, s.KeyTail)
 	return err
 }

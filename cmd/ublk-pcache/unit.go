@@ -184,7 +184,7 @@ func refuseServed(o *serveOptions) error {
 		case o.Recover && d.ID == o.Device.ID:
 			return d.servedError()
 		default:
-			return fmt.Errorf("%s belongs to device %d, process %d (remove that first: ublk-pcache del %d)", d.Unit, d.ID, d.PID, d.ID)
+			return fmt.Errorf("%s belongs to device %s, process %d (remove that first: ublk-pcache del %d)", d.Unit, d.title(), d.PID, d.ID)
 		}
 	}
 	return nil
@@ -210,7 +210,7 @@ func exchange(caller *net.UnixListener, config []byte) ([]byte, error) {
 // be started again.
 func takeBackUnit(systemd *dbus.Conn, o serveOptions, ended <-chan string) error {
 	if o.Recover {
-		return fmt.Errorf("interrupted: %s goes on to continue device %d (see 'systemctl status %s')", o.Device.Unit, o.Device.ID, o.Device.Unit)
+		return fmt.Errorf("interrupted: %s goes on to continue device %s (see 'systemctl status %s')", o.Device.Unit, o.Device.title(), o.Device.Unit)
 	}
 	if err := systemd.KillUnitWithTarget(context.Background(), o.Device.Unit, dbus.Main, int32(o.breakOff())); err != nil {
 		return fmt.Errorf("interrupted, but %s cannot be ended: %w", o.Device.Unit, err)
@@ -336,7 +336,7 @@ func goOn(unit string) error {
 		}
 		info, err := d.lookup()
 		if errors.Is(err, ublk.ErrNoDevice) || err == nil && info.State == ublk.Dead {
-			return finalError{fmt.Errorf("device %d has lost its disk, nothing can be continued (remove what is left: ublk-pcache del %d)", d.ID, d.ID)}
+			return finalError{fmt.Errorf("device %s has lost its disk, nothing can be continued (remove what is left: ublk-pcache del %d)", d.title(), d.ID)}
 		}
 		if err == nil {
 			err = appear(d.PMEM)

@@ -28,8 +28,8 @@ why. If it fails after that, the device waits for 'ublk-pcache recover'.`,
 			if err != nil {
 				return err
 			}
-			fmt.Printf("device %d is served by process %d, version %s in place of %s, requests waited for %v\n",
-				id, r.Upgrade.PID, versionServing(id), from, r.Upgrade.Pause.Round(time.Millisecond))
+			fmt.Printf("device %s is served by process %d, version %s in place of %s, requests waited for %v\n",
+				titleOf(id), r.Upgrade.PID, versionServing(id), from, r.Upgrade.Pause.Round(time.Millisecond))
 			return nil
 		},
 	}

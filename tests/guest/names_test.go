@@ -1,0 +1,98 @@
+//go:build vm
+
+package guest
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// A device is known by its name as well as by its number, with a server, another server, and without one; a second one
+// does not get it, and it is free when the device has gone.
+func TestNames(t *testing.T) {
+	wipe(t, disk, disk4K)
+	dir := t.TempDir()
+	d := add(t, "-p", dax, "-b", disk, "--name", "data")
+	other := add(t, "-p", filepath.Join(dir, "cache,size=512M,volatile"), "-b", disk4K)
+
+	refuse(t, []string{disk, disk4K, tinyDisk}, t.TempDir(), []refusal{
+		{name: "taken", args: "add -p TMP/second,size=512M,volatile -b " + tinyDisk + " --name data", says: []string{"device " + d.id, "data", "del " + d.id}},
+		{name: "number", args: "add -p TMP/second,size=512M,volatile -b " + tinyDisk + " --name 7", says: []string{"--name 7", "letter"}},
+		{name: "node", args: "add -p TMP/second,size=512M,volatile -b " + tinyDisk + " --name ublkb7", says: []string{"--name ublkb7"}},
+		{name: "unknown", args: "status dato", says: []string{`no device "dato"`, "ublk-pcache list"}},
+	})
+
+	named := func() string { // as what answers to the name has it
+		t.Helper()
+		var s struct {
+			Device, Name string
+		}
+		r := run(t, "ublk-pcache", "status", "--json", "data")
+		if err := json.Unmarshal([]byte(r.stdout), &s); err != nil {
+			t.Fatalf("%s: %+v, %v", r.commandLine, r, err)
+		}
+		return s.Name + " " + s.Device
+	}
+	mustBeNamed := func(when string) {
+		t.Helper()
+		if got, want := named(), "data "+d.path; got != want {
+			t.Errorf("%s: %q, want %q", when, got, want)
+		}
+	}
+	mustBeNamed("new")
+	pcache(t, "flush", "data")
+	pcache(t, "set", "data", "gc_percent=60")
+	if r := run(t, "ublk-pcache", "upgrade", "data"); r.code == 0 && !strings.HasPrefix(r.stdout, fmt.Sprintf("device %s (data) is served by", d.id)) ||
+		r.code != 0 && !strings.Contains(r.stderr, "the kernel is too old") {
+		t.Errorf("upgrade: %+v", r)
+	}
+	mustBeNamed("upgraded, where that can be")
+	killServer(t, d, unix.SIGKILL)
+	mustBeNamed("dead")
+	if r := run(t, "ublk-pcache", "flush", "data"); !strings.Contains(r.stderr, fmt.Sprintf("the server of device %s (data) is dead", d.id)) {
+		t.Errorf("flush of what has no server says %q", r.stderr)
+	}
+
+	// All of them, the dead one, too.
+	var all []struct {
+		ID          int
+		State, Name string
+		Error       string
+	}
+	r := run(t, "ublk-pcache", "status", "--json")
+	if err := json.Unmarshal([]byte(r.stdout), &all); err != nil || len(all) != 2 || r.code == 0 ||
+		strconv.Itoa(all[0].ID) != d.id || all[0].State != "dead" || all[0].Name != "data" ||
+		all[1].State != "live" || all[1].Error != "" || !strings.Contains(all[0].Error, "recover "+d.id) {
+		t.Errorf("status of all: %+v, %v", r, err)
+	}
+	if text := run(t, "ublk-pcache", "status").stdout; strings.Count(text, "\n\n") != 1 || !strings.Contains(text, other.path) || !strings.Contains(text, "data") {
+		t.Errorf("status of all prints\n%s", text)
+	}
+	want := fmt.Sprintf("ID NAME STATE HEALTH MODE %s data dead - - %s - live ok writeback", d.id, other.id)
+	if r := run(t, "ublk-pcache", "list", "-o", "id,name,state,health,mode"); r.code != 0 || strings.Join(strings.Fields(r.stdout), " ") != want {
+		t.Errorf("list says\n%s%s", r.stdout, r.stderr)
+	}
+
+	pcache(t, "recover", "data")
+	mustBeNamed("recovered")
+	if r := run(t, "ublk-pcache", "status"); r.code != 0 || r.stderr != "" {
+		t.Errorf("status of all: %+v", r)
+	}
+	pcache(t, "del", "data")
+	other.del(t)
+	again := add(t, "-p", dax, "-b", disk, "--name", "data", "-n", "9")
+	if got := named(); got != "data /dev/ublkb9" {
+		t.Errorf("the next with the name is %q", got)
+	}
+	again.del(t)
+	if _, err := os.Stat(stateDir + "/9.json"); err == nil {
+		t.Error("its state file is left")
+	}
+}
