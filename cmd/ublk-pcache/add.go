@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"path/filepath"
 	"runtime"
@@ -59,7 +58,10 @@ what becomes of that:
 
 With a --mode that promises a clean cache ('ublk-pcache set --help') all dirty data
 is written to BACKING before the device appears.`,
-		Args: cobra.NoArgs,
+		Example: `  ublk-pcache add -p /dev/dax0.0 -b /dev/nvme1n1
+  ublk-pcache add -p /dev/dax0.0 -b /dev/disk/by-id/nvme-SERIAL --name data --mode writethrough
+  ublk-pcache add -p /srv/cache.img,size=4G -b /dev/sdb --gc-percent 80 --seq-cutoff 4M`,
+		Args: takes(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o, err := a.options(cmd.Flags())
 			if err != nil {
@@ -76,6 +78,13 @@ is written to BACKING before the device appears.`,
 	}
 	f := cmd.Flags()
 	a.define(f)
+	for _, k := range knobs {
+		complete := completeNothing
+		if len(k.choices) > 0 {
+			complete = cobra.FixedCompletions(k.choices, noFiles)
+		}
+		cmd.RegisterFlagCompletionFunc(dashes(k.name), complete)
+	}
 	f.StringVar((*string)(&o.Changed), "changed", "", "what becomes of dirty data if BACKING was written without its cache: overwrite, discard")
 	f.BoolVar(&o.Format, "format", false, "make a new cache even if PMEM is not blank")
 	f.BoolVar(&o.Force, "force", false, "with --format: even if PMEM holds dirty data; without: even if BACKING is another device or file than the cache belongs to")
@@ -95,8 +104,9 @@ func (a *addOptions) define(f *pflag.FlagSet) {
 	o := &a.o
 	f.StringVarP(&o.Device.PMEM, "pmem", "p", "", "persistent memory: /dev/daxN.N, FILE, or FILE,size=SIZE; with ,volatile it may be in memory")
 	f.StringVarP(&o.Device.Backing, "backing", "b", "", "backing device or file")
-	f.IntVarP(&o.Device.ID, "id", "n", -1, "number of the device (default: the first free one)")
-	f.IntVarP(&o.Device.Queues, "queues", "q", min(defaultQueues, runtime.NumCPU()), "number of queues, each a thread; by default fewer in front of a cache of less than 2 GiB")
+	f.IntVarP(&o.Device.ID, "id", "n", -1, "number of the device (by default the first free one)")
+	f.Lookup("id").DefValue = "0" // which the help leaves out
+	f.IntVarP(&o.Device.Queues, "queues", "q", min(defaultQueues, runtime.NumCPU()), "number of queues, each a thread; fewer by default in front of a cache of less than 2 GiB")
 	f.IntVarP(&o.Device.Depth, "depth", "d", 128, "requests in flight per queue")
 	f.IntVar(&o.Device.Writeback, "writeback-depth", engine.DefaultWritebackDepth, "writes of up to 512 KiB in flight to the disk when dirty data is written back")
 	f.BoolVar(&a.crc, "data-crc", false, "keep checksums of the data (new caches; default: on for plain files)")
@@ -134,9 +144,9 @@ func (o *serveOptions) check(idGiven bool) error {
 	d := &o.Device
 	switch {
 	case d.PMEM == "":
-		return errors.New("no persistent memory given: -p PMEM")
+		return usagef("no persistent memory given: -p PMEM")
 	case d.Backing == "":
-		return errors.New("no backing device given: -b BACKING")
+		return usagef("no backing device given: -b BACKING")
 	case idGiven && (d.ID < 0 || d.ID > ublk.MaxID):
 		return fmt.Errorf("--id %d: give 0 to %d", d.ID, ublk.MaxID)
 	case d.Name != "" && checkName(d.Name) != nil:

@@ -16,7 +16,8 @@ func newCheckCmd() *cobra.Command {
 		Long: `Verify everything on PMEM: all metadata in both copies, the log, and the
 cached data, with its checksums if the cache keeps them. Each thing wrong is a
 line on stdout, and the exit code is 1 if there is any.`,
-		Args: cobra.ExactArgs(1),
+		Example: `  ublk-pcache check /dev/dax0.0`,
+		Args:    takes(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r, err := pmem.Open(args[0], pmem.ReadOnly)
 			if err != nil {

@@ -16,51 +16,49 @@ import (
 
 func newDelCmd() *cobra.Command {
 	var force bool
-	cmd := &cobra.Command{
-		Use:   "del ID",
-		Short: "Remove a device; its dirty data stays in the cache",
+	cmd := onDevices(&cobra.Command{
+		Use:     "del ID",
+		Aliases: []string{"rm", "stop"},
+		Short:   "Remove a device; its dirty data stays in the cache",
 		Long: `Remove a device and end its server. Dirty data stays in the cache, and a line
 says how much; to have it on the backing device, flush first. A device that is
 open is not removed. A backing device that does not answer is not waited for.`,
-		Args: cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
-			id, err := deviceID(args[0])
-			if err != nil {
+		Example: `  ublk-pcache flush 0 && ublk-pcache del 0
+  ublk-pcache del data
+  ublk-pcache del --all`,
+	}, func(id int) error {
+		d, err := readState(id)
+		foreign := errors.Is(err, errForeign)
+		if errors.Is(err, errDamaged) || foreign && force {
+			d, err = deviceOfDriver(id, force)
+		}
+		if err != nil {
+			return err
+		}
+		if d.alive() {
+			r, err := ask(id, command{Do: "del", Force: force})
+			if err == nil {
+				for _, left := range r.Left {
+					fmt.Fprintln(os.Stderr, "ublk-pcache:", left)
+				}
+				fmt.Print(d.leftDirty("", r.Status.DirtyBytes, r.Status.ZeroBytes))
+				return nil
+			}
+			if !errors.Is(err, errDamaged) && !errors.Is(err, errForeign) {
 				return err
 			}
-			d, err := readState(id)
-			foreign := errors.Is(err, errForeign)
-			if errors.Is(err, errDamaged) || foreign && force {
-				d, err = deviceOfDriver(id, force)
-			}
-			if err != nil {
-				return err
-			}
-			if d.alive() {
-				r, err := ask(id, command{Do: "del", Force: force})
-				if err == nil {
-					for _, left := range r.Left {
-						fmt.Fprintln(os.Stderr, "ublk-pcache:", left)
-					}
-					fmt.Print(d.leftDirty("", r.Status.DirtyBytes, r.Status.ZeroBytes))
-					return nil
-				}
-				if !errors.Is(err, errDamaged) && !errors.Is(err, errForeign) {
-					return err
-				}
-				// There is nothing to ask its server by.
-			}
-			// Everything acknowledged is in the cache; all that is left to
-			// remove is the device.
-			if err := d.removeByDriver(force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
-				return d.removalError(err)
-			}
-			if !foreign {
-				d.awaitEnd()
-			}
-			return errors.Join(d.remove(), d.printDirtyOfDead())
-		},
-	}
+			// There is nothing to ask its server by.
+		}
+		// Everything acknowledged is in the cache; all that is left to
+		// remove is the device.
+		if err := d.removeByDriver(force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
+			return d.removalError(err)
+		}
+		if !foreign {
+			d.awaitEnd()
+		}
+		return errors.Join(d.remove(), d.printDirtyOfDead())
+	})
 	cmd.Flags().BoolVar(&force, "force", false, "even if the device is open")
 	return cmd
 }

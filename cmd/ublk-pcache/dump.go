@@ -20,7 +20,9 @@ func newDumpCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "dump PMEM",
 		Short: "Print all metadata and the log of a cache that is not in use",
-		Args:  cobra.ExactArgs(1),
+		Example: `  ublk-pcache dump /dev/dax0.0
+  ublk-pcache dump --json /srv/cache.img`,
+		Args: takes(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r, err := pmem.Open(args[0], pmem.ReadOnly)
 			if err != nil {

@@ -52,7 +52,8 @@ empty cache misses.
 A size is bytes, or percent of the blocks that the trace touches. It is counted
 in blocks of 4 KiB; one that is not in the cache as a whole is missed, whether
 it is read or written. A write that misses does not wait for the disk.`,
-		Args: cobra.MinimumNArgs(1),
+		Example: `  ublk-pcache estimate sdX.trace --sizes 16GiB,64GiB,5,25`,
+		Args:    takes(1, -1),
 		// It is for anybody, and asks nothing of the machine.
 		PersistentPreRunE: func(*cobra.Command, []string) error { return nil },
 		RunE: func(cmd *cobra.Command, args []string) error {

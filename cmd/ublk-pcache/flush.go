@@ -14,20 +14,16 @@ import (
 const progressEvery = 200 * time.Millisecond
 
 func newFlushCmd() *cobra.Command {
-	return &cobra.Command{
+	return onDevices(&cobra.Command{
 		Use:   "flush ID",
 		Short: "Write all dirty data to the backing device",
 		Long: `Write all data that is dirty now to the backing device. Returns when that has
 confirmed its flush; the data stays in the cache, clean.`,
-		Args: cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
-			id, err := deviceID(args[0])
-			if err != nil {
-				return err
-			}
-			return askShowing(context.Background(), id, command{Do: "flush"})
-		},
-	}
+		Example: `  ublk-pcache flush 0
+  ublk-pcache flush --all`,
+	}, func(id int) error {
+		return askShowing(context.Background(), id, command{Do: "flush"})
+	})
 }
 
 // askShowing is askUntil for a command that may have to wait until dirty data has been

@@ -22,7 +22,9 @@ would take is refused, unless it is given as PATH,volatile.
 
 A device that is not blank is refused unless --force is given. The cache is
 bound to its backing device by the first add.`,
-		Args: cobra.ExactArgs(1),
+		Example: `  ublk-pcache format /dev/dax0.0
+  ublk-pcache format /srv/cache.img,size=4G --gc-percent 80`,
+		Args: takes(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if gc < 0 || gc > ondisk.MaxGCPercent {
 				return fmt.Errorf("--gc-percent %d: give 0 to %d", gc, ondisk.MaxGCPercent)

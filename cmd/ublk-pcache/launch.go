@@ -250,7 +250,7 @@ func configCmd(name string, run func(serveOptions) error) *cobra.Command {
 	return &cobra.Command{
 		Use:    name + " CONFIG",
 		Hidden: true,
-		Args:   cobra.ExactArgs(1),
+		Args:   takes(1, 1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			var o serveOptions
 			if err := json.Unmarshal([]byte(args[0]), &o); err != nil {

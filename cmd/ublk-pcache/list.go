@@ -96,7 +96,7 @@ func chosenColumns(text string) (chosen []column, err error) {
 	for name := range strings.SplitSeq(text, ",") {
 		i := slices.IndexFunc(columns, func(c column) bool { return strings.EqualFold(c.name, name) })
 		if i < 0 {
-			return nil, fmt.Errorf("-o %s: no column %q: there are %s", text, name, columnNames())
+			return nil, usagef("-o %s: no column %q: there are %s", text, name, columnNames())
 		}
 		chosen = append(chosen, columns[i])
 	}
@@ -123,7 +123,11 @@ The columns are ` + columnNames() + `:
 used is how much of the cache holds data, hits how many of the reads since the server
 began needed no disk, pid the server's. A server that does not answer within some
 seconds has the health ` + silent + `, and what nobody tells is ` + unknown + `.`,
-		Args: cobra.NoArgs,
+		Aliases: []string{"ls"},
+		Example: `  ublk-pcache list
+  ublk-pcache list -o +pid
+  ublk-pcache list -o name,dirty,hits`,
+		Args: takes(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			shown, err := chosenColumns(output)
 			if err != nil {
@@ -140,6 +144,7 @@ seconds has the health ` + silent + `, and what nobody tells is ` + unknown + `.
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", output, "the columns to show, or with + in front those to add")
+	cmd.RegisterFlagCompletionFunc("output", completeColumns)
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON array, of everything")
 	return cmd
 }

@@ -20,6 +20,7 @@ import (
 	"math"
 	"os"
 	"runtime"
+	"slices"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -34,13 +35,30 @@ func main() {
 		fmt.Fprintln(os.Stderr, "ublk-pcache:", err)
 		os.Exit(1)
 	}
+	root := newRootCmd()
+	if cmd, err := root.ExecuteC(); err != nil {
+		fmt.Fprintln(os.Stderr, "ublk-pcache:", oneLine(err))
+		status := exitStatus(err)
+		awaitRetry(cmd.Name(), status)
+		os.Exit(status)
+	}
+}
+
+func newRootCmd() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "ublk-pcache",
 		Short:         "A persistent-memory cache in front of a slow disk, served in user space",
 		Version:       longVersion(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		PersistentPreRunE: func(*cobra.Command, []string) error {
+		Args:          unknownCommand,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		Example: `  ublk-pcache add -p /dev/dax0.0 -b /dev/nvme1n1
+  ublk-pcache list`,
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+			if isForAnybody(cmd) {
+				return nil
+			}
 			if os.Geteuid() != 0 {
 				return ublk.ErrNotRoot
 			}
@@ -49,23 +67,30 @@ func main() {
 			return checkStateDir()
 		},
 	}
-	root.CompletionOptions.HiddenDefaultCmd = true
+	cobra.EnableCommandSorting = false // their order is of how they are used
+	root.SuggestionsMinimumDistance = 2
+	root.SetFlagErrorFunc(flagError)
 	root.SetGlobalNormalizationFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
 		return pflag.NormalizedName(dashes(name))
 	})
-	root.AddCommand(
-		newAddCmd(), newRecoverCmd(), newDelCmd(), newFlushCmd(),
-		newStatusCmd(), newListCmd(), newSetCmd(), newUpgradeCmd(),
-		newFormatCmd(), newDumpCmd(), newCheckCmd(), newRepairCmd(), newWritebackCmd(),
-		newEstimateCmd(),
-		newRunCmd(), newIsBackingCmd(), newNameOfCmd(), newClaimCmd(), newServeCmd(), newUnitCmd(),
-	)
-	if cmd, err := root.ExecuteC(); err != nil {
-		fmt.Fprintln(os.Stderr, "ublk-pcache:", oneLine(err))
-		status := exitStatus(err)
-		awaitRetry(cmd.Name(), status)
-		os.Exit(status)
+	addGroup(root, "devices", "Devices:",
+		newAddCmd(), newRecoverCmd(), newDelCmd(), newFlushCmd(), newStatusCmd(), newListCmd(), newSetCmd(), newUpgradeCmd())
+	addGroup(root, "offline", "Caches that are not in use:",
+		newFormatCmd(), newCheckCmd(), newRepairCmd(), newWritebackCmd(), newDumpCmd())
+	addGroup(root, "around", "Planning, services, help:", newEstimateCmd(), newRunCmd())
+	root.SetHelpCommandGroupID("around")
+	root.SetCompletionCommandGroupID("around")
+	root.AddCommand(newIsBackingCmd(), newNameOfCmd(), newClaimCmd(), newServeCmd(), newUnitCmd())
+	return root
+}
+
+// isForAnybody reports whether a command only tells about the program: the help and what
+// shells ask for completions.
+func isForAnybody(cmd *cobra.Command) bool {
+	for cmd.HasParent() && cmd.Parent().HasParent() {
+		cmd = cmd.Parent()
 	}
+	return !cmd.HasParent() || slices.Contains([]string{"help", "completion", cobra.ShellCompRequestCmd, cobra.ShellCompNoDescRequestCmd}, cmd.Name())
 }
 
 // leaveCaller keeps what this process was given by its caller from those that it

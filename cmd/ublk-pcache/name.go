@@ -97,11 +97,11 @@ func deviceID(arg string) (int, error) {
 	switch {
 	case err == nil && strconv.Itoa(id) == number && (isNode || !isPath): // or it might be another's number, written otherwise
 		if id < 0 || id > ublk.MaxID {
-			return 0, fmt.Errorf("%q is not a device: they have numbers from 0 to %d", arg, ublk.MaxID)
+			return 0, usagef("%q is not a device: they have numbers from 0 to %d", arg, ublk.MaxID)
 		}
 		return id, nil
 	case checkName(strings.TrimPrefix(arg, linkDir)) != nil:
-		return 0, fmt.Errorf("%q is not a device: give its number or its name, as in 'ublk-pcache list'", arg)
+		return 0, usagef("%q is not a device: give its number or its name, as in 'ublk-pcache list'", arg)
 	}
 	return idOfName(strings.TrimPrefix(arg, linkDir))
 }
@@ -140,7 +140,7 @@ func newNameOfCmd() *cobra.Command {
 		Use:    "name-of NODE",
 		Short:  "Print the name of a device that has one",
 		Hidden: true,
-		Args:   cobra.ExactArgs(1),
+		Args:   takes(1, 1),
 		Run: func(_ *cobra.Command, args []string) {
 			id, err := deviceID(args[0])
 			if err != nil {

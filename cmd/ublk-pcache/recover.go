@@ -15,7 +15,7 @@ func newRecoverCmd() *cobra.Command {
 	var foreground bool
 	var changed engine.Choice
 	var backing string
-	cmd := &cobra.Command{
+	cmd := onDevice(&cobra.Command{
 		Use:   "recover ID",
 		Short: "Continue a device whose server has died",
 		Long: `Continue a device whose server has died.
@@ -29,41 +29,37 @@ PARTUUID or the GUID of its partition table; without these, or a file, give it
 with --backing. If it was written meanwhile, see add
 --changed. Here the dirty data can only be written over what is there now: it has
 been promised.`,
-		Args: cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
-			id, err := deviceID(args[0])
-			if err != nil {
+		Example: `  ublk-pcache recover 0
+  ublk-pcache recover data -b /dev/sdc`,
+	}, 0, func(id int, _ []string) error {
+		if changed != engine.Refuse && changed != engine.Overwrite {
+			return fmt.Errorf("--changed=%s: give overwrite (to give up dirty data: ublk-pcache del --force %d, then add --changed=discard)", changed, id)
+		}
+		d, err := readState(id)
+		if err != nil {
+			return err
+		}
+		info, err := d.lookup()
+		if err != nil {
+			return err
+		}
+		if d.alive() {
+			return d.servedError()
+		}
+		if err := ublk.CheckNode(id); err != nil {
+			// Those who wait have it open already.
+			fmt.Fprintln(os.Stderr, "ublk-pcache: warning:", oneLine(err))
+		}
+		o := recovery(d, info)
+		o.Foreground, o.Changed = foreground, changed
+		if backing != "" {
+			if o.Device.Backing, err = filepath.Abs(backing); err != nil {
 				return err
 			}
-			if changed != engine.Refuse && changed != engine.Overwrite {
-				return fmt.Errorf("--changed=%s: give overwrite (to give up dirty data: ublk-pcache del --force %d, then add --changed=discard)", changed, id)
-			}
-			d, err := readState(id)
-			if err != nil {
-				return err
-			}
-			info, err := d.lookup()
-			if err != nil {
-				return err
-			}
-			if d.alive() {
-				return d.servedError()
-			}
-			if err := ublk.CheckNode(id); err != nil {
-				// Those who wait have it open already.
-				fmt.Fprintln(os.Stderr, "ublk-pcache: warning:", oneLine(err))
-			}
-			o := recovery(d, info)
-			o.Foreground, o.Changed = foreground, changed
-			if backing != "" {
-				if o.Device.Backing, err = filepath.Abs(backing); err != nil {
-					return err
-				}
-				o.Chosen = true
-			}
-			return launch(o)
-		},
-	}
+			o.Chosen = true
+		}
+		return launch(o)
+	})
 	cmd.Flags().StringVar((*string)(&changed), "changed", "", "what becomes of dirty data if the backing device was written meanwhile: overwrite")
 	cmd.Flags().StringVarP(&backing, "backing", "b", "", "the backing device, if it has another name now and cannot be found")
 	cmd.Flags().BoolVar(&foreground, "foreground", false, "stay, and log to the terminal")

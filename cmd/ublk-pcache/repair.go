@@ -26,7 +26,10 @@ opens.
 
 Where the log is damaged in the middle, mending it gives up acknowledged writes.
 That is only done with --give-up-log-damage; the lines say what it costs.`,
-		Args: cobra.RangeArgs(1, 2),
+		Example: `  ublk-pcache repair /dev/dax0.0
+  ublk-pcache repair /dev/dax0.0 /srv/mended.img
+  ublk-pcache repair --in-place --give-up-log-damage /dev/dax0.0`,
+		Args: takes(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			mode := pmem.ReadOnly
 			if inPlace {

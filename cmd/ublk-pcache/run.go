@@ -110,7 +110,9 @@ waited for. A blank PMEM is refused: when the cache has gone, its dirty data has
 and somebody should know. To begin with: ublk-pcache format PMEM.
 
 An error that would come again has exit status ` + fmt.Sprint(exitFinal) + `.`,
-		Args: cobra.ExactArgs(1),
+		Example: `  systemctl enable --now ublk-pcache@data
+  ublk-pcache run data`,
+		Args: takes(1, 1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			path := filepath.Join(configDir, args[0]+configExt)
 			o, err := readConfig(path)
@@ -295,7 +297,7 @@ func newClaimCmd() *cobra.Command {
 		Use:    "claim NAME",
 		Short:  "Keep others from the disk of a service that does not run",
 		Hidden: true,
-		Args:   cobra.ExactArgs(1),
+		Args:   takes(1, 1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			all, err := settings(filepath.Join(configDir, args[0]+configExt))
 			for _, s := range all {
@@ -317,7 +319,7 @@ func newIsBackingCmd() *cobra.Command {
 		Use:    "is-backing NODE LINK...",
 		Short:  "Find the service whose backing device has one of these names",
 		Hidden: true,
-		Args:   cobra.MinimumNArgs(1),
+		Args:   takes(1, -1),
 		Run: func(_ *cobra.Command, args []string) {
 			service := backedBy(configDir, args)
 			links := hardwareLinks(args[1:], service == "")

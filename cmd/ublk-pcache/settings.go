@@ -18,25 +18,51 @@ import (
 // add, and by a line of a service's file, with - or _ in its name. parse and text agree:
 // what status and dump print is what set takes.
 type knob struct {
-	name  string
-	help  string
-	parse func(s *engine.Settings, value string) error // its error says what to give
-	text  func(s *engine.Settings) string
+	name    string
+	help    string
+	choices []string                                     // all that it can be; none for a number
+	parse   func(s *engine.Settings, value string) error // its error says what to give
+	text    func(s *engine.Settings) string
+}
+
+// modes are in the order of what they promise.
+var modes = []struct {
+	mode ondisk.Mode
+	does string
+}{
+	{ondisk.WriteBack, "a write is answered when PMEM has it; BACKING gets it later"},
+	{ondisk.WriteOnly, "the same, but what is read from BACKING is not kept"},
+	{ondisk.WriteThrough, "a write is answered when BACKING has it and has flushed it"},
+	{ondisk.WriteAround, "the same; it is kept only where something is cached already"},
+	{ondisk.PassThrough, "the same as writearound, and what is read is not kept either"},
+}
+
+func modeNames() (names []string) {
+	for _, m := range modes {
+		names = append(names, m.mode.String())
+	}
+	return names
+}
+
+// anyOf is a list of which one is to be given.
+func anyOf(choices []string) string {
+	last := len(choices) - 1
+	return strings.Join(choices[:last], ", ") + " or " + choices[last]
 }
 
 var knobs = []knob{
 	{
-		"mode", "what a write waits for and what is kept: writeback, writeonly, writethrough, writearound or passthrough",
+		"mode", "what a write waits for and what is kept: " + anyOf(modeNames()), modeNames(),
 		func(s *engine.Settings, value string) (err error) {
 			if s.Mode, err = ondisk.ParseMode(value); err != nil {
-				return errors.New("give writeback, writeonly, writethrough, writearound or passthrough")
+				return fmt.Errorf("give %s", anyOf(modeNames()))
 			}
 			return nil
 		},
 		func(s *engine.Settings) string { return s.Mode.String() },
 	},
 	{
-		"gc_percent", "how full garbage collection lets the cache become, 0 to 90",
+		"gc_percent", "how full garbage collection lets the cache become, 0 to 90", nil,
 		func(s *engine.Settings, value string) (err error) {
 			s.GCPercent, err = wholePercent(value, 0)
 			return err
@@ -44,7 +70,7 @@ var knobs = []knob{
 		func(s *engine.Settings) string { return strconv.Itoa(s.GCPercent) },
 	},
 	{
-		"dirty_high", "percent of the cache at which write-back begins, 1 to 90, or auto",
+		"dirty_high", "percent of the cache at which write-back begins, 1 to 90, or auto", nil,
 		func(s *engine.Settings, value string) (err error) {
 			s.DirtyHigh, err = dirtyPercent(value, 1)
 			return err
@@ -52,7 +78,7 @@ var knobs = []knob{
 		func(s *engine.Settings) string { return dirtyText(s.DirtyHigh) },
 	},
 	{
-		"dirty_low", "percent to which it goes on then, 0 to dirty_high, or auto",
+		"dirty_low", "percent to which it goes on then, 0 to dirty_high, or auto", nil,
 		func(s *engine.Settings, value string) (err error) {
 			s.DirtyLow, err = dirtyPercent(value, 0)
 			return err
@@ -60,7 +86,7 @@ var knobs = []knob{
 		func(s *engine.Settings) string { return dirtyText(s.DirtyLow) },
 	},
 	{
-		"dirty_max_age", "seconds after which dirty data is written back however busy writers are, 0 for never",
+		"dirty_max_age", "seconds after which dirty data is written back however busy writers are, 0 for never", nil,
 		func(s *engine.Settings, value string) (err error) {
 			s.DirtyMaxAge, err = seconds(value)
 			return err
@@ -68,7 +94,7 @@ var knobs = []knob{
 		func(s *engine.Settings) string { return secondsText(s.DirtyMaxAge) },
 	},
 	{
-		"idle_after", "seconds without a write after which all is written back, 0 for never",
+		"idle_after", "seconds without a write after which all is written back, 0 for never", nil,
 		func(s *engine.Settings, value string) (err error) {
 			s.IdleAfter, err = seconds(value)
 			return err
@@ -76,7 +102,7 @@ var knobs = []knob{
 		func(s *engine.Settings) string { return secondsText(s.IdleAfter) },
 	},
 	{
-		"writeback_rate", "bytes per second that are written back at most while nobody waits for it, such as 20M, 0 for no limit",
+		"writeback_rate", "bytes per second that are written back at most while nobody waits for it, such as 20M, 0 for no limit", nil,
 		func(s *engine.Settings, value string) (err error) {
 			s.WritebackRate, err = bytesOf(value)
 			return err
@@ -84,7 +110,7 @@ var knobs = []knob{
 		func(s *engine.Settings) string { return strconv.FormatInt(s.WritebackRate, 10) },
 	},
 	{
-		"writeback", "on, or off: only what somebody waits for is written back",
+		"writeback", "on, or off: only what somebody waits for is written back", []string{onOff(true), onOff(false)},
 		func(s *engine.Settings, value string) error {
 			if value != "on" && value != "off" {
 				return errors.New("give on or off")
@@ -95,7 +121,7 @@ var knobs = []knob{
 		func(s *engine.Settings) string { return onOff(s.Writeback) },
 	},
 	{
-		"seq_cutoff", "bytes from which on a stream of reads is not kept, such as 4M, 0 for never",
+		"seq_cutoff", "bytes from which on a stream of reads is not kept, such as 4M, 0 for never", nil,
 		func(s *engine.Settings, value string) (err error) {
 			s.SeqCutoff, err = bytesOf(value)
 			return err

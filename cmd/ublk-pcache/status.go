@@ -92,35 +92,42 @@ func newStatusCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status [ID]",
 		Short: "Show how a cache is, or how all are",
-		Args:  cobra.MaximumNArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			out := cmd.OutOrStdout()
-			if len(args) == 0 {
-				if dm {
-					return errors.New("--dm: tells of one device: ublk-pcache status ID --dm")
-				}
-				return printAll(out, asJSON)
-			}
-			id, err := deviceID(args[0])
-			if err != nil {
-				return err
-			}
-			if dm {
-				return printDM(out, id)
-			}
-			s, wrong := statusOf(id)
-			switch {
-			case s == nil:
-				return wrong
-			case asJSON:
-				return errors.Join(printJSON(out, s), wrong)
-			}
-			return errors.Join(s.print(out), wrong)
-		},
+		Example: `  ublk-pcache status
+  ublk-pcache status data --json`,
+	}
+	arguments := givenDevice(cmd)
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		switch args = arguments(args); {
+		case dm && asJSON:
+			return usagef("give --json or --dm: one or the other is printed")
+		case dm && len(args) == 0:
+			return usagef("give the device: --dm tells of one")
+		}
+		return takes(0, 1)(cmd, args)
+	}
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		out := cmd.OutOrStdout()
+		if args = arguments(args); len(args) == 0 {
+			return printAll(out, asJSON)
+		}
+		id, err := deviceID(args[0])
+		if err != nil {
+			return err
+		}
+		if dm {
+			return printDM(out, id)
+		}
+		s, wrong := statusOf(id)
+		switch {
+		case s == nil:
+			return wrong
+		case asJSON:
+			return errors.Join(printJSON(out, s), wrong)
+		}
+		return errors.Join(s.print(out), wrong)
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object, or without ID an array of them")
 	cmd.Flags().BoolVar(&dm, "dm", false, "print the line that 'dmsetup status' prints for dm-pcache")
-	cmd.MarkFlagsMutuallyExclusive("json", "dm")
 	return cmd
 }
 

@@ -8,7 +8,7 @@ import (
 )
 
 func newUpgradeCmd() *cobra.Command {
-	return &cobra.Command{
+	return onDevices(&cobra.Command{
 		Use:   "upgrade ID",
 		Short: "Replace a running server by the program that is installed now",
 		Long: `Replace a running server by the program that is installed now, where the
@@ -17,20 +17,16 @@ none fails.
 
 If the new server does not get ready, the old one goes on, and the message says
 why. If it fails after that, the device waits for 'ublk-pcache recover'.`,
-		Args: cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
-			id, err := deviceID(args[0])
-			if err != nil {
-				return err
-			}
-			from := versionServing(id)
-			r, err := ask(id, command{Do: "upgrade"})
-			if err != nil {
-				return err
-			}
-			fmt.Printf("device %s is served by process %d, version %s in place of %s, requests waited for %v\n",
-				titleOf(id), r.Upgrade.PID, versionServing(id), from, r.Upgrade.Pause.Round(time.Millisecond))
-			return nil
-		},
-	}
+		Example: `  ublk-pcache upgrade 0
+  ublk-pcache upgrade --all`,
+	}, func(id int) error {
+		from := versionServing(id)
+		r, err := ask(id, command{Do: "upgrade"})
+		if err != nil {
+			return err
+		}
+		fmt.Printf("device %s is served by process %d, version %s in place of %s, requests waited for %v\n",
+			titleOf(id), r.Upgrade.PID, versionServing(id), from, r.Upgrade.Pause.Round(time.Millisecond))
+		return nil
+	})
 }

@@ -31,20 +31,23 @@ sectors, and the exit code is 1. Then it can be repeated.
 PMEM stays as it is, dirty data and all, but for the record of what BACKING looks
 like: what is written here is not to be taken for somebody else's work. Where
 PMEM cannot be written, a line says so, and what to answer to add.`,
-		Args: cobra.ExactArgs(1),
+		Example: `  ublk-pcache writeback /dev/dax0.0 -b /dev/nvme1n1`,
+		Args:    takes(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if c := engine.Choice(o.changed); c != engine.Refuse && c != engine.Overwrite {
 				return fmt.Errorf("--changed=%s: give overwrite, or leave it out", o.changed)
+			}
+			if o.backing == "" {
+				return usagef("give BACKING: %s", line(cmd))
 			}
 			o.pmem = args[0]
 			return o.run(cmd)
 		},
 	}
 	f := cmd.Flags()
-	f.StringVarP(&o.backing, "backing", "b", "", "the block device or file that the cache belongs to (required)")
+	f.StringVarP(&o.backing, "backing", "b", "", "the block device or file that the cache belongs to")
 	f.StringVar(&o.changed, "changed", "", "overwrite: write even if BACKING was written without its cache")
 	f.BoolVar(&o.force, "force", false, "take another BACKING than the cache belongs to, or one that cannot be verified")
-	cmd.MarkFlagRequired("backing")
 	return cmd
 }
 
