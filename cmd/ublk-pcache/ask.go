@@ -88,7 +88,7 @@ func askOnce(ctx context.Context, id int, cmd command) (r *reply, pid int, err e
 			brokenOff = nil
 		case a := <-answered:
 			if a.err == nil && a.Error != "" {
-				a.err = errors.New(a.Error)
+				a.err = exitWith(a.Exit, errors.New(a.Error))
 			}
 			if a.err != nil {
 				return nil, pid, a.err
@@ -135,7 +135,7 @@ func showsLife(id int) bool {
 // unansweredError says what to do about a server that says nothing.
 func unansweredError(id, pid int) error {
 	if pid == 0 { // in a process namespace that is not ours
-		return fmt.Errorf("the server of device %s does not answer (end it with 'kill -KILL', where it runs, then 'ublk-pcache recover %d' or 'ublk-pcache del %d')", titleOf(id), id, id)
+		return exitWith(exitNoServer, fmt.Errorf("the server of device %s does not answer (end it with 'kill -KILL', where it runs, then 'ublk-pcache recover %d' or 'ublk-pcache del %d')", titleOf(id), id, id))
 	}
 	how, also := "", ""
 	switch stateOf(pid) {
@@ -146,7 +146,7 @@ func unansweredError(id, pid int) error {
 	case 'D':
 		how = ", which waits in the kernel,"
 	}
-	return fmt.Errorf("the server of device %s, process %d%s does not answer (%send it with 'kill -KILL %d', then 'ublk-pcache recover %d', or 'ublk-pcache del %d'; what was acknowledged is in the cache)", titleOf(id), pid, how, also, pid, id, id)
+	return exitWith(exitNoServer, fmt.Errorf("the server of device %s, process %d%s does not answer (%send it with 'kill -KILL %d', then 'ublk-pcache recover %d', or 'ublk-pcache del %d'; what was acknowledged is in the cache)", titleOf(id), pid, how, also, pid, id, id))
 }
 
 // halted reports whether a process has been stopped, by a signal or a debugger.
@@ -176,10 +176,10 @@ func unreachableError(id int, err error) error {
 	case d.alive() && (halted(d.PID) || errors.Is(err, unix.EAGAIN)):
 		return unansweredError(id, d.PID)
 	case d.alive():
-		return fmt.Errorf("the server of device %s (pid %d) does not answer: %w", titleOf(id), d.PID, err)
+		return exitWith(exitNoServer, fmt.Errorf("the server of device %s (pid %d) does not answer: %w", titleOf(id), d.PID, err))
 	}
 	if _, err := d.lookup(); errors.Is(err, ublk.ErrNoDevice) {
-		return fmt.Errorf("the server of device %s is dead, and the device is gone (take away what is left of it with 'ublk-pcache del %d', and add it again)", titleOf(id), id)
+		return exitWith(exitNoServer, fmt.Errorf("the server of device %s is dead, and the device is gone (take away what is left of it with 'ublk-pcache del %d', and add it again)", titleOf(id), id))
 	}
-	return fmt.Errorf("the server of device %s is dead: bring it back with 'ublk-pcache recover %d', or remove the device with 'ublk-pcache del %d'", titleOf(id), id, id)
+	return exitWith(exitNoServer, fmt.Errorf("the server of device %s is dead: bring it back with 'ublk-pcache recover %d', or remove the device with 'ublk-pcache del %d'", titleOf(id), id, id))
 }

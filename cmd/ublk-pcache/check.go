@@ -15,7 +15,7 @@ func newCheckCmd() *cobra.Command {
 		Short: "Verify a cache that is not in use, without changing it",
 		Long: `Verify everything on PMEM: all metadata in both copies, the log, and the
 cached data, with its checksums if the cache keeps them. Each thing wrong is a
-line on stdout, and the exit code is 1 if there is any.`,
+line on stdout. It ends as fsck does: with 4 if there is any, else with 0.`,
 		Example: `  ublk-pcache check /dev/dax0.0`,
 		Args:    takes(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -33,9 +33,9 @@ line on stdout, and the exit code is 1 if there is any.`,
 					fmt.Fprintf(cmd.OutOrStdout(), "and %d more\n", rep.More)
 				}
 				if ondisk.Survey(r, r.Size(), r.Durable()).Mendable {
-					return fmt.Errorf("%s: problems found: %d (%s)", r.Path(), n, saveOrMend(r.Path(), ""))
+					return exitWith(exitDamaged, fmt.Errorf("%s: problems found: %d (%s)", r.Path(), n, saveOrMend(r.Path(), "")))
 				}
-				return fmt.Errorf("%s: problems found: %d", r.Path(), n)
+				return exitWith(exitDamaged, fmt.Errorf("%s: problems found: %d", r.Path(), n))
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "%s: in order, %d keys (%d clean, %d dirty with %s) in %d ksets up to %v\n",
 				r.Path(), rep.Keys, rep.Clean, rep.Dirty, ondisk.Unwritten(rep.DirtyBytes, rep.ZeroBytes), rep.Ksets, rep.End.Pos)

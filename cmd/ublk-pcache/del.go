@@ -115,7 +115,7 @@ func (d *device) removalError(err error) error {
 	if len(users) == 0 {
 		users = []string{"by whom cannot be seen from here"}
 	}
-	return fmt.Errorf("%s is in use: %s (unmount it and close what has it open, or remove it from under them: ublk-pcache del --force %d)", d.Device, strings.Join(users, ", "), d.ID)
+	return exitWith(exitRefused, fmt.Errorf("%s is in use: %s (unmount it and close what has it open, or remove it from under them: ublk-pcache del --force %d)", d.Device, strings.Join(users, ", "), d.ID))
 }
 
 // shownUsers is how many of those who use a device a line has room for.

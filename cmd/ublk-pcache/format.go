@@ -69,7 +69,7 @@ func exposed(path string) error {
 		return err
 	}
 	if mode := info.Mode().Perm(); mode&0o007 != 0 {
-		return fmt.Errorf("%s is open to all users (%v), and a cache holds the data of its disk (chmod o= %s)", path, mode, path)
+		return exitWith(exitRefused, fmt.Errorf("%s is open to all users (%v), and a cache holds the data of its disk (chmod o= %s)", path, mode, path))
 	}
 	return nil
 }

@@ -44,6 +44,13 @@ func (f formatting) check(r *pmem.Region, backing string) error {
 	if f.all {
 		return nil
 	}
+	if err := f.refusal(r, backing); err != nil {
+		return exitWith(exitRefused, err)
+	}
+	return nil
+}
+
+func (f formatting) refusal(r *pmem.Region, backing string) error {
 	h := ondisk.Survey(r, r.Size(), r.Durable())
 	if h.Kind == ondisk.HoldsNothing || h.Harmless && f.clean {
 		return nil

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -94,7 +95,7 @@ func launch(o serveOptions) (err error) {
 	}
 	path, ready := strings.CutPrefix(answer, readyPrefix)
 	if !ready {
-		return errors.New(answer)
+		return refusal(answer)
 	}
 	fmt.Print(path)
 	return nil
@@ -218,6 +219,25 @@ const readyPrefix = "ready "
 // warningPrefix begins lines before that, for people.
 const warningPrefix = "warning: "
 
+// exitPrefix begins the line before an error that has what the command ends with.
+const exitPrefix = "exit "
+
+// refusalOf is the answer of a server that does not get ready.
+func refusalOf(err error) string {
+	return fmt.Sprintf("%s%d\n%s", exitPrefix, exitStatus(err), oneLine(err))
+}
+
+// refusal is the error that a server has answered.
+func refusal(answer string) error {
+	first, rest, _ := strings.Cut(answer, "\n")
+	if number, has := strings.CutPrefix(first, exitPrefix); has {
+		if status, err := strconv.Atoi(number); err == nil {
+			return exitWith(status, errors.New(rest))
+		}
+	}
+	return errors.New(answer)
+}
+
 // readyFD is where a server finds the pipe for its answer.
 const readyFD = 3
 
@@ -292,7 +312,11 @@ func serve(o serveOptions) error {
 		s, err = start(o)
 	}
 	if err != nil {
-		fmt.Fprint(ready, oneLine(err))
+		if o.Upgrade != nil {
+			fmt.Fprint(ready, oneLine(err)) // the old server may know no more than that
+		} else {
+			fmt.Fprint(ready, refusalOf(err))
+		}
 		os.Exit(refused)
 	}
 	if o.AnswerFD != 0 {

@@ -16,6 +16,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -37,8 +38,10 @@ func main() {
 	}
 	root := newRootCmd()
 	if cmd, err := root.ExecuteC(); err != nil {
-		fmt.Fprintln(os.Stderr, "ublk-pcache:", oneLine(err))
-		status := exitStatus(err)
+		if !errors.Is(err, errMended) {
+			fmt.Fprintln(os.Stderr, "ublk-pcache:", oneLine(err))
+		}
+		status := statusAfter(cmd, err)
 		awaitRetry(cmd.Name(), status)
 		os.Exit(status)
 	}

@@ -84,7 +84,7 @@ func (d *device) refuseNamesakeLocked() error {
 				continue
 			}
 		}
-		return fmt.Errorf("device %d has the name %s already (choose another, or remove that first: ublk-pcache del %d)", o.ID, o.Name, o.ID)
+		return exitWith(exitRefused, fmt.Errorf("device %d has the name %s already (choose another, or remove that first: ublk-pcache del %d)", o.ID, o.Name, o.ID))
 	}
 	return nil
 }

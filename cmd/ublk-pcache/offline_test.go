@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -71,6 +72,9 @@ func execute(cmd *cobra.Command, args ...string) (string, error) {
 	cmd.SetOut(&out)
 	cmd.SilenceErrors, cmd.SilenceUsage = true, true
 	err := cmd.Execute()
+	if errors.Is(err, errMended) { // which is no failure
+		err = nil
+	}
 	return out.String(), err
 }
 

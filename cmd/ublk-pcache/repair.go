@@ -19,10 +19,12 @@ func newRepairCmd() *cobra.Command {
 		Short: "Mend a damaged cache that is not in use, on a copy",
 		Long: `Mend what is wrong with the cache on PMEM, and write the result to COPY, a new
 sparse file, or to PMEM itself with --in-place. With neither, nothing is
-changed. Each thing mended is a line, and so is each thing that remains; then
-the exit code is 1, unless it is clean data, which the backing device has. COPY
+changed. Each thing mended is a line, and so is each thing that remains. COPY
 is made also where nothing is wrong, and not where it would not be a cache that
 opens.
+
+It ends as fsck does: with 0 where nothing was wrong, or only clean data, which the
+backing device has; with 1 where all was mended, 4 where something remains.
 
 Where the log is damaged in the middle, mending it gives up acknowledged writes.
 That is only done with --give-up-log-damage; the lines say what it costs.`,
@@ -63,7 +65,11 @@ That is only done with --give-up-log-damage; the lines say what it costs.`,
 			if len(args) == 2 {
 				out = args[1]
 			}
-			return finishRepair(cmd.OutOrStdout(), r, rep, inPlace, out)
+			err = finishRepair(cmd.OutOrStdout(), r, rep, inPlace, out)
+			if err == nil && len(rep.Mended) > 0 {
+				return errMended
+			}
+			return err
 		},
 	}
 	f := cmd.Flags()
@@ -74,7 +80,10 @@ That is only done with --give-up-log-damage; the lines say what it costs.`,
 
 // finishRepair stores the result where it belongs, and says what has become of it.
 func finishRepair(say io.Writer, r *pmem.Region, rep *ondisk.Repaired, inPlace bool, out string) error {
-	left := unmendedError(r, rep)
+	var left error
+	if remains := unmendedError(r, rep); remains != nil {
+		left = exitWith(exitDamaged, remains)
+	}
 	mends := len(rep.Mended) > 0
 	switch {
 	case out != "" && !rep.Opens():
@@ -85,12 +94,12 @@ func finishRepair(say io.Writer, r *pmem.Region, rep *ondisk.Repaired, inPlace b
 		}
 	case mends && inPlace:
 		if err := rep.Store(r); err != nil {
-			return fmt.Errorf("%s: not all of it was mended: %w (the memory itself is bad; repair to a copy)", r.Path(), err)
+			return exitWith(exitDamaged, fmt.Errorf("%s: not all of it was mended: %w (the memory itself is bad; repair to a copy)", r.Path(), err))
 		}
 	case mends && left != nil:
 		return fmt.Errorf("%w; nothing was changed (give a file for the mended copy, or --in-place)", left)
 	case mends:
-		return fmt.Errorf("%s: nothing was changed (give a file for the mended copy, or --in-place)", r.Path())
+		return exitWith(exitDamaged, fmt.Errorf("%s: nothing was changed (give a file for the mended copy, or --in-place)", r.Path()))
 	}
 	if left != nil {
 		return left

@@ -48,13 +48,8 @@ type finalError struct{ error }
 
 func (f finalError) Unwrap() error { return f.error }
 
-// exitStatus is what the program ends with after an error.
-func exitStatus(err error) int {
-	if errors.As(err, &finalError{}) {
-		return exitFinal
-	}
-	return 1
-}
+// underSystemd are the commands that units run.
+var underSystemd = []string{"run", "unit", "serve"}
 
 // retryPause is how long a server waits before it ends with an error that may
 // pass, such as a disk that has gone for a while. systemd starts the next at once,
@@ -64,7 +59,7 @@ const retryPause = 3100 * time.Millisecond
 
 // awaitRetry keeps a command from ending too early with status. A signal ends it.
 func awaitRetry(command string, status int) {
-	if status == exitFinal || os.Getenv("NOTIFY_SOCKET") == "" || !slices.Contains([]string{"run", "unit", "serve"}, command) {
+	if status == exitFinal || os.Getenv("NOTIFY_SOCKET") == "" || !slices.Contains(underSystemd, command) {
 		return
 	}
 	signal.Reset(unix.SIGTERM)

@@ -93,7 +93,7 @@ func TestFinalErrors(t *testing.T) {
 		{serveOptions{}, why, 1}, // a person tries
 	} {
 		err := fmt.Errorf("x: %w", c.o.startError(c.err))
-		if got := exitStatus(err); got != c.want || !errors.Is(err, c.err) {
+		if got := statusAfter(newRunCmd(), err); got != c.want || !errors.Is(err, c.err) {
 			t.Errorf("%+v, %v: exit status %d (%v), want %d", c.o, c.err, got, err, c.want)
 		}
 	}
@@ -115,8 +115,8 @@ func TestVolatilePmemOfAService(t *testing.T) {
 		t.Skipf("%s is not taken for memory: %v", dir, err)
 	}
 	err = launch(serveOptions{Device: device{PMEM: path, Backing: path}, Existing: true, Foreground: true})
-	if !errors.Is(err, pmem.ErrVolatile) || exitStatus(err) != exitFinal {
-		t.Errorf("exit status %d (%v), want %d", exitStatus(err), err, exitFinal)
+	if !errors.Is(err, pmem.ErrVolatile) || statusAfter(newRunCmd(), err) != exitFinal {
+		t.Errorf("exit status %d (%v), want %d", statusAfter(newRunCmd(), err), err, exitFinal)
 	}
 }
 

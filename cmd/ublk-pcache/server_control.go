@@ -44,6 +44,7 @@ type command struct {
 // reply is a server's answer. An empty Error is success.
 type reply struct {
 	Error  string         `json:"error,omitempty"`
+	Exit   int            `json:"exit,omitempty"` // what a command ends with for that; 0 of a server that does not tell
 	Status *engine.Status `json:"status,omitempty"`
 	Left   []string       `json:"left,omitempty"` // del: what is not quite gone
 
@@ -249,7 +250,7 @@ func readCommand(r io.Reader) (cmd command, err error) {
 // answer ends a conversation.
 func answer(conn net.Conn, r reply, err error) {
 	if err != nil {
-		r.Error = oneLine(err)
+		r.Error, r.Exit = oneLine(err), exitStatus(err)
 	}
 	conn.SetWriteDeadline(time.Now().Add(commandTime))
 	json.NewEncoder(conn).Encode(r)

@@ -69,7 +69,7 @@ func (d *device) mustHave(id *ondisk.Identity) error {
 	if id != nil && (d.Cache == "" || d.Cache == uuidText(id.UUID)) { // older servers did not note it
 		return nil
 	}
-	return fmt.Errorf("%s holds another cache than the one of device %s, which must have been formatted meanwhile (put the right one there; the device waits; to give up what it held: ublk-pcache del --force %d)", d.PMEM, d.title(), d.ID)
+	return exitWith(exitRefused, fmt.Errorf("%s holds another cache than the one of device %s, which must have been formatted meanwhile (put the right one there; the device waits; to give up what it held: ublk-pcache del --force %d)", d.PMEM, d.title(), d.ID))
 }
 
 // openCache makes the new cache, if there is to be one, opens the cache, and binds
@@ -132,9 +132,9 @@ func misfit(cache string, l *ondisk.Layout, backing string, it *ondisk.Identity,
 	id := l.Identity
 	switch {
 	case it.BackingSize < id.BackingSize:
-		return fmt.Errorf("backing device %s has %d bytes, less than the %d it had when cache %s was made (give the right device, or one at least as large)", backing, it.BackingSize, id.BackingSize, cache)
+		return exitWith(exitRefused, fmt.Errorf("backing device %s has %d bytes, less than the %d it had when cache %s was made (give the right device, or one at least as large)", backing, it.BackingSize, id.BackingSize, cache))
 	case !sameDevice(l, it.Serial) && !force:
-		return fmt.Errorf("cache %s belongs to the backing device with %s; %s has %s (give that one, or if this is its copy: --force)", cache, known(id.Serial), backing, known(it.Serial))
+		return exitWith(exitRefused, fmt.Errorf("cache %s belongs to the backing device with %s; %s has %s (give that one, or if this is its copy: --force)", cache, known(id.Serial), backing, known(it.Serial)))
 	}
 	return nil
 }
@@ -180,9 +180,9 @@ func (s *server) openError(o *serveOptions, err error) error {
 func (s *server) damagedError(o *serveOptions, mendable bool, err error) error {
 	do := damageRemedies(err, mendable, s.dev.PMEM, s.dev.Backing)
 	if o.Recover {
-		return &remedied{fmt.Errorf("cache %s cannot continue device %s: %w", s.dev.PMEM, s.dev.title(), err), do + "; the device waits"}
+		return exitWith(exitDamaged, &remedied{fmt.Errorf("cache %s cannot continue device %s: %w", s.dev.PMEM, s.dev.title(), err), do + "; the device waits"})
 	}
-	return &remedied{fmt.Errorf("cache %s: %w", s.dev.PMEM, err), do + "; to give up what it holds: " + o.formatting(s.dev.PMEM).byAll}
+	return exitWith(exitDamaged, &remedied{fmt.Errorf("cache %s: %w", s.dev.PMEM, err), do + "; to give up what it holds: " + o.formatting(s.dev.PMEM).byAll})
 }
 
 // gone says why a device cannot be continued whose cache is not there any more, or
@@ -190,7 +190,7 @@ func (s *server) damagedError(o *serveOptions, mendable bool, err error) error {
 func (s *server) gone() error {
 	h := ondisk.Survey(s.region, s.region.Size(), s.region.Durable())
 	if h.Err == nil {
-		return fmt.Errorf("%s holds no cache any more, so device %s cannot be continued (bring back what it held, or give up the device: ublk-pcache del --force %d; the device waits)", s.dev.PMEM, s.dev.title(), s.dev.ID)
+		return exitWith(exitRefused, fmt.Errorf("%s holds no cache any more, so device %s cannot be continued (bring back what it held, or give up the device: ublk-pcache del --force %d; the device waits)", s.dev.PMEM, s.dev.title(), s.dev.ID))
 	}
 	return s.damagedError(&serveOptions{Recover: true}, h.Mendable, h.Err)
 }

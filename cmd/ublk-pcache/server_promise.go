@@ -33,7 +33,7 @@ func (s *server) keepsPromise() error {
 	if err != nil || volatile {
 		return err
 	}
-	return fmt.Errorf("device %s has told its users that they need no flushes, and on %s, which is not on a file system with dax any more, they do (mount that with -o dax again, then: ublk-pcache recover %d; or give up the device, not the data: del --force %d, then add; the device waits)", s.dev.title(), s.dev.PMEM, s.dev.ID, s.dev.ID)
+	return exitWith(exitRefused, fmt.Errorf("device %s has told its users that they need no flushes, and on %s, which is not on a file system with dax any more, they do (mount that with -o dax again, then: ublk-pcache recover %d; or give up the device, not the data: del --force %d, then add; the device waits)", s.dev.title(), s.dev.PMEM, s.dev.ID, s.dev.ID))
 }
 
 // room reserves what a file lacks. A device that waits is continued without: a

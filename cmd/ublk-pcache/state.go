@@ -164,7 +164,7 @@ func refuseShared(pmem, backing string) error {
 		}
 		for _, p := range [][3]string{{"pmem", pmem, o.PMEM}, {"backing device", backing, o.Backing}} {
 			if sameFile(p[1], p[2]) {
-				return fmt.Errorf("%s %s belongs to device %s (remove that first: ublk-pcache del %d)", p[0], p[1], o.title(), o.ID)
+				return exitWith(exitRefused, fmt.Errorf("%s %s belongs to device %s (remove that first: ublk-pcache del %d)", p[0], p[1], o.title(), o.ID))
 			}
 		}
 	}

@@ -26,7 +26,7 @@ func newWritebackCmd() *cobra.Command {
 		Long: `Write all intact dirty data of the cache on PMEM to BACKING, which it belongs to,
 and flush that. PMEM may be damaged: it is read as repair would mend it, with what
 damaged parts of the log held given up. What could not be saved is listed by
-sectors, and the exit code is 1. Then it can be repeated.
+sectors, and the exit status is not 0. Then it can be repeated.
 
 PMEM stays as it is, dirty data and all, but for the record of what BACKING looks
 like: what is written here is not to be taken for somebody else's work. Where
@@ -144,7 +144,7 @@ func (o *writebackOptions) save(out io.Writer, r *pmem.Region, readOnly error, d
 	case left.total.Bytes() > 0:
 		return fmt.Errorf("%s: not everything was written: %w", r.Path(), engine.ErrDamaged)
 	case rep.LostLog:
-		return fmt.Errorf("%s: all that is intact was written, but the log was damaged, and what it held there is lost", r.Path())
+		return exitWith(exitDamaged, fmt.Errorf("%s: all that is intact was written, but the log was damaged, and what it held there is lost", r.Path()))
 	}
 	if wasDirty {
 		fmt.Fprintf(out, "%s still has it as dirty data, which an add writes again (to start anew: ublk-pcache format --force %s)\n", r.Path(), r.Path())
@@ -155,7 +155,7 @@ func (o *writebackOptions) save(out io.Writer, r *pmem.Region, readOnly error, d
 // mayWrite refuses a backing device that is not the one, as add does.
 func (o *writebackOptions) mayWrite(r *pmem.Region, rep *ondisk.Repaired, l *ondisk.Layout, dev *backing.Device) error {
 	if rep.Unbound && !o.force {
-		return fmt.Errorf("cache %s: its identity record is damaged, so nothing tells that %s is its backing device (if it is: --force)", r.Path(), dev.Path())
+		return exitWith(exitRefused, fmt.Errorf("cache %s: its identity record is damaged, so nothing tells that %s is its backing device (if it is: --force)", r.Path(), dev.Path()))
 	}
 	if l.Identity == nil {
 		return nil

@@ -50,7 +50,7 @@ func TestStoppedServer(t *testing.T) {
 			defer cancel()
 			out, err := exec.CommandContext(ctx, "ublk-pcache", args...).Output()
 			var exit *exec.ExitError
-			if !errors.As(err, &exit) || exit.ExitCode() != 1 || strings.Count(string(exit.Stderr), "\n") != 1 {
+			if !errors.As(err, &exit) || exit.ExitCode() != 4 || strings.Count(string(exit.Stderr), "\n") != 1 {
 				t.Errorf("%q: %v", args, err)
 				return
 			}
@@ -104,6 +104,10 @@ func TestStatusWithoutServer(t *testing.T) {
 	}
 	check := func(state, says string) {
 		t.Helper()
+		status := 4
+		if state == "damaged" { // the file, of whose server nothing is known
+			status = 1
+		}
 		r := run(t, "ublk-pcache", "status", "--json", d.id)
 		var s struct {
 			ID            int
@@ -112,14 +116,14 @@ func TestStatusWithoutServer(t *testing.T) {
 			PID           int
 		}
 		err := json.Unmarshal([]byte(r.stdout), &s)
-		if err != nil || strconv.Itoa(s.ID) != d.id || s.State != state || !strings.Contains(r.stderr, says) || r.code != 1 || strings.Count(r.stderr, "\n") != 1 {
+		if err != nil || strconv.Itoa(s.ID) != d.id || s.State != state || !strings.Contains(r.stderr, says) || r.code != status || strings.Count(r.stderr, "\n") != 1 {
 			t.Errorf("%s: status --json: %+v, %v", state, r, err)
 		}
 		if state != "damaged" && (!strings.Contains(s.Error, says) || s.Pmem != dax) {
 			t.Errorf("%s: status --json prints %s", state, r.stdout)
 		}
 		r = run(t, "ublk-pcache", "status", d.id)
-		if !strings.Contains(r.stdout, state) || !strings.Contains(r.stderr, says) || r.code != 1 {
+		if !strings.Contains(r.stdout, state) || !strings.Contains(r.stderr, says) || r.code != status {
 			t.Errorf("%s: status: %+v", state, r)
 		}
 	}

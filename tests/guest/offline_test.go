@@ -39,7 +39,7 @@ func TestRefusesToFormatWhatIsLeft(t *testing.T) {
 	refuse(t, theDevices, t.TempDir(), []refusal{{name: "run", args: "run left", says: says}})
 
 	// The superblock alone is mended, and then the log is what is damaged.
-	if r := run(t, "ublk-pcache", "repair", dax, "--in-place"); r.code != 1 || strings.Contains(r.stdout, "nothing to mend") || !strings.Contains(r.stderr, "--give-up-log-damage") {
+	if r := run(t, "ublk-pcache", "repair", dax, "--in-place"); r.code != 4 || strings.Contains(r.stdout, "nothing to mend") || !strings.Contains(r.stderr, "--give-up-log-damage") {
 		t.Errorf("repair: exit status %d\n%s%s", r.code, r.stdout, r.stderr)
 	}
 	refuse(t, theDevices, t.TempDir(), []refusal{

@@ -68,10 +68,10 @@ func wreckMetadata(mem []byte, l *ondisk.Layout) {
 func TestRepairAfterKill(t *testing.T) {
 	quiet := quietKernel(t)
 	want := leaveDamaged(t, wreckMetadata)
-	if r := run(t, "ublk-pcache", "check", dax); r.code != 1 || !strings.Contains(r.stdout, "superblock") {
+	if r := run(t, "ublk-pcache", "check", dax); r.code != 4 || !strings.Contains(r.stdout, "superblock") {
 		t.Errorf("check: exit status %d\n%s", r.code, r.stdout)
 	}
-	if r := run(t, "ublk-pcache", "add", "-p", dax, "-b", disk); r.code != 1 {
+	if r := run(t, "ublk-pcache", "add", "-p", dax, "-b", disk); r.code != 6 {
 		t.Errorf("add took a damaged cache\n%s", r.stdout)
 	}
 	if text := pcache(t, "writeback", dax, "-b", disk); !strings.Contains(text, "format --force "+dax) {
@@ -82,9 +82,9 @@ func TestRepairAfterKill(t *testing.T) {
 	}
 
 	copied := t.TempDir() + "/copy"
-	pcache(t, "repair", dax, copied)
+	mustMend(t, dax, copied)
 	pcache(t, "check", copied)
-	t.Log(pcache(t, "repair", dax, "--in-place"))
+	mustMend(t, dax, "--in-place")
 	pcache(t, "check", dax)
 	if text := pcache(t, "repair", dax, "--in-place"); !strings.Contains(text, "nothing to mend") {
 		t.Errorf("repaired again: %s", text)
@@ -121,10 +121,10 @@ func TestRepairedForTheKernel(t *testing.T) {
 		mem[first[3]+30] ^= 0xFF
 		wreckMetadata(mem, l)
 	}, "--data-crc")
-	if r := run(t, "ublk-pcache", "repair", dax, "--in-place"); r.code != 1 || !strings.Contains(r.stderr, "--give-up-log-damage") {
+	if r := run(t, "ublk-pcache", "repair", dax, "--in-place"); r.code != 4 || !strings.Contains(r.stderr, "--give-up-log-damage") {
 		t.Errorf("repair without the flag: exit status %d\n%s%s", r.code, r.stdout, r.stderr)
 	}
-	t.Log(pcache(t, "repair", dax, "--in-place", "--give-up-log-damage"))
+	mustMend(t, dax, "--in-place", "--give-up-log-damage")
 	if dirtyKeys(t) == "0" {
 		t.Error("nothing is dirty any more")
 	}
@@ -148,4 +148,14 @@ func TestRepairedForTheKernel(t *testing.T) {
 	f.Close()
 	d.del(t)
 	calm()
+}
+
+// mustMend repairs what is damaged, all of it.
+func mustMend(t *testing.T, args ...string) {
+	t.Helper()
+	r := run(t, append([]string{"ublk-pcache", "repair"}, args...)...)
+	if r.code != 1 || r.stderr != "" { // as fsck has it
+		t.Fatalf("%s: exit status %d\n%s%s", r.commandLine, r.code, r.stdout, r.stderr)
+	}
+	t.Log(r.stdout)
 }
