@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"path/filepath"
 	"runtime"
 
@@ -35,6 +36,7 @@ func queuesFor(segments int) int {
 
 func newAddCmd() *cobra.Command {
 	var a addOptions
+	var asJSON *bool
 	o := &a.o
 	cmd := &cobra.Command{
 		Use:   "add -p PMEM -b BACKING",
@@ -67,7 +69,7 @@ is written to BACKING before the device appears.`,
 			if err != nil {
 				return err
 			}
-			if err := launch(o); err != nil {
+			if err := bringUp(cmd.OutOrStdout(), o, *asJSON); err != nil {
 				return err
 			}
 			for _, w := range o.Device.doubts() {
@@ -76,6 +78,7 @@ is written to BACKING before the device appears.`,
 			return nil
 		},
 	}
+	asJSON = jsonFlag(cmd, "a JSON object, as status does")
 	f := cmd.Flags()
 	a.define(f)
 	for _, k := range knobs {
@@ -91,6 +94,26 @@ is written to BACKING before the device appears.`,
 	f.BoolVar(&o.Foreground, "foreground", false, "stay, and log to the terminal")
 	f.StringVar(&o.Device.Name, "name", "", "what the device can be called, by commands and as /dev/ublk-pcache/NAME")
 	return cmd
+}
+
+// bringUp starts a server, and prints what it serves.
+func bringUp(out io.Writer, o serveOptions, asJSON bool) error {
+	if o.Foreground && asJSON {
+		return usagef("give --foreground or --json: a server in the foreground prints its log")
+	}
+	path, err := launch(o)
+	if err != nil {
+		return err
+	}
+	if !asJSON {
+		_, err := fmt.Fprintln(out, path)
+		return err
+	}
+	id, err := deviceID(path)
+	if err != nil {
+		return err
+	}
+	return tellDevice(out, id)
 }
 
 // addOptions are those that describe a device and its cache.

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"time"
@@ -26,41 +27,83 @@ open is not removed. A backing device that does not answer is not waited for.`,
 		Example: `  ublk-pcache flush 0 && ublk-pcache del 0
   ublk-pcache del data
   ublk-pcache del --all`,
-	}, func(id int) error {
-		d, err := readState(id)
-		foreign := errors.Is(err, errForeign)
-		if errors.Is(err, errDamaged) || foreign && force {
-			d, err = deviceOfDriver(id, force)
+	}, func(id int, _ bool) (told, error) {
+		r, err := del(id, force)
+		if r == nil {
+			return nil, err
 		}
-		if err != nil {
-			return err
+		for _, left := range r.Left {
+			fmt.Fprintln(os.Stderr, "ublk-pcache:", left)
 		}
-		if d.alive() {
-			r, err := ask(id, command{Do: "del", Force: force})
-			if err == nil {
-				for _, left := range r.Left {
-					fmt.Fprintln(os.Stderr, "ublk-pcache:", left)
-				}
-				fmt.Print(d.leftDirty("", r.Status.DirtyBytes, r.Status.ZeroBytes))
-				return nil
-			}
-			if !errors.Is(err, errDamaged) && !errors.Is(err, errForeign) {
-				return err
-			}
-			// There is nothing to ask its server by.
-		}
-		// Everything acknowledged is in the cache; all that is left to
-		// remove is the device.
-		if err := d.removeByDriver(force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
-			return d.removalError(err)
-		}
-		if !foreign {
-			d.awaitEnd()
-		}
-		return errors.Join(d.remove(), d.printDirtyOfDead())
+		return r, err
 	})
 	cmd.Flags().BoolVar(&force, "force", false, "even if the device is open")
 	return cmd
+}
+
+// removed is what del tells: what there was, and what of it BACKING does not have.
+type removed struct {
+	ID         int      `json:"id"`
+	Name       string   `json:"name"`
+	Device     string   `json:"device"`
+	PMEM       string   `json:"pmem"`
+	Backing    string   `json:"backing"`
+	DirtyBytes int64    `json:"dirty_bytes"`
+	ZeroBytes  int64    `json:"zero_bytes"`
+	AtMost     bool     `json:"at_most"` // there was no server, and what is overwritten counts, too
+	Left       []string `json:"left"`    // what is not quite gone
+
+	dev *device
+}
+
+func (d *device) removed(data, zeros int64) *removed {
+	return &removed{
+		ID: d.ID, Name: d.Name, Device: d.Device, PMEM: d.PMEM, Backing: d.Backing, DirtyBytes: data, ZeroBytes: zeros,
+		Left: []string{}, dev: d,
+	}
+}
+
+func (r *removed) print(out io.Writer) error {
+	about := ""
+	if r.AtMost {
+		about = "up to "
+	}
+	_, err := fmt.Fprint(out, r.dev.leftDirty(about, r.DirtyBytes, r.ZeroBytes))
+	return err
+}
+
+// del removes a device. Nothing is removed where it returns no more than an error.
+func del(id int, force bool) (*removed, error) {
+	d, err := readState(id)
+	foreign := errors.Is(err, errForeign)
+	if errors.Is(err, errDamaged) || foreign && force {
+		d, err = deviceOfDriver(id, force)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if d.alive() {
+		r, err := ask(id, command{Do: "del", Force: force})
+		if err == nil {
+			gone := d.removed(r.Status.DirtyBytes, r.Status.ZeroBytes)
+			gone.Left = append(gone.Left, r.Left...)
+			return gone, nil
+		}
+		if !errors.Is(err, errDamaged) && !errors.Is(err, errForeign) {
+			return nil, err
+		}
+		// There is nothing to ask its server by.
+	}
+	// Everything acknowledged is in the cache; all that is left to
+	// remove is the device.
+	if err := d.removeByDriver(force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
+		return nil, d.removalError(err)
+	}
+	if !foreign {
+		d.awaitEnd()
+	}
+	gone, err := d.dirtyOfDead()
+	return gone, errors.Join(d.remove(), err)
 }
 
 // removeByDriver removes a device without asking its server. If there is one, it
@@ -133,18 +176,19 @@ func (d *device) leftDirty(about string, data, zeros int64) string {
 	return fmt.Sprintf("%s%s stay in %s, %s does not have them (to have them there: add again, then flush)\n", about, ondisk.Unwritten(data, zeros), cache, backing)
 }
 
-// printDirtyOfDead says that by what is on the media.
-func (d *device) printDirtyOfDead() error {
+// dirtyOfDead is what a device that is removed leaves, by what is on the media.
+func (d *device) dirtyOfDead() (*removed, error) {
+	gone := d.removed(0, 0)
 	if d.PMEM == "" {
-		return nil // its state file was damaged
+		return gone, nil // its state file was damaged
 	}
 	r, err := pmem.Spec{Path: d.PMEM}.Open(pmem.ReadOnly)
 	if err != nil {
-		return fmt.Errorf("device %s is removed, but how much of cache %s is dirty cannot be told: %w", d.title(), d.PMEM, err)
+		return gone, fmt.Errorf("device %s is removed, but how much of cache %s is dirty cannot be told: %w", d.title(), d.PMEM, err)
 	}
 	defer r.Close()
 	// Data that is overwritten by zeros counts as data.
 	rep := ondisk.Check(r, r.Size(), false)
-	fmt.Print(d.leftDirty("up to ", rep.DirtyBytes, rep.ZeroBytes))
-	return nil
+	gone.DirtyBytes, gone.ZeroBytes, gone.AtMost = rep.DirtyBytes, rep.ZeroBytes, true
+	return gone, nil
 }

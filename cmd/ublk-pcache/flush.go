@@ -21,8 +21,12 @@ func newFlushCmd() *cobra.Command {
 confirmed its flush; the data stays in the cache, clean.`,
 		Example: `  ublk-pcache flush 0
   ublk-pcache flush --all`,
-	}, func(id int) error {
-		return askShowing(context.Background(), id, command{Do: "flush"})
+	}, func(id int, asJSON bool) (told, error) {
+		err := askShowing(context.Background(), id, command{Do: "flush"})
+		if err != nil || !asJSON {
+			return nil, err
+		}
+		return statusOf(id)
 	})
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -12,6 +13,7 @@ import (
 
 func newFormatCmd() *cobra.Command {
 	var dataCRC, force bool
+	var asJSON *bool
 	gc := ondisk.DefaultGCPercent
 	cmd := &cobra.Command{
 		Use:   "format PMEM",
@@ -49,16 +51,30 @@ bound to its backing device by the first add.`,
 			if err := ondisk.Format(r, ondisk.FormatOptions{DataCRC: dataCRC, GCPercent: gc}); err != nil {
 				return fmt.Errorf("format %s: %w", r.Path(), err)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s (%v): empty cache of %d segments of 16 MiB, data crc %s, gc at %d %%\n",
-				r.Path(), r.Kind(), ondisk.SegmentsIn(r.Size()), onOff(dataCRC), gc)
-			return nil
+			return tell(cmd.OutOrStdout(), *asJSON, &formatted{r.Path(), r.Kind().String(), ondisk.SegmentsIn(r.Size()), dataCRC, gc})
 		},
 	}
+	asJSON = jsonFlag(cmd, "a JSON object")
 	f := cmd.Flags()
 	f.BoolVar(&dataCRC, "data-crc", false, "keep a checksum of all cached data (default: on a plain file only)")
 	f.IntVar(&gc, "gc-percent", gc, "how full garbage collection lets the cache become, 0 to 90")
 	f.BoolVar(&force, "force", false, "overwrite whatever the device holds, dirty data too")
 	return cmd
+}
+
+// formatted is a cache that has been made.
+type formatted struct {
+	PMEM      string `json:"pmem"`
+	Kind      string `json:"kind"` // what PMEM is
+	Segments  uint32 `json:"segments"`
+	DataCRC   bool   `json:"data_crc"`
+	GCPercent int    `json:"gc_percent"`
+}
+
+func (f *formatted) print(out io.Writer) error {
+	_, err := fmt.Fprintf(out, "%s (%s): empty cache of %d segments of 16 MiB, data crc %s, gc at %d %%\n",
+		f.PMEM, f.Kind, f.Segments, onOff(f.DataCRC), f.GCPercent)
+	return err
 }
 
 // exposed returns an error if all users may read or write the cache or the

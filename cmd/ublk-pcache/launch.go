@@ -43,37 +43,37 @@ import (
 // working directory (whose file system could never be unmounted), descriptors and
 // environment are seen to here, stray signal masks in main, limits in protect.
 
-// launch starts a server for o and prints the device's path once it is ready,
-// or returns why it is not. With Foreground this process becomes the server,
+// launch starts a server for o and returns the device's path once it is ready,
+// or why it is not. With Foreground this process becomes the server,
 // so that whoever started it has it for a child.
-func launch(o serveOptions) (err error) {
+func launch(o serveOptions) (path string, err error) {
 	spec, err := o.region()
 	if err != nil {
-		return err
+		return "", err
 	}
 	if !o.Recover {
 		if err := refuseShared(spec.Path, o.Device.Backing); err != nil {
-			return err
+			return "", err
 		}
 	}
 	if err := o.see(spec); err != nil {
-		return err
+		return "", err
 	}
 	spec.Path = o.PMEM.Path
 	if err := spec.RefuseVolatile(); err != nil {
-		return o.startError(err)
+		return "", o.startError(err)
 	}
 	config, err := json.Marshal(o)
 	if err != nil {
-		return err
+		return "", err
 	}
 	self, err := os.Executable()
 	if err != nil {
-		return err
+		return "", err
 	}
 	isolate := func() error { return isolate(self, o.PMEM.Path, o.Backing.Path) }
 	if o.Foreground {
-		return become(self, string(config), isolate)
+		return "", become(self, string(config), isolate)
 	}
 	var answer string
 	if systemd, ok := reachSystemd(); ok {
@@ -83,7 +83,7 @@ func launch(o serveOptions) (err error) {
 		answer, err = spawn(self, string(config), isolate, o)
 	}
 	if err != nil {
-		return err
+		return "", err
 	}
 	for {
 		warning, rest, ok := strings.Cut(answer, "\n")
@@ -95,10 +95,9 @@ func launch(o serveOptions) (err error) {
 	}
 	path, ready := strings.CutPrefix(answer, readyPrefix)
 	if !ready {
-		return refusal(answer)
+		return "", refusal(answer)
 	}
-	fmt.Print(path)
-	return nil
+	return strings.TrimSuffix(path, "\n"), nil
 }
 
 // become makes this process the server.

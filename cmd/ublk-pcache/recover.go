@@ -15,7 +15,8 @@ func newRecoverCmd() *cobra.Command {
 	var foreground bool
 	var changed engine.Choice
 	var backing string
-	cmd := onDevice(&cobra.Command{
+	var asJSON *bool
+	cmd := &cobra.Command{
 		Use:   "recover ID",
 		Short: "Continue a device whose server has died",
 		Long: `Continue a device whose server has died.
@@ -31,7 +32,8 @@ with --backing. If it was written meanwhile, see add
 been promised.`,
 		Example: `  ublk-pcache recover 0
   ublk-pcache recover data -b /dev/sdc`,
-	}, 0, func(id int, _ []string) error {
+	}
+	onDevice(cmd, 0, func(id int, _ []string) error {
 		if changed != engine.Refuse && changed != engine.Overwrite {
 			return fmt.Errorf("--changed=%s: give overwrite (to give up dirty data: ublk-pcache del --force %d, then add --changed=discard)", changed, id)
 		}
@@ -58,8 +60,9 @@ been promised.`,
 			}
 			o.Chosen = true
 		}
-		return launch(o)
+		return bringUp(cmd.OutOrStdout(), o, *asJSON)
 	})
+	asJSON = jsonFlag(cmd, "a JSON object, as status does")
 	cmd.Flags().StringVar((*string)(&changed), "changed", "", "what becomes of dirty data if the backing device was written meanwhile: overwrite")
 	cmd.Flags().StringVarP(&backing, "backing", "b", "", "the backing device, if it has another name now and cannot be found")
 	cmd.Flags().BoolVar(&foreground, "foreground", false, "stay, and log to the terminal")

@@ -14,6 +14,7 @@ import (
 
 func newRepairCmd() *cobra.Command {
 	var inPlace, giveUp bool
+	var asJSON *bool
 	cmd := &cobra.Command{
 		Use:   "repair PMEM [COPY]",
 		Short: "Mend a damaged cache that is not in use, on a copy",
@@ -52,34 +53,59 @@ That is only done with --give-up-log-damage; the lines say what it costs.`,
 			defer r.Close()
 			rep := ondisk.Repair(r, r.Size(), ondisk.RepairOptions{Durable: r.Durable(), GiveUpLog: giveUp})
 			rep.Verify()
-			for _, s := range rep.Mended {
-				fmt.Fprintln(cmd.OutOrStdout(), s)
+			res := &repaired{
+				PMEM: r.Path(), InPlace: inPlace, Mended: append([]string{}, rep.Mended...),
+				Remains: linesOf(append(rep.Left, rep.Report.Problems...)), MoreRemains: rep.Report.More,
 			}
-			for _, err := range append(rep.Left, rep.Report.Problems...) {
-				fmt.Fprintln(cmd.OutOrStdout(), "remains:", oneLine(err))
-			}
-			if rep.Report.More > 0 {
-				fmt.Fprintf(cmd.OutOrStdout(), "remains: and %d more\n", rep.Report.More)
-			}
-			out := ""
 			if len(args) == 2 {
-				out = args[1]
+				res.Copy = args[1]
 			}
-			err = finishRepair(cmd.OutOrStdout(), r, rep, inPlace, out)
+			err = finishRepair(res, r, rep)
+			err = errors.Join(tell(cmd.OutOrStdout(), *asJSON, res), err)
 			if err == nil && len(rep.Mended) > 0 {
 				return errMended
 			}
 			return err
 		},
 	}
+	asJSON = jsonFlag(cmd, "a JSON object")
 	f := cmd.Flags()
 	f.BoolVar(&inPlace, "in-place", false, "mend PMEM itself")
 	f.BoolVar(&giveUp, "give-up-log-damage", false, "give up the writes that damaged parts of the log held")
 	return cmd
 }
 
+// repaired is what repair tells of a cache. Without Result it was not stored anywhere, and
+// the error says why.
+type repaired struct {
+	PMEM        string   `json:"pmem"`
+	Copy        string   `json:"copy"` // empty without one
+	InPlace     bool     `json:"in_place"`
+	Mended      []string `json:"mended"`
+	Remains     []string `json:"remains"` // the first
+	MoreRemains int      `json:"remains_more"`
+	Result      string   `json:"result"`
+}
+
+func (res *repaired) print(out io.Writer) (err error) {
+	for _, s := range res.Mended {
+		fmt.Fprintln(out, s)
+	}
+	for _, s := range res.Remains {
+		fmt.Fprintln(out, "remains:", s)
+	}
+	if res.MoreRemains > 0 {
+		fmt.Fprintf(out, "remains: and %d more\n", res.MoreRemains)
+	}
+	if res.Result != "" {
+		_, err = fmt.Fprintf(out, "%s: %s\n", res.PMEM, res.Result)
+	}
+	return err
+}
+
 // finishRepair stores the result where it belongs, and says what has become of it.
-func finishRepair(say io.Writer, r *pmem.Region, rep *ondisk.Repaired, inPlace bool, out string) error {
+func finishRepair(res *repaired, r *pmem.Region, rep *ondisk.Repaired) error {
+	inPlace, out := res.InPlace, res.Copy
 	var left error
 	if remains := unmendedError(r, rep); remains != nil {
 		left = exitWith(exitDamaged, remains)
@@ -104,17 +130,16 @@ func finishRepair(say io.Writer, r *pmem.Region, rep *ondisk.Repaired, inPlace b
 	if left != nil {
 		return left
 	}
-	result := "mended"
+	res.Result = "mended"
 	switch {
 	case !mends && rep.Report.Harmless > 0:
-		result = "nothing to mend: what remains is clean data, which the backing device has as well"
+		res.Result = "nothing to mend: what remains is clean data, which the backing device has as well"
 	case !mends:
-		result = "in order, nothing to mend"
+		res.Result = "in order, nothing to mend"
 	}
 	if out != "" {
-		result += "; the copy is " + out
+		res.Result += "; the copy is " + out
 	}
-	fmt.Fprintf(say, "%s: %s\n", r.Path(), result)
 	return nil
 }
 

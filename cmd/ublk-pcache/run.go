@@ -132,7 +132,8 @@ An error that would come again has exit status ` + fmt.Sprint(exitFinal) + `.`,
 			case server != nil:
 				return adopt(server)
 			}
-			return launch(o)
+			_, err = launch(o)
+			return err
 		},
 	}
 }

@@ -114,7 +114,7 @@ func TestVolatilePmemOfAService(t *testing.T) {
 	if err := (pmem.Spec{Path: path}).RefuseVolatile(); !errors.Is(err, pmem.ErrVolatile) {
 		t.Skipf("%s is not taken for memory: %v", dir, err)
 	}
-	err = launch(serveOptions{Device: device{PMEM: path, Backing: path}, Existing: true, Foreground: true})
+	_, err = launch(serveOptions{Device: device{PMEM: path, Backing: path}, Existing: true, Foreground: true})
 	if !errors.Is(err, pmem.ErrVolatile) || statusAfter(newRunCmd(), err) != exitFinal {
 		t.Errorf("exit status %d (%v), want %d", statusAfter(newRunCmd(), err), err, exitFinal)
 	}

@@ -16,7 +16,8 @@ func newSetCmd() *cobra.Command {
 	for _, m := range modes {
 		fmt.Fprintf(&promises, "  %-15v %s\n", m.mode, m.does)
 	}
-	cmd := onDevice(&cobra.Command{
+	var asJSON *bool
+	cmd := &cobra.Command{
 		Use:   "set ID NAME=VALUE…",
 		Short: "Change settings of a running cache, now and for later",
 		Long: `Change settings of a running cache, now and for later: all that are given, or none.
@@ -31,7 +32,8 @@ A change from one of the first two to one of the last three waits until all dirt
 has been written to BACKING. Broken off (^C), it leaves all settings as they were.`,
 		Example: `  ublk-pcache set 0 gc_percent=50
   ublk-pcache set data mode=writethrough seq_cutoff=4M`,
-	}, 1, func(id int, args []string) error {
+	}
+	onDevice(cmd, 1, func(id int, args []string) error {
 		v := values{}
 		if err := v.parse(args); err != nil {
 			return err
@@ -39,8 +41,12 @@ has been written to BACKING. Broken off (^C), it leaves all settings as they wer
 		ctx, stop := untilBrokenOff()
 		defer stop()
 		context.AfterFunc(ctx, stop) // a second signal does not wait for the server
-		return askShowing(ctx, id, command{Do: "set", Settings: v})
+		if err := askShowing(ctx, id, command{Do: "set", Settings: v}); err != nil || !*asJSON {
+			return err
+		}
+		return tellDevice(cmd.OutOrStdout(), id)
 	})
+	asJSON = jsonFlag(cmd, "a JSON object, as status does")
 	cmd.ValidArgsFunction = completeSetting
 	return cmd
 }

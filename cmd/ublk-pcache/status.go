@@ -82,11 +82,6 @@ type badMemory struct {
 	Error      string `json:"error"`
 }
 
-// told is what there is to tell of a device: a statusJSON, or a silentJSON.
-type told interface {
-	print(out io.Writer) error
-}
-
 func newStatusCmd() *cobra.Command {
 	var asJSON, dm bool
 	cmd := &cobra.Command{
@@ -118,13 +113,10 @@ func newStatusCmd() *cobra.Command {
 			return printDM(out, id)
 		}
 		s, wrong := statusOf(id)
-		switch {
-		case s == nil:
+		if s == nil {
 			return wrong
-		case asJSON:
-			return errors.Join(printJSON(out, s), wrong)
 		}
-		return errors.Join(s.print(out), wrong)
+		return errors.Join(tell(out, asJSON, s), wrong)
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object, or without ID an array of them")
 	cmd.Flags().BoolVar(&dm, "dm", false, "print the line that 'dmsetup status' prints for dm-pcache")

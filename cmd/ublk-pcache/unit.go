@@ -319,7 +319,8 @@ func begin(o serveOptions, conn *net.UnixConn) error {
 		return fmt.Errorf("keep the connection to the caller: %w", err)
 	}
 	o.Foreground, o.AnswerFD = true, int(f.Fd())
-	return launch(o)
+	_, err = launch(o)
+	return err
 }
 
 // goOn becomes the server that continues the device of a unit whose server died. A
@@ -346,7 +347,8 @@ func goOn(unit string) error {
 		}
 		o := recovery(d, info)
 		o.Foreground, o.Device.Unit = true, unit
-		return launch(o)
+		_, err = launch(o)
+		return err
 	}
 	return finalError{fmt.Errorf("no device of %s waits for a server", unit)}
 }

@@ -93,10 +93,18 @@ func onDevice(cmd *cobra.Command, more int, do func(id int, args []string) error
 }
 
 // onDevices is onDevice for a command that can be about all of ours, with -a. One that fails
-// keeps it from none of the others.
-func onDevices(cmd *cobra.Command, do func(id int) error) *cobra.Command {
-	onDevice(cmd, 0, func(id int, _ []string) error { return do(id) })
+// keeps it from none of the others. What do has to tell may be nothing, with no JSON asked for.
+func onDevices(cmd *cobra.Command, do func(id int, asJSON bool) (told, error)) *cobra.Command {
 	var all bool
+	var asJSON *bool
+	onDevice(cmd, 0, func(id int, _ []string) error {
+		it, err := do(id, *asJSON)
+		if it == nil {
+			return err
+		}
+		return errors.Join(tell(cmd.OutOrStdout(), *asJSON, it), err)
+	})
+	asJSON = jsonFlag(cmd, "a JSON object, or with --all an array of them")
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "all devices of this program, in place of ID")
 	argsOfOne, runOfOne := cmd.Args, cmd.RunE
 	cmd.Args = func(cmd *cobra.Command, args []string) error {
@@ -116,11 +124,21 @@ func onDevices(cmd *cobra.Command, do func(id int) error) *cobra.Command {
 		if err != nil {
 			return err
 		}
+		out, done := cmd.OutOrStdout(), []told{}
 		var failed []error
 		for _, d := range devices {
-			if err := do(d.ID); err != nil {
-				failed = append(failed, err)
+			it, err := do(d.ID, *asJSON)
+			failed = append(failed, err)
+			switch {
+			case it == nil:
+			case *asJSON:
+				done = append(done, it)
+			default:
+				failed = append(failed, it.print(out))
 			}
+		}
+		if *asJSON {
+			failed = append(failed, printJSON(out, done))
 		}
 		return errors.Join(failed...)
 	}

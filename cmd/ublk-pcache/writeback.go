@@ -20,6 +20,7 @@ import (
 
 func newWritebackCmd() *cobra.Command {
 	var o writebackOptions
+	var asJSON *bool
 	cmd := &cobra.Command{
 		Use:   "writeback PMEM -b BACKING",
 		Short: "Save the dirty data of a cache that is not in use, without a device",
@@ -41,9 +42,17 @@ PMEM cannot be written, a line says so, and what to answer to add.`,
 				return usagef("give BACKING: %s", line(cmd))
 			}
 			o.pmem = args[0]
-			return o.run(cmd)
+			if !*asJSON {
+				return o.run(cmd.OutOrStdout())
+			}
+			err := o.run(io.Discard)
+			if o.saved == nil {
+				return err
+			}
+			return errors.Join(printJSON(cmd.OutOrStdout(), o.saved), err)
 		},
 	}
+	asJSON = jsonFlag(cmd, "a JSON object")
 	f := cmd.Flags()
 	f.StringVarP(&o.backing, "backing", "b", "", "the block device or file that the cache belongs to")
 	f.StringVar(&o.changed, "changed", "", "overwrite: write even if BACKING was written without its cache")
@@ -54,10 +63,30 @@ PMEM cannot be written, a line says so, and what to answer to add.`,
 type writebackOptions struct {
 	pmem, backing, changed string
 	force                  bool
+
+	saved *saved // once something may have been written
+}
+
+// saved is what writeback tells programs.
+type saved struct {
+	PMEM           string   `json:"pmem"`
+	Backing        string   `json:"backing"`
+	Mended         []string `json:"mended"` // as which PMEM was read
+	WrittenBytes   int64    `json:"written_bytes"`
+	ZeroedBytes    int64    `json:"zeroed_bytes"`
+	UnwrittenBytes int64    `json:"unwritten_bytes"`
+	Unwritten      []extent `json:"unwritten"`
+	LostLog        bool     `json:"log_damaged"` // what it held there is lost
+}
+
+// extent is a part of BACKING, in bytes.
+type extent struct {
+	Offset int64 `json:"offset"`
+	Length int64 `json:"length"`
 }
 
 // run opens both, for save.
-func (o *writebackOptions) run(cmd *cobra.Command) error {
+func (o *writebackOptions) run(out io.Writer) error {
 	r, readOnly, err := openToSave(o.pmem)
 	if err != nil {
 		return err
@@ -67,7 +96,7 @@ func (o *writebackOptions) run(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	if err := o.save(cmd.OutOrStdout(), r, readOnly, dev, disk{dev}); err != nil {
+	if err := o.save(out, r, readOnly, dev, disk{dev}); err != nil {
 		dev.PutBack() // what the cache has alone is still there
 		return err
 	}
@@ -130,7 +159,12 @@ func (o *writebackOptions) save(out io.Writer, r *pmem.Region, readOnly error, d
 	if closed := cache.Close(); err == nil {
 		err = closed
 	}
+	o.saved = &saved{
+		PMEM: r.Path(), Backing: dev.Path(), Mended: append([]string{}, rep.Mended...), LostLog: rep.LostLog,
+		WrittenBytes: left.data, ZeroedBytes: left.zeros, UnwrittenBytes: left.total.Bytes(), Unwritten: []extent{},
+	}
 	left.total.Each(func(off, n int64) {
+		o.saved.Unwritten = append(o.saved.Unwritten, extent{off, n})
 		fmt.Fprintf(out, "not written: sectors %d-%d, %d bytes\n", off>>9, (off+n)>>9-1, n)
 	})
 	fmt.Fprintf(out, "%s: %s written to %s, %d bytes were not\n", r.Path(), ondisk.Unwritten(left.data, left.zeros), dev.Path(), left.total.Bytes())

@@ -96,3 +96,71 @@ func TestNames(t *testing.T) {
 		t.Error("its state file is left")
 	}
 }
+
+// TestJSON: what commands tell programs of a device is what status tells, and del and upgrade say what they have done.
+func TestJSON(t *testing.T) {
+	wipe(t, disk)
+	read := func(form any, args ...string) {
+		t.Helper()
+		text := pcache(t, append(args, "--json")...)
+		if err := json.Unmarshal([]byte(text), form); err != nil {
+			t.Fatalf("%q prints %q: %v", args, text, err)
+		}
+	}
+	type shown struct {
+		ID         int
+		Name       string
+		Device     string
+		State      string
+		Health     string
+		DirtyBytes int64 `json:"dirty_bytes"`
+		SizeBytes  int64 `json:"size_bytes"`
+		Settings   map[string]string
+	}
+	var added, set, flushed, recovered shown
+	read(&added, "add", "-p", dax, "-b", disk, "--name", "data", "--idle-after", "0")
+	d := device{added.Device, strconv.Itoa(added.ID)}
+	t.Cleanup(func() { d.remove(t) })
+	if added.Name != "data" || added.State != "live" || added.Health != "ok" || added.SizeBytes != 4<<30 || added.Settings["idle_after"] != "0" {
+		t.Errorf("add tells of %+v", added)
+	}
+	must(t, "dd", "if=/dev/urandom", "of="+d.path, "bs=64k", "count=16", "oflag=direct", "status=none")
+	read(&set, "set", "data", "gc_percent=60")
+	if set.ID != added.ID || set.Settings["gc_percent"] != "60" || set.DirtyBytes != 1<<20 {
+		t.Errorf("set tells of %+v", set)
+	}
+	read(&flushed, "flush", d.path)
+	if flushed.ID != added.ID || flushed.DirtyBytes != 0 {
+		t.Errorf("flush tells of %+v", flushed)
+	}
+	if r := run(t, "ublk-pcache", "upgrade", "--all", "--json"); r.code == 0 {
+		var replaced []struct {
+			ID, PID int
+			PauseMS float64 `json:"pause_ms"`
+		}
+		if err := json.Unmarshal([]byte(r.stdout), &replaced); err != nil || len(replaced) != 1 || replaced[0].ID != added.ID || replaced[0].PID != d.entry(t).PID || replaced[0].PauseMS <= 0 {
+			t.Errorf("upgrade prints %s, %v", r.stdout, err)
+		}
+	} else if !strings.Contains(r.stderr, "the kernel is too old") || r.stdout != "[]\n" {
+		t.Errorf("upgrade: %+v", r)
+	}
+	must(t, "dd", "if=/dev/urandom", "of="+d.path, "bs=64k", "count=16", "oflag=direct", "status=none")
+	killServer(t, d, unix.SIGKILL)
+	read(&recovered, "recover", "data")
+	if recovered.ID != added.ID || recovered.State != "live" || recovered.DirtyBytes != 1<<20 {
+		t.Errorf("recover tells of %+v", recovered)
+	}
+	var gone []struct {
+		ID         int
+		Name       string
+		DirtyBytes int64 `json:"dirty_bytes"`
+		AtMost     bool  `json:"at_most"`
+	}
+	read(&gone, "del", "--all")
+	if len(gone) != 1 || gone[0].ID != added.ID || gone[0].Name != "data" || gone[0].DirtyBytes != 1<<20 || gone[0].AtMost {
+		t.Errorf("del tells of %+v", gone)
+	}
+	if left := leftovers(t); len(left) > 0 {
+		t.Errorf("there still are %v", left)
+	}
+}
