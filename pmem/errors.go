@@ -18,7 +18,6 @@ var (
 	ErrMisaligned  = errors.New("size is not a multiple of the page size")
 	ErrInUse       = errors.New("in use by another process")
 	ErrOtherSize   = errors.New("exists with another size")
-	ErrBadSize     = errors.New("size must be a number of bytes, or one followed by K, M, G or T")
 	ErrNoSpace     = errors.New("no space could be reserved for the file")
 	ErrNoReserving = errors.New("its file system cannot reserve space for it")
 	ErrVolatile    = errors.New("it would be lost in a power cut or a reboot")

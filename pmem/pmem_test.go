@@ -14,6 +14,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"ublk-pcache/internal/bytesize"
 )
 
 // open makes a file region of the least size and closes it with the test.
@@ -252,10 +254,10 @@ func TestOpen(t *testing.T) {
 		{path("none,size=512M"), ReadOnly, ErrMissing},
 		{path("none,size=511M"), ReadWrite, ErrTooSmall},
 		{path("none,size=536870913"), ReadWrite, ErrMisaligned},
-		{path("none,size="), ReadWrite, ErrBadSize},
-		{path("none,size=1X"), ReadWrite, ErrBadSize},
-		{path("none,size=-1G"), ReadWrite, ErrBadSize},
-		{path("none,size=9999999999T"), ReadWrite, ErrBadSize},
+		{path("none,size="), ReadWrite, bytesize.ErrSyntax},
+		{path("none,size=1X"), ReadWrite, bytesize.ErrSyntax},
+		{path("none,size=-1G"), ReadWrite, bytesize.ErrSyntax},
+		{path("none,size=9999999999T"), ReadWrite, bytesize.ErrSyntax},
 		{path("none,size=4000000T"), ReadWrite, ErrNoSpace},
 		{path("small"), ReadWrite, ErrTooSmall},
 		{path("odd"), ReadWrite, ErrMisaligned},

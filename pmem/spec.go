@@ -2,8 +2,9 @@ package pmem
 
 import (
 	"fmt"
-	"strconv"
 	"strings"
+
+	"ublk-pcache/internal/bytesize"
 )
 
 // Spec is a region as a user names it.
@@ -53,27 +54,11 @@ func (s Spec) String() string {
 }
 
 func parseSize(text string) (int64, error) {
-	size, err := ParseSize(text)
+	size, err := bytesize.Parse(text)
 	if err != nil {
 		return 0, err
 	}
 	return size, checkSize(size)
-}
-
-// ParseSize reads a size in bytes, or with one of the units K, M, G and T, which are powers
-// of 1024. Its error is ErrBadSize.
-func ParseSize(text string) (int64, error) {
-	digits, shift := text, 0
-	if n := len(text); n > 0 {
-		if unit := strings.IndexByte("KMGT", text[n-1]&^0x20); unit >= 0 {
-			digits, shift = text[:n-1], 10*(unit+1)
-		}
-	}
-	n, err := strconv.ParseUint(digits, 10, 63)
-	if err != nil || n > 1<<(62-shift) {
-		return 0, fmt.Errorf("%w, not %q", ErrBadSize, text)
-	}
-	return int64(n) << shift, nil
 }
 
 func checkSize(size int64) error {

@@ -3,6 +3,8 @@ package pmem
 import (
 	"errors"
 	"testing"
+
+	"ublk-pcache/internal/bytesize"
 )
 
 func TestParseSpec(t *testing.T) {
@@ -35,13 +37,13 @@ func TestParseSpec(t *testing.T) {
 		}
 	}
 	for text, want := range map[string]error{
-		"a,size=":                  ErrBadSize,
-		"a,size=1X,volatile":       ErrBadSize,
-		"a,volatile,size=-1G":      ErrBadSize,
-		"a,size=9999999999T":       ErrBadSize,
+		"a,size=":                  bytesize.ErrSyntax,
+		"a,size=1X,volatile":       bytesize.ErrSyntax,
+		"a,volatile,size=-1G":      bytesize.ErrSyntax,
+		"a,size=9999999999T":       bytesize.ErrSyntax,
 		"a,size=1M":                ErrTooSmall,
 		"a,size=536870913":         ErrMisaligned,
-		"a,size=1G,volatile,size=": ErrBadSize,
+		"a,size=1G,volatile,size=": bytesize.ErrSyntax,
 	} {
 		if s, err := ParseSpec(text); !errors.Is(err, want) {
 			t.Errorf("%q is %+v, %v, want %v", text, s, err, want)

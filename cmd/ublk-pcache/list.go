@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"ublk-pcache/internal/bytesize"
 	"ublk-pcache/ublk"
 )
 
@@ -58,11 +59,11 @@ var columns = []column{
 	{"id", func(o *overview) string { return strconv.Itoa(o.ID) }},
 	{"name", func(o *overview) string { return o.Name }},
 	{"device", func(o *overview) string { return o.Device }},
-	{"size", func(o *overview) string { return unlessNone(o.Size > 0, size(o.Size)) }},
+	{"size", func(o *overview) string { return unlessNone(o.Size > 0, bytesize.Text(o.Size)) }},
 	{"state", func(o *overview) string { return o.State }},
 	{"health", func(o *overview) string { return o.Health }},
 	{"mode", func(o *overview) string { return o.Mode }},
-	{"dirty", func(o *overview) string { return unlessNone(o.Segments > 0, size(o.DirtyBytes)) }},
+	{"dirty", func(o *overview) string { return unlessNone(o.Segments > 0, bytesize.Text(o.DirtyBytes)) }},
 	{"used", func(o *overview) string { return share(uint64(o.SegmentsUsed), uint64(o.Segments)) }},
 	{"hits", func(o *overview) string { return share(o.ReadHits, o.Reads) }},
 	{"pmem", func(o *overview) string { return o.PMEM }},

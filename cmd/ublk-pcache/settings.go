@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"ublk-pcache/engine"
+	"ublk-pcache/internal/bytesize"
 	"ublk-pcache/ondisk"
-	"ublk-pcache/pmem"
 )
 
 // A knob is a setting that can be changed while the cache is used: by set, by an option of
@@ -167,11 +167,10 @@ func seconds(value string) (time.Duration, error) {
 
 func secondsText(d time.Duration) string { return strconv.Itoa(int(d / time.Second)) }
 
-// bytesOf reads what a pmem's size may be written as.
 func bytesOf(value string) (int64, error) {
-	n, err := pmem.ParseSize(value)
+	n, err := bytesize.Parse(value)
 	if err != nil {
-		return 0, errors.New("give bytes, such as 4194304, 4M, or 0")
+		return 0, errors.New("give bytes, such as 4194304, 4M or 4MiB, or 0")
 	}
 	return n, nil
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ublk-pcache/engine"
+	"ublk-pcache/internal/bytesize"
 	"ublk-pcache/pmem"
 	"ublk-pcache/ublk"
 )
@@ -216,7 +217,7 @@ func (l *listed) rows(out io.Writer) (row func(name, format string, args ...any)
 	if l.Name != "" {
 		row("name", "%s", l.Name)
 	}
-	row("device", "%s, %s%s, %s", l.Device, unlessNone(l.Size > 0, size(l.Size)+", "), l.State, server)
+	row("device", "%s, %s%s, %s", l.Device, unlessNone(l.Size > 0, bytesize.Text(l.Size)+", "), l.State, server)
 	row("pmem", "%s", l.PMEM)
 	row("backing", "%s", l.Backing)
 	return row, w.Flush
@@ -239,16 +240,16 @@ func (s *statusJSON) print(out io.Writer) error {
 	}
 	row("segments", "%d of %d used, %d of them by the window, the others collected at %d %%", s.SegmentsUsed, s.Segments, s.SegmentsWindow, s.GCPercent)
 	row("settings", "%s", s.Settings.line())
-	row("data", "%s dirty, %s to be zeroed, %s clean, checksums %s", size(s.DirtyBytes), size(s.ZeroBytes), size(s.CleanBytes), onOff(s.DataCRC))
+	row("data", "%s dirty, %s to be zeroed, %s clean, checksums %s", bytesize.Text(s.DirtyBytes), bytesize.Text(s.ZeroBytes), bytesize.Text(s.CleanBytes), onOff(s.DataCRC))
 	row("log", "head %s, dirty tail %s, key tail %s", s.KeyHead, s.DirtyTail, s.KeyTail)
-	row("index", "%d extents in %s", s.Extents, size(s.IndexBytes))
-	row("reads", "%d (%s), %d hits, %d of them in the window, %d misses", s.Reads, size(int64(s.ReadBytes)), s.ReadHits, s.WindowHits, s.ReadMisses)
-	row("kept", "%s from the window, %s at the log's end, %d misses had just left, %s of streams passed by", size(int64(s.PromotedBytes)), size(int64(s.AgainBytes)), s.GhostHits, size(int64(s.BypassedBytes)))
-	row("writes", "%d (%s), %d of them around the cache, %d flushes, %d zeroed ranges", s.Writes, size(int64(s.WriteBytes)), s.DirectWrites, s.Flushes, s.Zeros)
+	row("index", "%d extents in %s", s.Extents, bytesize.Text(s.IndexBytes))
+	row("reads", "%d (%s), %d hits, %d of them in the window, %d misses", s.Reads, bytesize.Text(int64(s.ReadBytes)), s.ReadHits, s.WindowHits, s.ReadMisses)
+	row("kept", "%s from the window, %s at the log's end, %d misses had just left, %s of streams passed by", bytesize.Text(int64(s.PromotedBytes)), bytesize.Text(int64(s.AgainBytes)), s.GhostHits, bytesize.Text(int64(s.BypassedBytes)))
+	row("writes", "%d (%s), %d of them around the cache, %d flushes, %d zeroed ranges", s.Writes, bytesize.Text(int64(s.WriteBytes)), s.DirectWrites, s.Flushes, s.Zeros)
 	if s.WriteLimit > 0 {
-		row("", "slowed to %s a second, since the cache is filling up", size(s.WriteLimit))
+		row("", "slowed to %s a second, since the cache is filling up", bytesize.Text(s.WriteLimit))
 	}
-	row("written back", "%s", size(int64(s.WrittenBack)))
+	row("written back", "%s", bytesize.Text(int64(s.WrittenBack)))
 	row("waiting", "%d requests for space, longest so far %v", s.WaitingRequests, time.Duration(s.LongestWaitMS)*time.Millisecond)
 	if n := len(s.BadSegments); n > 0 {
 		row("bad segments", "%d, not used any more: %v", n, s.BadSegments)
@@ -269,19 +270,6 @@ func onOff(b bool) string {
 		return "on"
 	}
 	return "off"
-}
-
-// size prints bytes in the largest unit that leaves at least one whole.
-func size(n int64) string {
-	const units = "KMGTPE"
-	if n < 1024 {
-		return fmt.Sprintf("%d B", n)
-	}
-	v, i := float64(n)/1024, 0
-	for ; v >= 1024; i++ {
-		v /= 1024
-	}
-	return fmt.Sprintf("%.1f %ciB", v, units[i])
 }
 
 // printDM prints the status of dm-pcache: start, length and target as dmsetup

@@ -4,7 +4,9 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"unicode"
 
+	"ublk-pcache/internal/bytesize"
 	"ublk-pcache/ondisk"
 )
 
@@ -28,7 +30,7 @@ func (s Size) String() string {
 }
 
 // ParseSizes reads sizes with commas between them: percents, with or without %, or bytes with
-// a unit, such as 16GiB or 16G.
+// a unit, as package bytesize has them.
 func ParseSizes(text string) (sizes []Size, err error) {
 	for part := range strings.SplitSeq(text, ",") {
 		s, err := parseSize(part)
@@ -40,18 +42,17 @@ func ParseSizes(text string) (sizes []Size, err error) {
 	return sizes, nil
 }
 
+// leastBytes tells a size from a typing error; what a cache takes is more.
+const leastBytes = 1 << 20
+
 func parseSize(text string) (s Size, err error) {
 	refused := fmt.Errorf("%q is no size of a cache: give percents of what the trace touches, up to 100, or up to 16TiB as in 16GiB", text)
-	short := strings.TrimSuffix(strings.ToUpper(text), "IB")
-	if n := len(short) - 1; n > 0 {
-		if unit := strings.IndexByte("MGT", short[n]); unit >= 0 {
-			count, err := strconv.ParseInt(short[:n], 10, 64)
-			shift := 20 + 10*unit
-			if err != nil || count < 1 || count > ondisk.MaxSegments*ondisk.SegmentSize>>shift {
-				return s, refused
-			}
-			return Size{Bytes: count << shift}, nil
+	if last := len(text) - 1; last >= 0 && unicode.IsLetter(rune(text[last])) {
+		s.Bytes, err = bytesize.Parse(text)
+		if err != nil || s.Bytes < leastBytes || s.Bytes > ondisk.MaxSegments*ondisk.SegmentSize {
+			return Size{}, refused
 		}
+		return s, nil
 	}
 	s.Percent, err = strconv.ParseFloat(strings.TrimSuffix(text, "%"), 64)
 	if err != nil || !(s.Percent > 0 && s.Percent <= 100) {

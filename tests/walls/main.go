@@ -17,14 +17,15 @@ const module = "ublk-pcache/"
 
 // rooms are what each package of the product may import of the others, besides what is below it.
 var rooms = map[string][]string{
-	"cmd/ublk-pcache":    {"backing", "engine", "internal/estimate", "internal/mountinfo", "internal/uring", "ondisk", "pmem", "ublk"},
+	"cmd/ublk-pcache":    {"backing", "engine", "internal/bytesize", "internal/estimate", "internal/mountinfo", "internal/uring", "ondisk", "pmem", "ublk"},
 	"engine":             {"internal/prefetch", "ondisk"},
 	"ondisk":             {},
-	"pmem":               {"internal/filelock", "internal/mountinfo"},
+	"pmem":               {"internal/bytesize", "internal/filelock", "internal/mountinfo"},
 	"backing":            {"internal/filelock", "internal/mountinfo", "internal/uring"},
 	"ublk":               {"internal/mountinfo", "internal/uring"},
 	"internal/uring":     {},
-	"internal/estimate":  {"engine", "internal/trace", "ondisk"},
+	"internal/estimate":  {"engine", "internal/bytesize", "internal/trace", "ondisk"},
+	"internal/bytesize":  {},
 	"internal/filelock":  {},
 	"internal/mountinfo": {},
 	"internal/prefetch":  {},
