@@ -15,7 +15,7 @@ build:
 # The unit and the rule call the program by this path.
 install: build
 	install -D -m 755 -t $(DESTDIR)/usr/sbin bin/ublk-pcache
-	install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system systemd/ublk-pcache@.service
+	install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system systemd/ublk-pcache@.service systemd/ublk-pcache-exporter.service
 	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d systemd/61-ublk-pcache.rules
 
 demo: build

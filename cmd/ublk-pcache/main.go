@@ -80,7 +80,7 @@ func newRootCmd() *cobra.Command {
 		newAddCmd(), newRecoverCmd(), newDelCmd(), newFlushCmd(), newStatusCmd(), newListCmd(), newSetCmd(), newUpgradeCmd())
 	addGroup(root, "offline", "Caches that are not in use:",
 		newFormatCmd(), newCheckCmd(), newRepairCmd(), newWritebackCmd(), newDumpCmd())
-	addGroup(root, "around", "Planning, services, help:", newEstimateCmd(), newRunCmd())
+	addGroup(root, "around", "Planning, services, help:", newEstimateCmd(), newRunCmd(), newExporterCmd())
 	root.SetHelpCommandGroupID("around")
 	root.SetCompletionCommandGroupID("around")
 	root.AddCommand(newIsBackingCmd(), newNameOfCmd(), newClaimCmd(), newServeCmd(), newUnitCmd())

@@ -4,8 +4,12 @@ package guest
 
 import (
 	"bytes"
+	"context"
 	"fmt"
+	"io"
 	"maps"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -39,6 +43,9 @@ exec env container=test /lib/systemd/systemd --system --unit=test.target --log-t
 const (
 	byID    = "/dev/disk/by-id/nvme-QEMU_NVMe_Ctrl_disk1"
 	service = "ublk-pcache@test.service"
+
+	exporter      = "ublk-pcache-exporter.service"
+	metricsSocket = "/run/ublk-pcache-exporter/socket"
 )
 
 var systemdFiles = map[string]string{
@@ -82,7 +89,10 @@ func TestSystemd(t *testing.T) {
 	must(t, "umount", dir)
 	d.del(t)
 
-	s := startSystemd(t, map[string]string{"/etc/fstab": "LABEL=cached /srv ext4 defaults 0 2\n"})
+	s := startSystemd(t, map[string]string{
+		"/etc/fstab": "LABEL=cached /srv ext4 defaults 0 2\n",
+		"/etc/systemd/system/" + exporter + ".d/test.conf": "[Service]\nEnvironment=LISTEN=" + metricsSocket + "\n",
+	})
 	s.waitFor(t, "test.target", "ActiveState=active")
 	if text := s.must(t, "cat", "/srv/file"); text != "new" {
 		t.Errorf("systemd mounted %q, want what is in the cache", text)
@@ -108,6 +118,25 @@ func TestSystemd(t *testing.T) {
 		t.Errorf("systemd-analyze: %s", text)
 	}
 
+	// The exporter has what it needs, and not more.
+	s.must(t, "systemctl", "start", exporter)
+	up := func(when string) {
+		t.Helper()
+		if text := s.metrics(t); !strings.Contains(text, "\nublk_pcache_up{device=\"ublkb0\",name=\"test\"} 1\n") || !strings.Contains(text, "\nublk_pcache_size_bytes{device=\"ublkb0\",name=\"test\"} 4.294967296e+09\n") {
+			t.Errorf("%s the metrics are\n%s", when, text)
+		}
+	}
+	up("when all is well")
+	for unit, most := range map[string]float64{exporter: 2} {
+		text := s.must(t, "systemd-analyze", "security", unit)
+		m := regexp.MustCompile(`Overall exposure level for \S+: ([0-9.]+)`).FindStringSubmatch(text)
+		if m == nil {
+			t.Errorf("systemd-analyze security of %s says\n%s", unit, text)
+		} else if exposed, err := strconv.ParseFloat(m[1], 64); err != nil || exposed >= most {
+			t.Errorf("the exposure of %s is %s, want less than %v\n%s", unit, m[1], most, text)
+		}
+	}
+
 	// A server that dies comes back, and so does one that was not the first.
 	write = func(name, text string) {
 		t.Helper()
@@ -115,12 +144,14 @@ func TestSystemd(t *testing.T) {
 	}
 	s.killServer(t)
 	write("/srv/a", "1")
+	up("after a kill")
 	before := s.show(t, service, "MainPID")
 	t.Log(strings.TrimSpace(s.must(t, "ublk-pcache", "upgrade", "0")))
 	write("/srv/b", "2")
 	if after := s.show(t, service, "MainPID"); after == before || !strings.Contains(s.must(t, "ublk-pcache", "list", "--json"), `"pid": `+after) {
 		t.Errorf("after the upgrade the main process is %s, before it was %s; list says\n%s", after, before, s.must(t, "ublk-pcache", "list"))
 	}
+	up("after an upgrade")
 	s.killServer(t)
 	write("/srv/c", "3")
 
@@ -189,7 +220,7 @@ func startSystemd(t *testing.T, more map[string]string) *systemd {
 		for name := range files {
 			os.Remove(name)
 		}
-		for _, pattern := range []string{"/usr/sbin/ublk-pcache", "/usr/lib/systemd/system/ublk-pcache@.service", "/usr/lib/udev/rules.d/61-ublk-pcache.rules"} {
+		for _, pattern := range []string{"/usr/sbin/ublk-pcache", "/usr/lib/systemd/system/ublk-pcache@.service", "/usr/lib/systemd/system/" + exporter, "/usr/lib/udev/rules.d/61-ublk-pcache.rules"} {
 			os.Remove(pattern)
 		}
 	})
@@ -249,6 +280,24 @@ func (s *systemd) waitFor(t *testing.T, unit string, properties ...string) {
 			t.Fatalf("%s has not come to %v\n%s\n%s", unit, properties, s.must(t, "systemctl", "list-jobs"), have)
 		}
 	}
+}
+
+// metrics are what the exporter tells.
+func (s *systemd) metrics(t *testing.T) string {
+	t.Helper()
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(context.Context, string, string) (net.Conn, error) {
+		return net.Dial("unix", "/proc/"+s.pid+"/root"+metricsSocket)
+	}}
+	r, err := (&http.Client{Transport: transport, Timeout: patience}).Get("http://exporter/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	text, err := io.ReadAll(r.Body)
+	if err != nil || r.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %v\n%s", r.Status, err, text)
+	}
+	return string(text)
 }
 
 // killServer kills the service's main process and waits for another.
