@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -16,18 +17,24 @@ import (
 )
 
 func newDelCmd() *cobra.Command {
-	var force bool
+	var force, flush bool
 	cmd := onDevices(&cobra.Command{
 		Use:     "del ID",
 		Aliases: []string{"rm", "stop"},
 		Short:   "Remove a device; its dirty data stays in the cache",
 		Long: `Remove a device and end its server. Dirty data stays in the cache, and a line
-says how much; to have it on the backing device, flush first. A device that is
-open is not removed. A backing device that does not answer is not waited for.`,
-		Example: `  ublk-pcache flush 0 && ublk-pcache del 0
-  ublk-pcache del data
+says how much; with --flush it is on the backing device before. A device that is
+open is not removed. A backing device that does not answer is waited for by
+--flush alone.`,
+		Example: `  ublk-pcache del 0
+  ublk-pcache del data --flush
   ublk-pcache del --all`,
 	}, func(id int, _ bool) (told, error) {
+		if flush {
+			if err := askShowing(context.Background(), id, command{Do: "flush"}); err != nil {
+				return nil, fmt.Errorf("nothing is removed: %w", err)
+			}
+		}
 		r, err := del(id, force)
 		if r == nil {
 			return nil, err
@@ -38,6 +45,7 @@ open is not removed. A backing device that does not answer is not waited for.`,
 		return r, err
 	})
 	cmd.Flags().BoolVar(&force, "force", false, "even if the device is open")
+	cmd.Flags().BoolVar(&flush, "flush", false, "write all dirty data to the backing device first, and remove nothing if that fails")
 	return cmd
 }
 

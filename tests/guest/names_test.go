@@ -146,6 +146,9 @@ func TestJSON(t *testing.T) {
 	}
 	must(t, "dd", "if=/dev/urandom", "of="+d.path, "bs=64k", "count=16", "oflag=direct", "status=none")
 	killServer(t, d, unix.SIGKILL)
+	if r := run(t, "ublk-pcache", "del", "data", "--flush"); r.code != 4 || !strings.Contains(r.stderr, "nothing is removed: ") || !strings.Contains(r.stderr, "recover "+d.id) {
+		t.Errorf("del --flush without a server: %+v", r)
+	}
 	read(&recovered, "recover", "data")
 	if recovered.ID != added.ID || recovered.State != "live" || recovered.DirtyBytes != 1<<20 {
 		t.Errorf("recover tells of %+v", recovered)
@@ -162,5 +165,13 @@ func TestJSON(t *testing.T) {
 	}
 	if left := leftovers(t); len(left) > 0 {
 		t.Errorf("there still are %v", left)
+	}
+	d = add(t, "-p", dax, "-b", disk)
+	var clean struct {
+		DirtyBytes *int64 `json:"dirty_bytes"`
+	}
+	read(&clean, "del", "--flush", d.id)
+	if clean.DirtyBytes == nil || *clean.DirtyBytes != 0 || !strings.Contains(pcache(t, "check", dax), " 0 dirty ") {
+		t.Errorf("del --flush leaves %+v", clean)
 	}
 }
