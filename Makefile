@@ -7,16 +7,27 @@ SHELL := /bin/bash
 # The race detector is linked by gcc; the program itself never is.
 export CGO_ENABLED = 0
 
-.PHONY: build install demo check check-engine check-others test vet unit count race arm64 vm soak bench bench-count bench-vm bench-hits bench-report
+.PHONY: build install man demo check check-engine check-others test vet unit count race arm64 vm soak bench bench-count bench-vm bench-hits bench-report
 
 build:
 	go build -o bin/ublk-pcache ./cmd/ublk-pcache
 
 # The unit and the rule call the program by this path.
-install: build
+# What --help says, and some prose, as man pages.
+man:
+	rm -rf bin/man
+	go run -tags man ./cmd/ublk-pcache man bin/man
+
+install: build man
 	install -D -m 755 -t $(DESTDIR)/usr/sbin bin/ublk-pcache
 	install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system systemd/ublk-pcache@.service systemd/ublk-pcache-exporter.service
 	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d systemd/61-ublk-pcache.rules
+	install -D -m 644 -t $(DESTDIR)/usr/share/man/man8 bin/man/*.8
+	install -D -m 644 -t $(DESTDIR)/usr/share/man/man5 bin/man/*.5
+	install -d $(addprefix $(DESTDIR)/usr/share/,bash-completion/completions zsh/vendor-completions fish/vendor_completions.d)
+	bin/ublk-pcache completion bash > $(DESTDIR)/usr/share/bash-completion/completions/ublk-pcache
+	bin/ublk-pcache completion zsh > $(DESTDIR)/usr/share/zsh/vendor-completions/_ublk-pcache
+	bin/ublk-pcache completion fish > $(DESTDIR)/usr/share/fish/vendor_completions.d/ublk-pcache.fish
 
 demo: build
 	@install -m 755 tests/demo.sh bin/demo.sh
@@ -35,11 +46,11 @@ test:
 	  printf '== %s: %d s\n' $$phase $$((SECONDS - begin)); \
 	done
 
-# With the tag vm, which adds what runs in a test machine or starts one.
+# With the tags vm, which adds what runs in a test machine or starts one, and man.
 vet:
 	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "not gofmt-ed: $$unformatted"; exit 1; fi
-	go vet -tags vm ./... && go vet -C tools ./...
-	go tool -modfile=tools/go.mod staticcheck -tags vm ./... && go -C tools tool staticcheck ./...
+	go vet -tags vm,man ./... && go vet -C tools ./...
+	go tool -modfile=tools/go.mod staticcheck -tags vm,man ./... && go -C tools tool staticcheck ./...
 	go run ./tests/walls
 
 unit:

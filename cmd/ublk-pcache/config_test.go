@@ -4,9 +4,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"testing"
+
+	"github.com/spf13/pflag"
 )
 
 // config writes the description of a service into a folder of its own.
@@ -114,5 +117,34 @@ func TestConfigOfALargerMachine(t *testing.T) {
 	o, err := readConfig(config(t, fmt.Sprintf("pmem = /cache\nbacking = /dev/sdb\nqueues = %d\n", runtime.NumCPU()+1)))
 	if err != nil || o.Device.Queues != runtime.NumCPU() {
 		t.Errorf("%d queues on %d CPUs, %v", o.Device.Queues, runtime.NumCPU(), err)
+	}
+}
+
+// TestConfigIsDocumented: the man page of a service's file has every option, and no other.
+func TestConfigIsDocumented(t *testing.T) {
+	text, err := os.ReadFile("man/ublk-pcache.conf.5.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := map[string]bool{}
+	for line := range strings.Lines(between(string(text), "\n# OPTIONS\n", "\n# ")) {
+		if !strings.HasPrefix(line, "**") { // which begins what is told
+			continue
+		}
+		for _, name := range regexp.MustCompile(`\*\*([a-z-]+)\*\*`).FindAllStringSubmatch(line, -1) {
+			told[name[1]] = true
+		}
+	}
+	var a addOptions
+	f := pflag.NewFlagSet("", pflag.ContinueOnError)
+	a.define(f)
+	f.VisitAll(func(option *pflag.Flag) {
+		if !told[option.Name] {
+			t.Errorf("it does not tell of %s", option.Name)
+		}
+		delete(told, option.Name)
+	})
+	for name := range told {
+		t.Errorf("it tells of %s, which there is not", name)
 	}
 }

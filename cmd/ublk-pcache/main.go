@@ -47,6 +47,9 @@ func main() {
 	}
 }
 
+// more are commands that some builds have (man.go).
+var more []*cobra.Command
+
 func newRootCmd() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "ublk-pcache",
@@ -83,6 +86,7 @@ func newRootCmd() *cobra.Command {
 	addGroup(root, "around", "Planning, services, help:", newEstimateCmd(), newRunCmd(), newExporterCmd())
 	root.SetHelpCommandGroupID("around")
 	root.SetCompletionCommandGroupID("around")
+	root.AddCommand(more...)
 	root.AddCommand(newIsBackingCmd(), newNameOfCmd(), newClaimCmd(), newServeCmd(), newUnitCmd())
 	return root
 }
