@@ -155,7 +155,7 @@ func (a *addOptions) options(f *pflag.FlagSet) (serveOptions, error) {
 		}
 		o.Settings[k.name] = a.knobs[i]
 		if err := k.parse(&engine.Settings{}, a.knobs[i]); err != nil {
-			return o, fmt.Errorf("--%s %s: %w", dashes(k.name), a.knobs[i], err)
+			return o, usagef("--%s %s: %w", dashes(k.name), a.knobs[i], err)
 		}
 	}
 	return o, o.check(f.Changed("id"))
@@ -171,17 +171,17 @@ func (o *serveOptions) check(idGiven bool) error {
 	case d.Backing == "":
 		return usagef("no backing device given: -b BACKING")
 	case idGiven && (d.ID < 0 || d.ID > ublk.MaxID):
-		return fmt.Errorf("--id %d: give 0 to %d", d.ID, ublk.MaxID)
+		return usagef("--id %d: give 0 to %d", d.ID, ublk.MaxID)
 	case d.Name != "" && checkName(d.Name) != nil:
-		return fmt.Errorf("--name %s: %w", d.Name, checkName(d.Name))
+		return usagef("--name %s: %w", d.Name, checkName(d.Name))
 	case d.Queues < 1 || d.Queues > runtime.NumCPU():
-		return fmt.Errorf("--queues %d: give 1 to %d, the number of CPUs", d.Queues, runtime.NumCPU())
+		return usagef("--queues %d: give 1 to %d, the number of CPUs", d.Queues, runtime.NumCPU())
 	case d.Depth < 1 || d.Depth > maxDepth:
-		return fmt.Errorf("--depth %d: give 1 to %d", d.Depth, maxDepth)
+		return usagef("--depth %d: give 1 to %d", d.Depth, maxDepth)
 	case d.Writeback < 1 || d.Writeback > maxWriteback:
-		return fmt.Errorf("--writeback-depth %d: give 1 to %d", d.Writeback, maxWriteback)
+		return usagef("--writeback-depth %d: give 1 to %d", d.Writeback, maxWriteback)
 	case o.Changed != engine.Refuse && o.Changed != engine.Overwrite && o.Changed != engine.Discard:
-		return fmt.Errorf("--changed=%s: give overwrite or discard", o.Changed)
+		return usagef("--changed=%s: give overwrite or discard", o.Changed)
 	}
 	var err error
 	if d.Backing, err = filepath.Abs(d.Backing); err != nil {
@@ -189,7 +189,7 @@ func (o *serveOptions) check(idGiven bool) error {
 	}
 	spec, err := pmem.ParseSpec(d.PMEM)
 	if err != nil {
-		return err
+		return &usageError{err}
 	}
 	if spec.Path, err = filepath.Abs(spec.Path); err != nil {
 		return err

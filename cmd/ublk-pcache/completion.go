@@ -3,7 +3,6 @@ package main
 import (
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 
@@ -16,9 +15,6 @@ import (
 
 // devDir is nodeDir but in tests.
 var devDir = nodeDir
-
-// linkOfPartition is what the rule calls a partition.
-var linkOfPartition = regexp.MustCompile(`-part[0-9]+$`)
 
 const noFiles = cobra.ShellCompDirectiveNoFileComp
 
@@ -36,7 +32,7 @@ func completeDevice(cmd *cobra.Command, args []string, _ string) (found []cobra.
 	}
 	links, _ := os.ReadDir(filepath.Join(devDir, filepath.Base(linkDir)))
 	for _, link := range links {
-		if !linkOfPartition.MatchString(link.Name()) {
+		if !aPartition.MatchString(link.Name()) {
 			found = append(found, link.Name())
 		}
 	}

@@ -58,16 +58,17 @@ type removed struct {
 	Backing    string   `json:"backing"`
 	DirtyBytes int64    `json:"dirty_bytes"`
 	ZeroBytes  int64    `json:"zero_bytes"`
-	AtMost     bool     `json:"at_most"` // there was no server, and what is overwritten counts, too
-	Left       []string `json:"left"`    // what is not quite gone
+	Known      bool     `json:"dirty_known"` // the two before; else nothing tells, and they are 0
+	AtMost     bool     `json:"at_most"`     // there was no server, and what is overwritten counts, too
+	Left       []string `json:"left"`        // what is not quite gone
 
 	dev *device
 }
 
-func (d *device) removed(data, zeros int64) *removed {
+func (d *device) removed(left []string) *removed {
 	return &removed{
-		ID: d.ID, Name: d.Name, Device: d.Device, PMEM: d.PMEM, Backing: d.Backing, DirtyBytes: data, ZeroBytes: zeros,
-		Left: []string{}, dev: d,
+		ID: d.ID, Name: d.Name, Device: d.Device, PMEM: d.PMEM, Backing: d.Backing,
+		Left: append([]string{}, left...), dev: d,
 	}
 }
 
@@ -93,8 +94,8 @@ func del(id int, force bool) (*removed, error) {
 	if d.alive() {
 		r, err := ask(id, command{Do: "del", Force: force})
 		if err == nil {
-			gone := d.removed(r.Status.DirtyBytes, r.Status.ZeroBytes)
-			gone.Left = append(gone.Left, r.Left...)
+			gone := d.removed(r.Left)
+			gone.DirtyBytes, gone.ZeroBytes, gone.Known = r.Status.DirtyBytes, r.Status.ZeroBytes, true
 			return gone, nil
 		}
 		if !errors.Is(err, errDamaged) && !errors.Is(err, errForeign) {
@@ -104,38 +105,38 @@ func del(id int, force bool) (*removed, error) {
 	}
 	// Everything acknowledged is in the cache; all that is left to
 	// remove is the device.
-	if err := d.removeByDriver(force); err != nil && !errors.Is(err, ublk.ErrNoDevice) {
+	left, err := d.removeByDriver(force)
+	if err != nil && !errors.Is(err, ublk.ErrNoDevice) {
 		return nil, d.removalError(err)
 	}
 	if !foreign {
 		d.awaitEnd()
 	}
-	gone, err := d.dirtyOfDead()
-	return gone, errors.Join(d.remove(), err)
+	gone := d.removed(left)
+	return gone, errors.Join(d.remove(), gone.lookAtMedia())
 }
 
 // removeByDriver removes a device without asking its server. If there is one, it
-// finds that out and ends.
-func (d *device) removeByDriver(force bool) error {
+// finds that out and ends. It returns what is not quite gone.
+func (d *device) removeByDriver(force bool) (left []string, err error) {
 	if d.alive() && halted(d.PID) {
-		return unansweredError(d.ID, d.PID)
+		return nil, unansweredError(d.ID, d.PID)
 	}
 	if _, err := d.lookup(); err != nil {
-		return err
+		return nil, err
 	}
 	removed := make(chan error, 1)
 	go func() { removed <- ublk.Remove(d.ID, force) }()
 	for {
 		select {
 		case err := <-removed:
-			return err
+			return nil, err
 		case <-time.After(lifeSign + statusPatience):
 			if d.alive() {
-				return fmt.Errorf("device %s does not go, since process %d holds it (end that with 'kill -KILL %d', and repeat)", d.title(), d.PID, d.PID)
+				return nil, fmt.Errorf("device %s does not go, since process %d holds it (end that with 'kill -KILL %d', and repeat)", d.title(), d.PID, d.PID)
 			}
 			if info, err := d.lookup(); errors.Is(err, ublk.ErrNoDevice) || err == nil && info.State == ublk.Dead {
-				fmt.Fprintln(os.Stderr, "ublk-pcache:", d.numberHeld())
-				return nil
+				return []string{d.numberHeld()}, nil
 			}
 		}
 	}
@@ -184,19 +185,19 @@ func (d *device) leftDirty(about string, data, zeros int64) string {
 	return fmt.Sprintf("%s%s stay in %s, %s does not have them (to have them there: add again, then flush)\n", about, ondisk.Unwritten(data, zeros), cache, backing)
 }
 
-// dirtyOfDead is what a device that is removed leaves, by what is on the media.
-func (d *device) dirtyOfDead() (*removed, error) {
-	gone := d.removed(0, 0)
-	if d.PMEM == "" {
-		return gone, nil // its state file was damaged
+// lookAtMedia finds out what a device leaves whose server cannot be asked.
+func (r *removed) lookAtMedia() error {
+	r.AtMost = true
+	if r.PMEM == "" {
+		return nil // its state file was damaged
 	}
-	r, err := pmem.Spec{Path: d.PMEM}.Open(pmem.ReadOnly)
+	mem, err := pmem.Spec{Path: r.PMEM}.Open(pmem.ReadOnly)
 	if err != nil {
-		return gone, fmt.Errorf("device %s is removed, but how much of cache %s is dirty cannot be told: %w", d.title(), d.PMEM, err)
+		return fmt.Errorf("device %s is removed, but how much of cache %s is dirty cannot be told: %w", r.dev.title(), r.PMEM, err)
 	}
-	defer r.Close()
+	defer mem.Close()
 	// Data that is overwritten by zeros counts as data.
-	rep := ondisk.Check(r, r.Size(), false)
-	gone.DirtyBytes, gone.ZeroBytes, gone.AtMost = rep.DirtyBytes, rep.ZeroBytes, true
-	return gone, nil
+	rep := ondisk.Check(mem, mem.Size(), false)
+	r.DirtyBytes, r.ZeroBytes, r.Known = rep.DirtyBytes, rep.ZeroBytes, true
+	return nil
 }

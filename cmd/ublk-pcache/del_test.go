@@ -25,9 +25,10 @@ func TestDelBesideAStoppedProcess(t *testing.T) {
 	}
 	d := someDevice(ublk.MaxID + 1) // which no driver has
 	d.PID, d.Started = pid, startOf(pid)
-	fails(t, d.removeByDriver(false), "stopped", "kill -CONT")
+	_, err := d.removeByDriver(false)
+	fails(t, err, "stopped", "kill -CONT")
 	d.Started--
-	if err := d.removeByDriver(false); !errors.Is(err, ublk.ErrNoDevice) {
+	if _, err := d.removeByDriver(false); !errors.Is(err, ublk.ErrNoDevice) {
 		t.Errorf("beside a process with its server's number: %v", err)
 	}
 }

@@ -59,7 +59,7 @@ it is read or written. A write that misses does not wait for the disk.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			all, err := estimate.ParseSizes(sizes)
 			if err != nil {
-				return err
+				return &usageError{err}
 			}
 			tried, err := tryAll(args, all)
 			switch {

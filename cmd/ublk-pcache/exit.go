@@ -2,7 +2,7 @@ package main
 
 import (
 	"errors"
-	"io/fs"
+	"os"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -17,8 +17,8 @@ import (
 // What the program ends with tells scripts of what kind a failure is: whether to look for a typing
 // error, for a server, or for somebody who decides. The numbers stay what they are.
 //
-// check and repair are to a cache what fsck is to a file system, and end like that (fsck(8)). What
-// systemd runs ends with 1, or with exitFinal (run.go).
+// check and repair are to a cache what fsck is to a file system, and end like that (fsck(8)). Under
+// systemd a server ends with 1, or with exitFinal (run.go).
 const (
 	exitFailed   = 1
 	exitUsage    = 2 // the command line is wrong
@@ -56,7 +56,7 @@ func exitWith(status int, err error) error {
 // exitStatuses are of errors that are of the same kind wherever they come from.
 var exitStatuses = map[int][]error{
 	exitNotFound: {
-		errNoDevice, fs.ErrNotExist, ublk.ErrNoDevice,
+		errNoDevice, ublk.ErrNoDevice,
 		pmem.ErrMissing, pmem.ErrNoDevice, pmem.ErrDangling, backing.ErrMissing, backing.ErrNotFound,
 	},
 	exitNoServer: {errNoAnswer},
@@ -75,7 +75,7 @@ func statusAfter(command *cobra.Command, err error) int {
 	switch name := command.Name(); {
 	case errors.As(err, &finalError{}):
 		return exitFinal
-	case slices.Contains(underSystemd, name):
+	case slices.Contains(underSystemd, name) && os.Getenv("NOTIFY_SOCKET") != "":
 		return exitFailed
 	case errors.Is(err, errMended):
 		return fsckMended

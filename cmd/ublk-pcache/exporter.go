@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -84,12 +85,15 @@ func listenAt(address string) (net.Listener, error) {
 		}
 		return l, nil
 	}
-	// What a former one has left is in the way; a socket that somebody has is not taken.
-	if conn, err := net.Dial("unix", path); err == nil {
-		conn.Close()
-		return nil, fmt.Errorf("listen: %s: somebody listens there already (end that, or give another)", path)
-	} else if errors.Is(err, unix.ECONNREFUSED) {
-		os.Remove(path)
+	// The socket that a former one has left is in the way; one that somebody has, and anything
+	// else, is not taken.
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() == fs.ModeSocket {
+		if conn, err := net.Dial("unix", path); err == nil {
+			conn.Close()
+			return nil, fmt.Errorf("listen: %s: somebody listens there already (end that, or give another)", path)
+		} else if errors.Is(err, unix.ECONNREFUSED) {
+			os.Remove(path)
+		}
 	}
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -114,15 +118,19 @@ func export(ctx context.Context, l net.Listener, all prometheus.Gatherer) error 
 		ReadHeaderTimeout: clientTime, ReadTimeout: clientTime, WriteTimeout: scrapePatience + clientTime, IdleTimeout: idleTime,
 		MaxHeaderBytes: 8 << 10,
 	}
-	stopped := make(chan error, 1)
+	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		ending, cancel := context.WithTimeout(context.Background(), scrapePatience)
 		defer cancel()
-		stopped <- server.Shutdown(ending)
+		if server.Shutdown(ending) != nil {
+			server.Close() // who still asks can ask again
+		}
+		close(stopped)
 	})
 	err := server.Serve(l)
 	if !stop() {
-		return <-stopped
+		<-stopped
+		return nil
 	}
 	return err
 }

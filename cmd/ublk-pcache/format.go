@@ -29,7 +29,7 @@ bound to its backing device by the first add.`,
 		Args: takes(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if gc < 0 || gc > ondisk.MaxGCPercent {
-				return fmt.Errorf("--gc-percent %d: give 0 to %d", gc, ondisk.MaxGCPercent)
+				return usagef("--gc-percent %d: give 0 to %d", gc, ondisk.MaxGCPercent)
 			}
 			r, err := pmem.Open(args[0], pmem.ReadWrite)
 			if err != nil {

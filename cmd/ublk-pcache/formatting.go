@@ -44,17 +44,19 @@ func (f formatting) check(r *pmem.Region, backing string) error {
 	if f.all {
 		return nil
 	}
-	if err := f.refusal(r, backing); err != nil {
-		return exitWith(exitRefused, err)
-	}
-	return nil
-}
-
-func (f formatting) refusal(r *pmem.Region, backing string) error {
 	h := ondisk.Survey(r, r.Size(), r.Durable())
 	if h.Kind == ondisk.HoldsNothing || h.Harmless && f.clean {
 		return nil
 	}
+	status := exitRefused
+	if h.Kind == ondisk.HoldsDamage {
+		status = exitDamaged
+	}
+	return exitWith(status, f.refusal(h, r, backing))
+}
+
+// refusal says what is found, and what can be done about it.
+func (f formatting) refusal(h *ondisk.Holding, r *pmem.Region, backing string) error {
 	path, giveUp := r.Path(), f.byAll
 	if h.Harmless {
 		giveUp = f.byClean

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"io"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -120,6 +121,13 @@ func TestOfflineJSON(t *testing.T) {
 	var dry, mended repaired
 	if err := read(newRepairCmd(), &dry, image); exitStatus(err) != exitDamaged || len(dry.Mended) != 1 || dry.Result != "" {
 		t.Errorf("repair without a place: %+v, %v", dry, err)
+	}
+	toCopy := newRepairCmd()
+	toCopy.SetArgs([]string{image, filepath.Join(t.TempDir(), "copy")})
+	toCopy.SetOut(io.Discard)
+	toCopy.SilenceErrors, toCopy.SilenceUsage = true, true
+	if err := toCopy.Execute(); statusAfter(toCopy, err) != fsckMended {
+		t.Errorf("repair that mends ends with %d, %v", statusAfter(toCopy, err), err)
 	}
 	if err := read(newRepairCmd(), &mended, image, "--in-place"); err != nil || !mended.InPlace || mended.Result != "mended" || len(mended.Mended) != 1 || len(mended.Remains) > 0 {
 		t.Errorf("repair: %+v, %v", mended, err)

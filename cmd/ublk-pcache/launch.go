@@ -63,6 +63,7 @@ func launch(o serveOptions) (path string, err error) {
 	if err := spec.RefuseVolatile(); err != nil {
 		return "", o.startError(err)
 	}
+	o.Exit = o.Exit || o.AnswerFD == 0 // or this is not who is answered
 	config, err := json.Marshal(o)
 	if err != nil {
 		return "", err
@@ -221,8 +222,11 @@ const warningPrefix = "warning: "
 // exitPrefix begins the line before an error that has what the command ends with.
 const exitPrefix = "exit "
 
-// refusalOf is the answer of a server that does not get ready.
-func refusalOf(err error) string {
+// refusal is the answer of a server that does not get ready.
+func (o *serveOptions) refusal(err error) string {
+	if !o.Exit {
+		return oneLine(err)
+	}
 	return fmt.Sprintf("%s%d\n%s", exitPrefix, exitStatus(err), oneLine(err))
 }
 
@@ -311,11 +315,7 @@ func serve(o serveOptions) error {
 		s, err = start(o)
 	}
 	if err != nil {
-		if o.Upgrade != nil {
-			fmt.Fprint(ready, oneLine(err)) // the old server may know no more than that
-		} else {
-			fmt.Fprint(ready, refusalOf(err))
-		}
+		fmt.Fprint(ready, o.refusal(err))
 		os.Exit(refused)
 	}
 	if o.AnswerFD != 0 {

@@ -209,7 +209,9 @@ func overviews() ([]overview, error) {
 func (o *overview) ask() {
 	r, err := ask(o.ID, command{Do: "status"})
 	if err != nil {
-		o.Health, o.Error = silent, oneLine(err)
+		if o.Error = oneLine(err); exitStatus(err) == exitNoServer {
+			o.Health = silent
+		}
 		return
 	}
 	s := r.Status

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -198,8 +199,15 @@ func (c *collector) status(id int) *engine.Status {
 }
 
 func (c *collector) ask(id int, q *question) {
-	if r, err := ask(id, command{Do: "status"}); err == nil {
-		q.status = r.Status
+	// A server that is being replaced does not answer, and the next one does.
+	for range 2 {
+		r, err := ask(id, command{Do: "status"})
+		if err == nil {
+			q.status = r.Status
+		}
+		if !errors.Is(err, errNoAnswer) {
+			break
+		}
 	}
 	c.mu.Lock()
 	delete(c.mu.open, id)

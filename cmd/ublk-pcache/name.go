@@ -35,18 +35,26 @@ const longestName = 64
 // anyName is what a name is made of: it goes into the name of a link, and a partition's.
 var anyName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]*$`)
 
+// aPartition is how the links end that lead to partitions.
+var aPartition = regexp.MustCompile(`-part[0-9]+$`)
+
 // checkName refuses what cannot be the name of a device.
 func checkName(name string) error {
 	switch {
 	case !anyName.MatchString(name):
-		return errors.New("a name begins with a letter and has letters, digits and any of _ . - in it")
+		return errors.New("a name begins with a letter or _, and has letters, digits and any of _ . - in it")
 	case len(name) > longestName:
-		return fmt.Errorf("a name has up to %d letters", longestName)
+		return fmt.Errorf("a name has up to %d characters", longestName)
+	case aPartition.MatchString(name):
+		return errors.New("a name does not end as the links of partitions do")
 	case strings.HasPrefix(name, node):
 		return fmt.Errorf("a name does not begin with %s, as nodes do", node)
 	}
 	return nil
 }
+
+// errNameTaken: another device has it.
+var errNameTaken = errors.New("already has the name")
 
 // title is the device's number, and its name if it has one, for messages.
 func (d *device) title() string {
@@ -84,7 +92,26 @@ func (d *device) refuseNamesakeLocked() error {
 				continue
 			}
 		}
-		return exitWith(exitRefused, fmt.Errorf("device %d has the name %s already (choose another, or remove that first: ublk-pcache del %d)", o.ID, o.Name, o.ID))
+		return exitWith(exitRefused, fmt.Errorf("device %d %w %s (choose another, or remove that first: ublk-pcache del %d)", o.ID, errNameTaken, o.Name, o.ID))
+	}
+	return nil
+}
+
+// takeName gives a name to a device that has none, which an older version began, unless another
+// has it.
+func (d *device) takeName(name string) error {
+	if d.Name != "" || name == "" {
+		return nil
+	}
+	unlock, err := lockStates()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	d.Name = name
+	if err := d.refuseNamesakeLocked(); err != nil {
+		d.Name = ""
+		return err
 	}
 	return nil
 }
@@ -129,7 +156,7 @@ func idOfName(name string) (int, error) {
 	case len(has) > 1: // a server may have named its own when it recovered it
 		return 0, fmt.Errorf("devices %s all have the name %s: give the number", strings.Join(has, ", "), name)
 	case damage != nil:
-		return 0, fmt.Errorf("%w %q, unless a state file has it that cannot be read: %w", errNoDevice, name, damage)
+		return 0, fmt.Errorf("no device %q, unless a state file has it that cannot be read: %w", name, damage)
 	}
 	return 0, fmt.Errorf("%w %q (see 'ublk-pcache list')", errNoDevice, name)
 }
@@ -149,6 +176,9 @@ func newNameOfCmd() *cobra.Command {
 			d, err := readState(id)
 			if err != nil || d.Name == "" {
 				os.Exit(1)
+			}
+			if _, err := d.lookup(); err != nil {
+				os.Exit(1) // the number is another's by now
 			}
 			fmt.Println(d.Name)
 		},

@@ -48,7 +48,7 @@ func TestNames(t *testing.T) {
 			t.Errorf("%q is refused: %v", name, err)
 		}
 	}
-	for _, name := range []string{"", "0", "1st", "-x", ".x", "a/b", "a b", "ä", "a\n", "ublkb7", strings.Repeat("x", longestName+1)} {
+	for _, name := range []string{"", "0", "1st", "-x", ".x", "a/b", "a b", "ä", "a\n", "ublkb7", "data-part1", strings.Repeat("x", longestName+1)} {
 		if checkName(name) == nil {
 			t.Errorf("%q is taken for a name", name)
 		}
@@ -71,7 +71,13 @@ func TestNameIsOnes(t *testing.T) {
 	if _, err := os.Stat(statePath(4, ".json")); err == nil {
 		t.Error("the refused device has a state file")
 	}
-	second.Name = "other"
+	second.Name = ""
+	if err := second.takeName("data"); err == nil || second.Name != "" {
+		t.Errorf("a device that had no name is %q, %v", second.Name, err)
+	}
+	if err := second.takeName("other"); err != nil || second.Name != "other" {
+		t.Errorf("a device that had no name is %q, %v", second.Name, err)
+	}
 	if err := reserve(second); err != nil {
 		t.Errorf("another name is refused: %v", err)
 	}

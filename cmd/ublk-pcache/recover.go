@@ -35,7 +35,7 @@ been promised.`,
 	}
 	onDevice(cmd, 0, func(id int, _ []string) error {
 		if changed != engine.Refuse && changed != engine.Overwrite {
-			return fmt.Errorf("--changed=%s: give overwrite (to give up dirty data: ublk-pcache del --force %d, then add --changed=discard)", changed, id)
+			return usagef("--changed=%s: give overwrite (to give up dirty data: ublk-pcache del --force %d, then add --changed=discard)", changed, id)
 		}
 		d, err := readState(id)
 		if err != nil {

@@ -63,6 +63,15 @@ func (r *remedied) Unwrap() error { return r.err }
 
 // oneLine is an error, joined from several or not, on one line and with the remedy.
 func oneLine(err error) string {
+	if all, ok := err.(interface{ Unwrap() []error }); ok {
+		var texts, lines []string
+		for _, one := range all.Unwrap() {
+			texts, lines = append(texts, one.Error()), append(lines, oneLine(one))
+		}
+		if strings.Join(texts, "\n") == err.Error() { // joined, and not part of a sentence
+			return strings.Join(lines, "; ")
+		}
+	}
 	line := strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
 	if do := remedy(err); do != "" {
 		line += " (" + do + ")"

@@ -38,7 +38,7 @@ That is only done with --give-up-log-damage; the lines say what it costs.`,
 			if inPlace {
 				mode = pmem.ReadWrite
 				if len(args) == 2 {
-					return fmt.Errorf("--in-place: changes %s itself, so leave out %s", args[0], args[1])
+					return usagef("--in-place: changes %s itself, so leave out %s", args[0], args[1])
 				}
 			}
 			spec, err := pmem.ParseSpec(args[0])

@@ -198,8 +198,8 @@ func continued(o serveOptions) (_ serveOptions, server *device, err error) {
 		case info.State != ublk.Dead:
 			r := recovery(d, info)
 			r.Foreground, r.Device.Backing = true, o.Device.Backing
-			if r.Device.Name == "" {
-				r.Device.Name = o.Device.Name
+			if err := r.Device.takeName(o.Device.Name); err != nil {
+				fmt.Fprintln(os.Stderr, "ublk-pcache: the device has only a number:", oneLine(err))
 			}
 			return r, nil, nil
 		default:

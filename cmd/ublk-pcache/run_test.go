@@ -77,6 +77,7 @@ func TestHardwareLinks(t *testing.T) {
 
 // TestFinalErrors: which failures of a start systemd tries again.
 func TestFinalErrors(t *testing.T) {
+	t.Setenv("NOTIFY_SOCKET", "x")
 	why := errors.New("why")
 	for _, c := range []struct {
 		o    serveOptions

@@ -46,6 +46,7 @@ type serveOptions struct {
 	Socket  bool         `json:"socket,omitempty"` // it is handed over, too
 
 	// Where the caller of a server in a unit waits (see unit.go).
+	Exit     bool   `json:"exit,omitempty"` // it takes an answer with an exit status; others do not
 	Answer   string `json:"answer,omitempty"`
 	AnswerFD int    `json:"answer_fd,omitempty"`
 }
@@ -105,15 +106,24 @@ func start(o serveOptions) (_ *server, err error) {
 		return nil, err
 	}
 	s.dev.PMEM = spec.Path
+	var nameless error
 	if !o.Recover {
 		s.dev.Mark = newMark()
-		if err := reserve(&s.dev); err != nil {
+		err = reserve(&s.dev)
+		if o.Existing && errors.Is(err, errNameTaken) { // a service is there to be served
+			nameless, s.dev.Name = err, ""
+			err = reserve(&s.dev)
+		}
+		if err != nil {
 			return nil, err
 		}
 		defer closeOnError(&err, s.dev.remove)
 	}
 	s.openLog(o.Foreground)
 	defer closeOnError(&err, s.log.Sync)
+	if nameless != nil {
+		s.log.Warn("the device has only a number", zap.Error(nameless))
+	}
 	s.reportMounts()
 	if err := protect(s.dev.Queues); err != nil {
 		return nil, err

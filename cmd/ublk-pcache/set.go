@@ -36,7 +36,7 @@ has been written to BACKING. Broken off (^C), it leaves all settings as they wer
 	onDevice(cmd, 1, func(id int, args []string) error {
 		v := values{}
 		if err := v.parse(args); err != nil {
-			return err
+			return &usageError{err}
 		}
 		ctx, stop := untilBrokenOff()
 		defer stop()

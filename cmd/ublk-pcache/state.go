@@ -390,6 +390,9 @@ func decodeState(path string, id int) (*device, error) {
 	if !d.plausible(id) {
 		return nil, errors.New("it does not describe this device")
 	}
+	if checkName(d.Name) != nil { // another version may allow others
+		d.Name = ""
+	}
 	return d, nil
 }
 
@@ -424,7 +427,7 @@ func readRegular(path string) ([]byte, error) {
 
 // plausible reports whether d may be what a server has written for a device.
 func (d *device) plausible(id int) bool {
-	return d.ID == id && id <= ublk.MaxID && (d.Name == "" || checkName(d.Name) == nil) && d.PID > 0 && filepath.IsAbs(d.PMEM) && filepath.IsAbs(d.Backing) &&
+	return d.ID == id && id <= ublk.MaxID && d.PID > 0 && filepath.IsAbs(d.PMEM) && filepath.IsAbs(d.Backing) &&
 		d.Queues > 0 && d.Depth > 0 && d.Depth <= maxDepth && d.Writeback > 0 && d.Writeback <= maxWriteback
 }
 
@@ -439,6 +442,15 @@ func deviceOfDriver(id int, anybodys bool) (*device, error) {
 		return nil, err
 	}
 	return d, nil
+}
+
+// still reports whether a device that was found before is the one that has its number now.
+func (d *device) still() bool {
+	now, err := readState(d.ID)
+	if d.damage != nil {
+		return errors.Is(err, errDamaged)
+	}
+	return err == nil && now.Mark == d.Mark
 }
 
 // readStates reads all state files, also those that are damaged.

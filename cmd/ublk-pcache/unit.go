@@ -273,7 +273,7 @@ func newUnitCmd() *cobra.Command {
 			return goOn(o.Device.Unit)
 		}
 		err = begin(asked, conn)
-		fmt.Fprint(conn, refusalOf(err))
+		fmt.Fprint(conn, asked.refusal(err))
 		if asked.Recover {
 			return err // the device waits
 		}

@@ -58,15 +58,14 @@ func takes(least, most int) cobra.PositionalArgs {
 // givenDevice has a command take a device as its first argument or, as with ublk and rublk, behind
 // -n. What it returns puts that in front of the arguments.
 func givenDevice(cmd *cobra.Command) (arguments func(args []string) []string) {
-	var given string
-	cmd.Flags().StringVarP(&given, "id", "n", "", "the device, in place of `ID`")
+	given := cmd.Flags().StringP("id", "n", "", "the device, in place of `ID`")
 	cmd.ValidArgsFunction = completeDevice
 	cmd.RegisterFlagCompletionFunc("id", completeDevice)
 	return func(args []string) []string {
-		if given == "" {
+		if !cmd.Flags().Changed("id") {
 			return args
 		}
-		return append([]string{given}, args...)
+		return append([]string{*given}, args...)
 	}
 }
 
@@ -92,8 +91,8 @@ func onDevice(cmd *cobra.Command, more int, do func(id int, args []string) error
 	return cmd
 }
 
-// onDevices is onDevice for a command that can be about all of ours, with -a. One that fails
-// keeps it from none of the others. What do has to tell may be nothing, with no JSON asked for.
+// onDevices is onDevice for a command that can be about all of ours, with -a, one after the
+// other. One that fails keeps it from none of the others. What do has to tell may be nothing, with no JSON asked for.
 func onDevices(cmd *cobra.Command, do func(id int, asJSON bool) (told, error)) *cobra.Command {
 	var all bool
 	var asJSON *bool
@@ -105,7 +104,7 @@ func onDevices(cmd *cobra.Command, do func(id int, asJSON bool) (told, error)) *
 		return errors.Join(tell(cmd.OutOrStdout(), *asJSON, it), err)
 	})
 	asJSON = jsonFlag(cmd, "a JSON object, or with --all an array of them")
-	cmd.Flags().BoolVarP(&all, "all", "a", false, "all devices of this program, in place of ID")
+	cmd.Flags().BoolVarP(&all, "all", "a", false, "all devices of this program, one after the other, in place of ID")
 	argsOfOne, runOfOne := cmd.Args, cmd.RunE
 	cmd.Args = func(cmd *cobra.Command, args []string) error {
 		if !all {
@@ -127,6 +126,9 @@ func onDevices(cmd *cobra.Command, do func(id int, asJSON bool) (told, error)) *
 		out, done := cmd.OutOrStdout(), []told{}
 		var failed []error
 		for _, d := range devices {
+			if !d.still() {
+				continue // it has gone while the others were seen to
+			}
 			it, err := do(d.ID, *asJSON)
 			failed = append(failed, err)
 			switch {

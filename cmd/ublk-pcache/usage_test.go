@@ -52,6 +52,39 @@ func TestCommandLines(t *testing.T) {
 	}
 }
 
+// TestEmptyID: what a script has in an empty variable is no device, and not all of them.
+func TestEmptyID(t *testing.T) {
+	ownStateDir(t)
+	for _, args := range [][]string{{"status", "-n", ""}, {"flush", "-n", ""}, {"flush", ""}} {
+		root := newRootCmd()
+		root.PersistentPreRunE = nil
+		root.SetArgs(args)
+		_, err := root.ExecuteC()
+		fails(t, err, `"" is not a device`)
+	}
+	root := newRootCmd()
+	root.SetArgs([]string{"flush", "-n", "", "7"})
+	_, err := root.ExecuteC()
+	fails(t, err, `"7" is one too many`)
+}
+
+// TestWrongValues: a value that cannot be is as wrong as an option that is not there.
+func TestWrongValues(t *testing.T) {
+	ownStateDir(t)
+	for _, args := range []string{
+		"add -p x -b y --queues 0", "add -p x -b y --name 7", "add -p x -b y --mode foo", "add -p x -b y --changed=zz", "add -p x,size=zz -b y",
+		"add -b y", "add -p x", "add -p x -b y --id -1", "set 0 gc_percent=200", "set 0 foo=1", "set 0 mode", "format x --gc-percent 95", "recover 0 --changed=zz",
+		"estimate x --sizes y", "repair x y --in-place", "writeback x", "writeback x -b y --changed=zz", "list -o colour", "status a/b", "exporter",
+	} {
+		root := newRootCmd()
+		root.PersistentPreRunE = nil
+		root.SetArgs(strings.Fields(args))
+		if _, err := root.ExecuteC(); exitStatus(err) != exitUsage {
+			t.Errorf("%s: %v, which ends with %d", args, err, exitStatus(err))
+		}
+	}
+}
+
 // TestExamples: each command has some, and they are command lines of that command.
 func TestExamples(t *testing.T) {
 	for _, cmd := range newRootCmd().Commands() {

@@ -36,7 +36,7 @@ PMEM cannot be written, a line says so, and what to answer to add.`,
 		Args:    takes(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if c := engine.Choice(o.changed); c != engine.Refuse && c != engine.Overwrite {
-				return fmt.Errorf("--changed=%s: give overwrite, or leave it out", o.changed)
+				return usagef("--changed=%s: give overwrite, or leave it out", o.changed)
 			}
 			if o.backing == "" {
 				return usagef("give BACKING: %s", line(cmd))
@@ -76,6 +76,7 @@ type saved struct {
 	ZeroedBytes    int64    `json:"zeroed_bytes"`
 	UnwrittenBytes int64    `json:"unwritten_bytes"`
 	Unwritten      []extent `json:"unwritten"`
+	Record         string   `json:"record"`      // what the next add will find of BACKING, if that is not what was written
 	LostLog        bool     `json:"log_damaged"` // what it held there is lost
 }
 
@@ -170,7 +171,9 @@ func (o *writebackOptions) save(out io.Writer, r *pmem.Region, readOnly error, d
 	fmt.Fprintf(out, "%s: %s written to %s, %d bytes were not\n", r.Path(), ondisk.Unwritten(left.data, left.zeros), dev.Path(), left.total.Bytes())
 	wasDirty := left.data+left.zeros+left.total.Bytes() > 0
 	if wasDirty {
-		record.report(out, r.Path(), dev.Path())
+		if o.saved.Record = record.report(r.Path(), dev.Path()); o.saved.Record != "" {
+			fmt.Fprintln(out, o.saved.Record)
+		}
 	}
 	switch {
 	case err != nil:
@@ -337,15 +340,16 @@ func (rec *record) sync() {
 }
 
 // report says what the next add will find.
-func (rec *record) report(out io.Writer, path, backing string) {
+func (rec *record) report(path, backing string) string {
 	rec.mu.Lock()
 	defer rec.mu.Unlock()
 	switch {
 	case rec.mu.err != nil:
-		fmt.Fprintf(out, "%s could not take the record of what %s looks like now (%s): an add will say that it was written without its cache, and --changed=overwrite is right then, unless somebody else writes to it\n", path, backing, oneLine(rec.mu.err))
+		return fmt.Sprintf("%s could not take the record of what %s looks like now (%s): an add will say that it was written without its cache, and --changed=overwrite is right then, unless somebody else writes to it", path, backing, oneLine(rec.mu.err))
 	case rec.mu.changed && rec.region != nil:
-		fmt.Fprintf(out, "%s was written without its cache, so what %s holds of it is out of date: an add has to be given --changed=overwrite, too\n", backing, path)
+		return fmt.Sprintf("%s was written without its cache, so what %s holds of it is out of date: an add has to be given --changed=overwrite, too", backing, path)
 	}
+	return ""
 }
 
 // stderrLog shows what goes wrong.

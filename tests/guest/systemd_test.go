@@ -63,7 +63,9 @@ After=local-fs.target
 `,
 	"/etc/ublk-pcache/test.conf":           "# The disk is named by what only udev makes.\npmem = " + dax + "\nbacking = " + byID + "\n",
 	"/etc/systemd/system.conf.d/test.conf": "[Manager]\nDefaultStandardOutput=kmsg\nDefaultStandardError=kmsg\n",
-	"/etc/machine-id":                      "00000000000000000000000000000001\n",
+	// It would empty /tmp, which is the machine's.
+	"/etc/systemd/system/systemd-tmpfiles-setup.service": "",
+	"/etc/machine-id": "00000000000000000000000000000001\n",
 }
 
 // A file system lies on a disk that has a cache, with its newest state in the cache alone. systemd must check and mount it

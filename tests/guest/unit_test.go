@@ -41,7 +41,7 @@ func TestServerOfItsOwnUnit(t *testing.T) {
 		t.Helper()
 		_, rest, _ := strings.Cut(s.must(t, "ublk-pcache", "list", "--json"), `"id": 7,`)
 		_, rest, _ = strings.Cut(rest, `"pid": `)
-		pid, _, _ := strings.Cut(rest, "\n")
+		pid, _, _ := strings.Cut(rest, ",")
 		return pid
 	}
 	write := func(t *testing.T, when string) {
