@@ -50,6 +50,7 @@ type reply struct {
 
 	Persistence pmem.Persistence `json:"persistence,omitempty"` // status
 	Doubt       string           `json:"doubt,omitempty"`       // why it is not what could be expected
+	Log         string           `json:"log,omitempty"`         // where the server's is
 
 	Upgrade *upgraded `json:"upgrade,omitempty"`
 }
@@ -262,6 +263,7 @@ func (s *server) execute(ctx context.Context, cmd command) (reply, error) {
 	case "status":
 		r := reply{Status: s.status()}
 		r.Persistence, r.Doubt = s.region.Persistence()
+		r.Log = s.logPlace()
 		return r, nil
 	case "flush":
 		return reply{}, s.heldWhereStopped(s.cache.Flush(ctx))

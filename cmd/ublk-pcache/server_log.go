@@ -4,6 +4,9 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -60,6 +63,20 @@ func (s *server) openLog(foreground bool) {
 	f := &logFile{path: statePath(s.dev.ID, ".log"), fd: unix.Stderr}
 	f.open() // or later
 	s.log = newLog(&logOutput{write: f.write}, zapcore.NewJSONEncoder)
+}
+
+// logPlace says where to read the log.
+func (s *server) logPlace() string {
+	if !s.foreground {
+		return statePath(s.dev.ID, ".log")
+	}
+	if _, journal := os.LookupEnv("JOURNAL_STREAM"); journal {
+		group, err := controlGroup(os.Getpid())
+		if unit := filepath.Base(group); err == nil && strings.HasSuffix(unit, ".service") {
+			return "journalctl -u " + unit
+		}
+	}
+	return "standard error of process " + strconv.Itoa(os.Getpid())
 }
 
 // logOutput takes lines without ever waiting.

@@ -24,6 +24,7 @@ type statusJSON struct {
 	Doubt           string `json:"persistence_doubt,omitempty"`
 	Health          string `json:"health"` // ok, degraded, failed
 	Error           string `json:"error,omitempty"`
+	Log             string `json:"log"` // where the server's is; empty if it does not tell
 	Segments        int    `json:"segments"`
 	SegmentsUsed    int    `json:"segments_used"`
 	SegmentsWindow  int    `json:"segments_window"` // of those
@@ -175,7 +176,7 @@ func statusOf(id int) (told, error) {
 		return &silentJSON{l, oneLine(unanswered)}, unanswered
 	}
 	s := newStatusJSON(l, r.Status)
-	s.Persistence, s.Doubt = string(r.Persistence), r.Doubt
+	s.Persistence, s.Doubt, s.Log = string(r.Persistence), r.Doubt, r.Log
 	// The server may not see the file system below a loop device or an overlay.
 	if p, why := pmem.PersistenceOf(d.PMEM); p == pmem.Volatile {
 		s.Persistence, s.Doubt = string(p), why
@@ -260,6 +261,9 @@ func (s *statusJSON) print(out io.Writer) error {
 			where += fmt.Sprintf(", bytes %d to %d of the device", p.DiskOffset, p.DiskOffset+p.DiskLength)
 		}
 		row("bad memory", "%s: %s", where, p.Error)
+	}
+	if s.Log != "" {
+		row("its log", "%s", s.Log)
 	}
 	row("errors", "%d pmem, %d backing reads, %d write-back, %d writes around the cache", s.MemoryErrors, s.DiskReadErrors, s.WritebackErrors, s.DirectErrors)
 	return flush()

@@ -113,6 +113,7 @@ func TestJSON(t *testing.T) {
 		Device     string
 		State      string
 		Health     string
+		Log        string
 		DirtyBytes int64 `json:"dirty_bytes"`
 		SizeBytes  int64 `json:"size_bytes"`
 		Settings   map[string]string
@@ -121,6 +122,9 @@ func TestJSON(t *testing.T) {
 	read(&added, "add", "-p", dax, "-b", disk, "--name", "data", "--idle-after", "0")
 	d := device{added.Device, strconv.Itoa(added.ID)}
 	t.Cleanup(func() { d.remove(t) })
+	if text, err := os.ReadFile(added.Log); err != nil || !strings.Contains(string(text), `"msg":"serving"`) {
+		t.Errorf("the log is said to be in %q, which has %q, %v", added.Log, text, err)
+	}
 	if added.Name != "data" || added.State != "live" || added.Health != "ok" || added.SizeBytes != 4<<30 || added.Settings["idle_after"] != "0" {
 		t.Errorf("add tells of %+v", added)
 	}

@@ -120,6 +120,9 @@ func TestSystemd(t *testing.T) {
 		t.Errorf("systemd-analyze: %s", text)
 	}
 
+	if text := s.must(t, "ublk-pcache", "status", "test"); !regexp.MustCompile(`(?m)^its log +(journalctl -u ` + service + `|standard error of process [0-9]+)$`).MatchString(text) {
+		t.Errorf("status does not say where the log is\n%s", text)
+	}
 	// The exporter has what it needs, and not more.
 	s.must(t, "systemctl", "start", exporter)
 	up := func(when string) {
