@@ -361,7 +361,9 @@ func (c *Cache) refill(may, promote bool) bool {
 	if !ok {
 		return true
 	}
-	if few {
+	// The promoter may have taken a free one. A queue that waits would have this one before the
+	// collector comes to the next, and what was hit there would find no room.
+	if few || c.segments.free() < w.keep {
 		c.freeFromWindow(seg)
 		return true
 	}

@@ -226,6 +226,31 @@ func TestScanLeavesHotSet(t *testing.T) {
 	}
 }
 
+// TestHitsOutlastABusyQueue: a queue that waits for each segment, and takes it as soon as it has been emptied, leaves the
+// promoter room for all that was hit.
+func TestHitsOutlastABusyQueue(t *testing.T) {
+	w := newWindowRig(t, pmem.Heap(ondisk.MinSize), false)
+	const hot = 4 * perSegment
+	w.rest(t) // the collector is here
+	w.holds(t, 0, hot, 1)
+	w.holds(t, 0, hot, 1)
+	for i := int64(hot); i < diskPlaces; i++ {
+		w.holds(t, i, 1, 1)
+		for refills := 0; !w.Cached(i<<16, 64<<10); refills++ { // the queue has nowhere to store it
+			if refills == windowSegments {
+				t.Fatal("the window gets no segment")
+			}
+			w.window.wanted.Store(true)
+			w.refill(true, true)
+			w.holds(t, i, 1, 1)
+		}
+	}
+	if n := w.cached(0, hot); n < hot {
+		t.Errorf("%d of %d places that were hit are cached", n, hot)
+	}
+	w.Resume()
+}
+
 // TestSecondRound: what is hit in the log is logged again when key_tail comes to it, and what was
 // not is not.
 func TestSecondRound(t *testing.T) {
