@@ -76,7 +76,7 @@ func askOnce(ctx context.Context, id int, cmd command) (r *reply, pid int, err e
 	go func() {
 		var a answer
 		if err := json.NewDecoder(conn).Decode(&a.reply); err != nil {
-			a.err = fmt.Errorf("the server of device %s %w: %w", titleOf(id), errNoAnswer, errors.Join(sent, err))
+			a.err = errors.Join(sent, err)
 		}
 		answered <- a
 	}()
@@ -87,11 +87,11 @@ func askOnce(ctx context.Context, id int, cmd command) (r *reply, pid int, err e
 			conn.CloseWrite() // see serveClient
 			brokenOff = nil
 		case a := <-answered:
-			if a.err == nil && a.Error != "" {
-				a.err = exitWith(a.Exit, errors.New(a.Error))
-			}
-			if a.err != nil {
-				return nil, pid, a.err
+			switch {
+			case a.err != nil:
+				return nil, pid, fmt.Errorf("the server of device %s %w: %w", titleOf(id), errNoAnswer, a.err)
+			case a.Error != "":
+				return nil, pid, exitWith(a.Exit, errors.New(a.Error))
 			}
 			return &a.reply, pid, nil
 		case <-time.After(lifeSign):
