@@ -3,12 +3,9 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 	"regexp"
 	"strconv"
 	"strings"
-
-	"github.com/spf13/cobra"
 
 	"ublk-pcache/ublk"
 )
@@ -16,26 +13,24 @@ import (
 // A device has a number, by which the driver knows it and which is another's some time after
 // it has gone, and may have a name, by which its owner knows it: that of a service's file, or
 // what add --name says. One device at a time has a name. It stands in the state file, so it is
-// known for as long as the device is there, with a server or without, and udev makes a link of it
-// (systemd/61-ublk-pcache.rules).
+// known for as long as the device is there, with a server or without.
 //
 // Commands take either, and the device's node. No name looks like a number or a node, so what an
 // argument means does not depend on what there is.
 
-// Where udev makes nodes, and those of them that lead to devices by their names.
+// Where nodes are, and how those of devices begin.
 const (
 	nodeDir = "/dev/"
 	node    = "ublkb"
-	linkDir = "/dev/ublk-pcache/"
 )
 
 // longestName is in bytes. More than a hostname has in a label, and short enough for a table.
 const longestName = 64
 
-// anyName is what a name is made of: it goes into the name of a link, and a partition's.
+// anyName is what a name is made of: it can be part of the name of a file as it is.
 var anyName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]*$`)
 
-// aPartition is how the links end that lead to partitions.
+// aPartition is how links end that lead to partitions (/dev/disk).
 var aPartition = regexp.MustCompile(`-part[0-9]+$`)
 
 // checkName refuses what cannot be the name of a device.
@@ -127,10 +122,10 @@ func deviceID(arg string) (int, error) {
 			return 0, usagef("%q is not a device: they have numbers from 0 to %d", arg, ublk.MaxID)
 		}
 		return id, nil
-	case checkName(strings.TrimPrefix(arg, linkDir)) != nil:
+	case checkName(arg) != nil:
 		return 0, usagef("%q is not a device: give its number or its name, as in 'ublk-pcache list'", arg)
 	}
-	return idOfName(strings.TrimPrefix(arg, linkDir))
+	return idOfName(arg)
 }
 
 // idOfName finds the device of that name.
@@ -159,28 +154,4 @@ func idOfName(name string) (int, error) {
 		return 0, fmt.Errorf("no device %q, unless a state file has it that cannot be read: %w", name, damage)
 	}
 	return 0, fmt.Errorf("%w %q (see 'ublk-pcache list')", errNoDevice, name)
-}
-
-// newNameOfCmd is for the udev rule, which makes the link of a device that has a name.
-func newNameOfCmd() *cobra.Command {
-	return &cobra.Command{
-		Use:    "name-of NODE",
-		Short:  "Print the name of a device that has one",
-		Hidden: true,
-		Args:   takes(1, 1),
-		Run: func(_ *cobra.Command, args []string) {
-			id, err := deviceID(args[0])
-			if err != nil {
-				os.Exit(1) // without a word: it may be another program's
-			}
-			d, err := readState(id)
-			if err != nil || d.Name == "" {
-				os.Exit(1)
-			}
-			if _, err := d.lookup(); err != nil {
-				os.Exit(1) // the number is another's by now
-			}
-			fmt.Println(d.Name)
-		},
-	}
 }

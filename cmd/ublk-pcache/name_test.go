@@ -19,7 +19,7 @@ func TestDeviceID(t *testing.T) {
 	}
 	for arg, want := range map[string]int{
 		"0": 0, "7": 7, "/dev/ublkb0": 0, "/dev/ublkb12": 12, "ublkb5": 5, strconv.Itoa(ublk.MaxID): ublk.MaxID,
-		"data": 3, "/dev/ublk-pcache/data": 3,
+		"data": 3,
 	} {
 		if id, err := deviceID(arg); err != nil || id != want {
 			t.Errorf("%q is device %d, %v", arg, id, err)
@@ -28,7 +28,7 @@ func TestDeviceID(t *testing.T) {
 	for _, arg := range []string{
 		"", "-1", "+1", "01", "00", " 1", "1 ", "0x1", "1_0", "1e0", "4294967296", "4294967295", "18446744073709551616", strconv.Itoa(ublk.MaxID + 1),
 		"/dev/ublkb", "/dev/ublkb0p1", "/dev/ublkb00", "/dev/ublkb-0", "/dev/ublkb+1", "/dev/ublkc0", "ublkb00", "ublkb", "ublkb0p1", "/dev/sda", "/dev/0", "/dev/data",
-		"/dev/ublkb/dev/ublkb0", "/dev/ublk-pcache/", "/dev/ublk-pcache/0", "data/", "../data", "da ta", "3data",
+		"/dev/ublkb/dev/ublkb0", "data/", "../data", "da ta", "3data",
 	} {
 		id, err := deviceID(arg)
 		if err == nil {

@@ -206,7 +206,7 @@ func TestRule(t *testing.T) {
 				to = append(to, m[4])
 			case m[1] == "LABEL":
 				labels = append(labels, m[4])
-			case m[1] == "PROGRAM" && !asks(m[4], newIsBackingCmd()) && !asks(m[4], newNameOfCmd()):
+			case m[1] == "PROGRAM" && !asks(m[4], newIsBackingCmd()):
 				t.Errorf("line %d asks %q", n+1, m[4])
 			}
 		}

@@ -119,20 +119,17 @@ func TestExamples(t *testing.T) {
 	}
 }
 
-// TestCompletions: devices, names and settings are offered to everybody, and nothing that is none.
+// TestCompletions: devices and settings are offered to everybody, and nothing that is none.
 func TestCompletions(t *testing.T) {
 	before := devDir
 	t.Cleanup(func() { devDir = before })
 	devDir = t.TempDir()
-	if err := os.Mkdir(filepath.Join(devDir, "ublk-pcache"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"ublkb0", "ublkb12", "ublkb0p1", "ublkc0", "sda", "ublk-pcache/data", "ublk-pcache/data-part1"} {
+	for _, name := range []string{"ublkb0", "ublkb12", "ublkb0p1", "ublkc0", "sda"} {
 		if err := os.WriteFile(filepath.Join(devDir, name), nil, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	devices := []string{"0", "12", "data"}
+	devices := []string{"0", "12"}
 	for args, want := range map[string][]string{
 		"flush ":              devices,
 		"status ":             devices,
