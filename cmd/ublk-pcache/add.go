@@ -113,7 +113,7 @@ func bringUp(out io.Writer, o serveOptions, asJSON bool) error {
 	if err != nil {
 		return err
 	}
-	return tellDevice(out, id)
+	return tellDevice(out, asJSON, id)
 }
 
 // addOptions are those that describe a device and its cache.

@@ -53,21 +53,25 @@ func exitWith(status int, err error) error {
 	return &exitError{err, status}
 }
 
-// exitStatuses are of errors that are of the same kind wherever they come from.
-var exitStatuses = map[int][]error{
-	exitNotFound: {
-		errNoDevice, ublk.ErrNoDevice,
-		pmem.ErrMissing, pmem.ErrNoDevice, pmem.ErrDangling, backing.ErrMissing, backing.ErrNotFound,
-	},
-	exitNoServer: {errNoAnswer},
-	exitRefused: {
+// exitStatuses are of errors that are of the same kind wherever they come from. Of one that is
+// of several, the first counts.
+var exitStatuses = []struct {
+	status int
+	errs   []error
+}{
+	{exitNoServer, []error{errNoAnswer}},
+	{exitRefused, []error{
 		errForeign, pmem.ErrInUse, pmem.ErrVolatile, pmem.ErrOtherSize, backing.ErrInUse, ublk.ErrInUse,
 		engine.ErrChanged, engine.ErrUnchanged, engine.ErrDiskTooSmall, ondisk.ErrMagic,
-	},
-	exitDamaged: {
+	}},
+	{exitDamaged, []error{
 		engine.ErrDamaged, engine.ErrKeyGeneration, engine.ErrKeyInLog, engine.ErrKeyOverlap,
 		ondisk.ErrSuperblock, ondisk.ErrSuperblockLost, ondisk.ErrLost, ondisk.ErrLogStart, ondisk.ErrUnreadable,
-	},
+	}},
+	{exitNotFound, []error{
+		errNoDevice, ublk.ErrNoDevice,
+		pmem.ErrMissing, pmem.ErrNoDevice, pmem.ErrDangling, backing.ErrMissing, backing.ErrNotFound,
+	}},
 }
 
 // statusAfter is what a command ends with after an error.
@@ -99,9 +103,9 @@ func exitStatus(err error) int {
 	case errors.As(err, &damage), errors.As(err, &faults):
 		return exitDamaged
 	}
-	for _, status := range []int{exitNoServer, exitRefused, exitDamaged, exitNotFound} {
-		if slices.ContainsFunc(exitStatuses[status], func(of error) bool { return errors.Is(err, of) }) {
-			return status
+	for _, kind := range exitStatuses {
+		if slices.ContainsFunc(kind.errs, func(of error) bool { return errors.Is(err, of) }) {
+			return kind.status
 		}
 	}
 	return exitFailed

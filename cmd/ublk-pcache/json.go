@@ -36,11 +36,11 @@ func tell(out io.Writer, asJSON bool, it told) error {
 	return it.print(out)
 }
 
-// tellDevice prints a device for programs, as status does.
-func tellDevice(out io.Writer, id int) error {
+// tellDevice tells how a device is.
+func tellDevice(out io.Writer, asJSON bool, id int) error {
 	s, err := statusOf(id)
 	if s == nil {
 		return err
 	}
-	return errors.Join(printJSON(out, s), err)
+	return errors.Join(tell(out, asJSON, s), err)
 }

@@ -45,8 +45,9 @@ type serveOptions struct {
 	Upgrade *engine.Head `json:"upgrade,omitempty"`
 	Socket  bool         `json:"socket,omitempty"` // it is handed over, too
 
+	Exit bool `json:"exit,omitempty"` // the caller takes an answer with an exit status; others do not
+
 	// Where the caller of a server in a unit waits (see unit.go).
-	Exit     bool   `json:"exit,omitempty"` // it takes an answer with an exit status; others do not
 	Answer   string `json:"answer,omitempty"`
 	AnswerFD int    `json:"answer_fd,omitempty"`
 }

@@ -44,7 +44,7 @@ has been written to BACKING. Broken off (^C), it leaves all settings as they wer
 		if err := askShowing(ctx, id, command{Do: "set", Settings: v}); err != nil || !*asJSON {
 			return err
 		}
-		return tellDevice(cmd.OutOrStdout(), id)
+		return tellDevice(cmd.OutOrStdout(), *asJSON, id)
 	})
 	asJSON = jsonFlag(cmd, "a JSON object, as status does")
 	cmd.ValidArgsFunction = completeSetting

@@ -114,11 +114,7 @@ func newStatusCmd() *cobra.Command {
 		if dm {
 			return printDM(out, id)
 		}
-		s, wrong := statusOf(id)
-		if s == nil {
-			return wrong
-		}
-		return errors.Join(tell(out, asJSON, s), wrong)
+		return tellDevice(out, asJSON, id)
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object, or without ID an array of them")
 	cmd.Flags().BoolVar(&dm, "dm", false, "print the line that 'dmsetup status' prints for dm-pcache")
