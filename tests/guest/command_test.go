@@ -219,9 +219,23 @@ func talk(socket, text string) (string, error) {
 	return string(answer), err
 }
 
-// descriptors is how many a process has open.
+// descriptors is how many a server has open when it is through with all commands: one that has its answer and has ended
+// may do so before the server has closed their connection.
 func descriptors(t *testing.T, pid int) int {
 	t.Helper()
+	waitFor(t, func() string {
+		sockets, err := os.ReadFile("/proc/net/unix")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for socket := range strings.Lines(string(sockets)) {
+			const listens = " 00010000 " // __SO_ACCEPTCON, in the flags
+			if strings.Contains(socket, stateDir) && !strings.Contains(socket, listens) {
+				return "a server has an open connection: " + socket
+			}
+		}
+		return ""
+	})
 	open, err := os.ReadDir("/proc/" + strconv.Itoa(pid) + "/fd")
 	if err != nil {
 		t.Fatal(err)
