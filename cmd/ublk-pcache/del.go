@@ -94,6 +94,9 @@ func del(id int, force bool) (*removed, error) {
 	if d.alive() {
 		r, err := ask(id, command{Do: "del", Force: force})
 		if err == nil {
+			if len(r.Left) == 0 { // else what is left may keep it
+				d.awaitEnd()
+			}
 			gone := d.removed(r.Left)
 			gone.DirtyBytes, gone.ZeroBytes, gone.Known = r.Status.DirtyBytes, r.Status.ZeroBytes, true
 			return gone, nil
@@ -147,8 +150,8 @@ func (d *device) numberHeld() string {
 	return d.Device + " is gone, its number is free when the last who has it open closes it"
 }
 
-// awaitEnd waits until a server whose device is gone has let go of cache and
-// disk, unless that takes long.
+// awaitEnd waits until a server whose device is gone has ended, unless that takes
+// long: who comes next for the cache, the disk or the driver finds nobody there.
 func (d *device) awaitEnd() {
 	for begin := time.Now(); d.alive() && time.Since(begin) < statusPatience; {
 		time.Sleep(deathStep)
