@@ -7,17 +7,17 @@ SHELL := /bin/bash
 # The race detector is linked by gcc; the program itself never is.
 export CGO_ENABLED = 0
 
-.PHONY: build install man demo check check-engine check-others test vet unit count race arm64 vm soak bench bench-count bench-vm bench-hits bench-report
+.PHONY: build install man packages demo check check-engine check-others test vet unit lintian count race arm64 vm soak bench bench-count bench-vm bench-hits bench-report
 
 build:
 	go build -o bin/ublk-pcache ./cmd/ublk-pcache
 
-# The unit and the rule call the program by this path.
 # What --help says, and some prose, as man pages.
 man:
 	rm -rf bin/man
 	go run -tags man ./cmd/ublk-pcache man bin/man
 
+# The unit and the rule call the program by this path.
 install: build man
 	install -D -m 755 -t $(DESTDIR)/usr/sbin bin/ublk-pcache
 	install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system systemd/ublk-pcache@.service systemd/ublk-pcache-exporter.service
@@ -28,6 +28,23 @@ install: build man
 	bin/ublk-pcache completion bash > $(DESTDIR)/usr/share/bash-completion/completions/ublk-pcache
 	bin/ublk-pcache completion zsh > $(DESTDIR)/usr/share/zsh/vendor-completions/_ublk-pcache
 	bin/ublk-pcache completion fish > $(DESTDIR)/usr/share/fish/vendor_completions.d/ublk-pcache.fish
+
+# For dpkg and rpm. The licenses of what is linked into the program go with it, as most of them ask.
+VERSION = $(shell sed -n 's/^const version = "\(.*\)"$$/\1/p' cmd/ublk-pcache/version.go)
+root = bin/packages/root
+doc = $(root)/usr/share/doc/ublk-pcache
+packages:
+	rm -rf bin/packages
+	GOFLAGS="$$(go env GOFLAGS) -ldflags=-s" $(MAKE) --no-print-directory install DESTDIR=$(root)
+	gzip -9 -n $(root)/usr/share/man/man*/*
+	install -D -m 644 -t $(doc)/examples packages/example.conf
+	gzip -9 -n < CHANGELOG.md > $(doc)/changelog.gz
+	{ cat packages/copyright; { if test -e "$$(go env GOROOT)/LICENSE"; then echo "go $$(go env GOROOT)"; fi; \
+	    go list -deps -f '{{with .Module}}{{if not .Main}}{{.Path}} {{.Dir}}{{end}}{{end}}' ./cmd/ublk-pcache | sort -u; } | \
+	  while read -r module dir; do printf '\n== %s ==\n\n' "$$module"; cat "$$dir"/LICENSE*; done; } > $(doc)/copyright
+	chmod -R u=rwX,go=rX $(root)
+	for format in deb rpm; do VERSION=$(VERSION) ARCH=$$(go env GOARCH) \
+	  go tool -modfile=tools/go.mod nfpm package -f packages/nfpm.yaml -p $$format -t bin/packages; done
 
 demo: build
 	@install -m 755 tests/demo.sh bin/demo.sh
@@ -40,7 +57,7 @@ endif
 
 # Each phase says how long it took.
 test:
-	@for phase in vet unit count race arm64 vm; do \
+	@for phase in vet unit count race arm64 lintian vm; do \
 	  printf '\n== %s\n' $$phase; begin=$$SECONDS; \
 	  $(MAKE) --no-print-directory $$phase; \
 	  printf '== %s: %d s\n' $$phase $$((SECONDS - begin)); \
@@ -71,6 +88,12 @@ check-others:
 
 # need installs packages for a program that is missing.
 need = command -v $(1) >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends $(2); }
+
+# What Debian's and Fedora's own tools say of the packages.
+lintian: packages
+	@$(call need,lintian,lintian); $(call need,rpm,rpm)
+	lintian --fail-on error,warning --allow-root --tag-display-limit 0 bin/packages/*.deb
+	rpm -K --nosignature bin/packages/*.rpm
 
 # An instruction is one of qemu-user's processor, whatever the machine's is.
 count:

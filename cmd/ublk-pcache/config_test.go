@@ -82,6 +82,23 @@ func TestConfig(t *testing.T) {
 	}
 }
 
+// TestExampleConfig: the description that packages bring can be read, also with all that it has as comments.
+func TestExampleConfig(t *testing.T) {
+	text, err := os.ReadFile("../../packages/example.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	options := regexp.MustCompile(`(?m)^#([a-z-]+ = )`)
+	if n := len(options.FindAll(text, -1)); n == 0 {
+		t.Error("it has no option as a comment")
+	}
+	for _, text := range []string{string(text), options.ReplaceAllString(string(text), "$1")} {
+		if _, err := readConfig(config(t, text)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestConfigSpelling: underscores are dashes, and a # within a value is itself.
 func TestConfigSpelling(t *testing.T) {
 	o, err := readConfig(config(t, "pmem = /cache#1\nbacking = /dev/sdb\ngc_percent = 7\nwriteback_depth=3\ndata_crc = true\n"))
