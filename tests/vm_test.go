@@ -100,8 +100,20 @@ func TestGuest(t *testing.T) {
 func build(t *testing.T, share string) {
 	t.Helper()
 	goBuild(t, "build", "-o", share+"/ublk-pcache", "ublk-pcache/cmd/ublk-pcache")
-	if out, err := exec.Command("make", "-C", "..", "install", "DESTDIR="+share+"/installed").CombinedOutput(); err != nil {
-		t.Fatalf("make install: %v\n%s", err, out)
+	makeOf(t, "install", "DESTDIR="+share+"/installed")
+	if err := os.Mkdir(share+"/packages", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	// The packages of a version before, and those of this one.
+	for _, version := range [][]string{{"VERSION=0.0.1"}, nil} {
+		makeOf(t, append([]string{"packages"}, version...)...)
+		packages, err := filepath.Glob("../bin/packages/*.???")
+		if err != nil || len(packages) != 2 {
+			t.Fatalf("make packages has made %q, %v", packages, err)
+		}
+		for _, p := range packages {
+			install(t, p, share+"/packages")
+		}
 	}
 	for _, s := range everything {
 		goBuild(t, "test", "-c", "-tags", "vm", "-o", filepath.Join(share, s.binary()), "ublk-pcache/"+s.pkg)
@@ -132,6 +144,14 @@ func install(t *testing.T, file, folder string) {
 	}
 	if err := os.WriteFile(filepath.Join(folder, filepath.Base(file)), data, 0o644); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// makeOf runs make in the module's folder.
+func makeOf(t *testing.T, args ...string) {
+	t.Helper()
+	if out, err := exec.Command("make", append([]string{"-C", ".."}, args...)...).CombinedOutput(); err != nil {
+		t.Fatalf("make %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
 }
 

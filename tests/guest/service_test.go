@@ -23,6 +23,7 @@ func TestService(t *testing.T) {
 	quiet := quietKernel(t)
 	wipe(t, disk)
 	pcache(t, "format", dax)
+	makeInstall(t)
 	s := startSystemd(t, map[string]string{
 		// There is no journal, and the time is what a stop waits for a server that does not end.
 		"/etc/systemd/system/ublk-pcache@.service.d/test.conf": "[Service]\nTimeoutStopSec=3s\nStandardOutput=file:/dev/kmsg\nStandardError=file:/dev/kmsg\n",

@@ -91,6 +91,7 @@ func TestSystemd(t *testing.T) {
 	must(t, "umount", dir)
 	d.del(t)
 
+	makeInstall(t)
 	s := startSystemd(t, map[string]string{
 		"/etc/fstab": "LABEL=cached /srv ext4 defaults 0 2\n",
 		"/etc/systemd/system/" + exporter + ".d/test.conf": "[Service]\nEnvironment=LISTEN=" + metricsSocket + "\n",
@@ -192,10 +193,18 @@ type systemd struct {
 	test string // whose it is
 }
 
+// makeInstall puts what make install does into the machine, until the test ends.
+func makeInstall(t *testing.T) {
+	t.Helper()
+	must(t, "cp", "-a", "/share/installed/.", "/")
+	t.Cleanup(func() {
+		run(t, "sh", "-c", "cd /share/installed && find . -type f -exec rm -f /{} +")
+	})
+}
+
 // startSystemd boots one that finds systemdFiles and more.
 func startSystemd(t *testing.T, more map[string]string) *systemd {
 	t.Helper()
-	must(t, "cp", "-a", "/share/installed/.", "/")
 	files := maps.Clone(systemdFiles)
 	maps.Copy(files, more)
 	for name, text := range files {
@@ -224,9 +233,6 @@ func startSystemd(t *testing.T, more map[string]string) *systemd {
 		s.cmd.Wait()
 		for name := range files {
 			os.Remove(name)
-		}
-		for _, pattern := range []string{"/usr/sbin/ublk-pcache", "/usr/lib/systemd/system/ublk-pcache@.service", "/usr/lib/systemd/system/" + exporter, "/usr/lib/udev/rules.d/61-ublk-pcache.rules"} {
-			os.Remove(pattern)
 		}
 	})
 	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {

@@ -17,6 +17,7 @@ func TestServerOfItsOwnUnit(t *testing.T) {
 	d := add(t, "-p", dax, "-b", disk)
 	must(t, "mkfs.ext4", "-q", "-L", "cached", d.path) // for what the other tests' service mounts
 	d.del(t)
+	makeInstall(t)
 	s := startSystemd(t, nil)
 	s.waitFor(t, "test.target", "ActiveState=active")
 	const pmem, back, unit, dev = "/tmp/unit.pmem", "/tmp/unit.disk", `ublk-pcache-tmp-unit.pmem.service`, "/dev/ublkb7"

@@ -165,3 +165,31 @@ func (p *packages) unpack(tree string) error {
 	}
 	return nil
 }
+
+// register makes dpkg of tree know all downloaded packages, as installed, though with no files: what is installed later may
+// depend on them.
+func (p *packages) register(tree string) error {
+	debs, err := filepath.Glob(p.archives() + "/*.deb")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(tree+"/var/lib/dpkg/info", 0o755); err != nil {
+		return err
+	}
+	var status strings.Builder
+	for _, deb := range debs {
+		about, err := output("dpkg-deb", "--field", deb)
+		if err != nil {
+			return err
+		}
+		name, err := output("dpkg-deb", "--show", "--showformat=${binary:Package}", deb)
+		if err != nil {
+			return err
+		}
+		status.WriteString("Status: install ok installed\n" + strings.TrimSpace(about) + "\n\n")
+		if err := os.WriteFile(tree+"/var/lib/dpkg/info/"+name+".list", nil, 0o644); err != nil {
+			return err
+		}
+	}
+	return os.WriteFile(tree+"/var/lib/dpkg/status", []byte(status.String()), 0o644)
+}

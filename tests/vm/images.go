@@ -30,7 +30,7 @@ var recipeFetch string
 var userland = []string{
 	"base-files", "bash", "coreutils", "dash", "diffutils", "findutils", "gawk", "grep", "gzip", "hostname", "libc-bin",
 	"mount", "ncurses-base", "procps", "psmisc", "sed", "strace", "tar", "util-linux", "xz-utils",
-	"bcache-tools", "daxctl", "dmsetup", "e2fsprogs", "fio", "kmod", "ndctl", "nvme-cli", "systemd", "udev", "xfsprogs",
+	"apt", "bcache-tools", "daxctl", "dmsetup", "e2fsprogs", "fio", "kmod", "ndctl", "nvme-cli", "rpm", "systemd", "udev", "xfsprogs",
 }
 
 // moduleFolders are the parts of a kernel's module tree that go into a guest, with whatever they depend on.
@@ -158,6 +158,9 @@ func buildRoot(dir string) error {
 		if err := p.unpack(tree); err != nil {
 			return err
 		}
+		if err := p.register(tree); err != nil {
+			return err
+		}
 		if err := finishTree(tree); err != nil {
 			return err
 		}
@@ -188,7 +191,7 @@ func finishTree(tree string) error {
 		}
 	}
 	for name, text := range map[string]string{
-		"etc/passwd":   "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+		"etc/passwd":   "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/:/bin/false\n_apt:x:42:65534::/:/bin/false\n",
 		"etc/group":    "root:x:0:\nnogroup:x:65534:\n",
 		"etc/hosts":    "127.0.0.1 localhost\n",
 		"etc/hostname": "guest\n",
