@@ -7,7 +7,7 @@ SHELL := /bin/bash
 # The race detector is linked by gcc; the program itself never is.
 export CGO_ENABLED = 0
 
-.PHONY: build install man packages demo check check-engine check-others test vet unit lintian count race arm64 vm soak bench bench-count bench-vm bench-hits bench-report
+.PHONY: build install man packages demo check check-engine check-others test vet alerts unit lintian count race arm64 vm soak bench bench-count bench-vm bench-hits bench-report
 
 build:
 	go build -o bin/ublk-pcache ./cmd/ublk-pcache
@@ -57,7 +57,7 @@ endif
 
 # Each phase says how long it took.
 test:
-	@for phase in vet unit count race arm64 lintian vm; do \
+	@for phase in vet alerts unit count race arm64 lintian vm; do \
 	  printf '\n== %s\n' $$phase; begin=$$SECONDS; \
 	  $(MAKE) --no-print-directory $$phase; \
 	  printf '== %s: %d s\n' $$phase $$((SECONDS - begin)); \
@@ -94,6 +94,14 @@ lintian: packages
 	@$(call need,lintian,lintian); $(call need,rpm,rpm)
 	lintian --fail-on error,warning --allow-root --tag-display-limit 0 bin/packages/*.deb
 	rpm -K --nosignature bin/packages/*.rpm
+
+# promtool is in Debian's package of Prometheus, which would start that: so it is taken out of there, and nothing installed.
+alerts: export PATH := $(PATH):$(CURDIR)/bin
+alerts:
+	@command -v promtool >/dev/null || { mkdir -p bin && cd bin && apt-get update -q && apt-get download -q prometheus && \
+	  dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x --strip-components=3 ./usr/bin/promtool && rm prometheus_*.deb; }
+	promtool check rules --lint-fatal contrib/prometheus/ublk-pcache.rules.yml
+	promtool test rules contrib/prometheus/ublk-pcache.rules.test.yml
 
 # An instruction is one of qemu-user's processor, whatever the machine's is.
 count:

@@ -178,13 +178,9 @@ func TestMetricsAreDocumented(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	told := namesIn(between(string(text), "\n## Prometheus\n", "\n## "))
+	told := namesIn(between(string(text), "\n## Prometheus\n", "\n##"))
 	delete(told, "ublk_pcache_…")
-	descs := make(chan *prometheus.Desc, 100)
-	newCollector(time.Minute).Describe(descs)
-	close(descs)
-	for d := range descs {
-		name, _, _ := strings.Cut(strings.TrimPrefix(d.String(), `Desc{fqName: "ublk_pcache_`), `"`)
+	for name := range describedMetrics() {
 		if !told[name] {
 			t.Errorf("docs/admin.md does not tell of %s", name)
 		}
@@ -193,4 +189,16 @@ func TestMetricsAreDocumented(t *testing.T) {
 	for name := range told {
 		t.Errorf("docs/admin.md tells of %s, which there is not", name)
 	}
+}
+
+// describedMetrics are those that the exporter has, and their labels.
+func describedMetrics() map[string][]string {
+	descs := make(chan *prometheus.Desc, 100)
+	newCollector(time.Minute).Describe(descs)
+	close(descs)
+	labels := map[string][]string{}
+	for d := range descs {
+		labels[between(d.String(), `fqName: "ublk_pcache_`, `"`)] = strings.Split(between(d.String(), "variableLabels: {", "}"), ",")
+	}
+	return labels
 }

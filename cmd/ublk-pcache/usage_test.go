@@ -100,13 +100,7 @@ func TestExamples(t *testing.T) {
 			if len(args) == 0 || args[0] != "ublk-pcache" {
 				continue
 			}
-			found, rest, err := newRootCmd().Find(args[1:])
-			if err == nil {
-				err = found.ParseFlags(rest)
-			}
-			if err == nil {
-				err = found.ValidateArgs(found.Flags().Args())
-			}
+			found, err := parsed(args)
 			if err != nil {
 				t.Errorf("%s: %v", line, err)
 				continue
@@ -117,6 +111,18 @@ func TestExamples(t *testing.T) {
 			t.Errorf("no example of %s is one of it", cmd.Name())
 		}
 	}
+}
+
+// parsed is the command that a command line calls, if there is nothing wrong with it.
+func parsed(line []string) (*cobra.Command, error) {
+	cmd, rest, err := newRootCmd().Find(line[1:])
+	if err == nil {
+		err = cmd.ParseFlags(rest)
+	}
+	if err == nil {
+		err = cmd.ValidateArgs(cmd.Flags().Args())
+	}
+	return cmd, err
 }
 
 // TestCompletions: devices and settings are offered to everybody, and nothing that is none.
