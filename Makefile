@@ -63,11 +63,11 @@ test:
 	  printf '== %s: %d s\n' $$phase $$((SECONDS - begin)); \
 	done
 
-# With the tags vm, which adds what runs in a test machine or starts one, and man.
+# With the tags vm, which adds what runs in a test machine or starts one, man and promtool.
 vet:
 	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "not gofmt-ed: $$unformatted"; exit 1; fi
-	go vet -tags vm,man ./... && go vet -C tools ./...
-	go tool -modfile=tools/go.mod staticcheck -tags vm,man ./... && go -C tools tool staticcheck ./...
+	go vet -tags vm,man,promtool ./... && go vet -C tools ./...
+	go tool -modfile=tools/go.mod staticcheck -tags vm,man,promtool ./... && go -C tools tool staticcheck ./...
 	go run ./tests/walls
 
 unit:
@@ -102,6 +102,7 @@ alerts:
 	  dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x --strip-components=3 ./usr/bin/promtool && rm prometheus_*.deb; }
 	promtool check rules --lint-fatal contrib/prometheus/ublk-pcache.rules.yml
 	promtool test rules contrib/prometheus/ublk-pcache.rules.test.yml
+	go test -count=1 -tags promtool -run '^TestBoardHasData$$' ./cmd/ublk-pcache
 
 # An instruction is one of qemu-user's processor, whatever the machine's is.
 count:

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"maps"
 	"os"
 	"regexp"
@@ -14,6 +15,7 @@ import (
 const (
 	rulesFile     = "../../contrib/prometheus/ublk-pcache.rules.yml"
 	rulesTestFile = "../../contrib/prometheus/ublk-pcache.rules.test.yml"
+	boardFile     = "../../contrib/grafana/ublk-pcache.json"
 )
 
 // alert is one of those in rulesFile.
@@ -32,6 +34,32 @@ func alerts(t *testing.T) []alert {
 	return rules.Groups[0].Rules
 }
 
+// target is a query of a panel of the board.
+type target struct{ Expr, LegendFormat string }
+
+// board is what boardFile asks for: by its panels, and for its variables.
+func board(t *testing.T) (targets []target, variables []string) {
+	t.Helper()
+	var read struct {
+		Templating struct {
+			List []struct{ Query any }
+		}
+		Panels []struct{ Targets []target }
+	}
+	if err := json.Unmarshal([]byte(textOf(t, boardFile)), &read); err != nil {
+		t.Fatalf("%s: %v", boardFile, err)
+	}
+	for _, v := range read.Templating.List {
+		if q, ok := v.Query.(map[string]any); ok {
+			variables = append(variables, q["query"].(string))
+		}
+	}
+	for _, p := range read.Panels {
+		targets = append(targets, p.Targets...)
+	}
+	return targets, variables
+}
+
 func textOf(t *testing.T, file string) string {
 	t.Helper()
 	text, err := os.ReadFile(file)
@@ -44,8 +72,8 @@ func textOf(t *testing.T, file string) string {
 var (
 	usedMetrics = regexp.MustCompile(`ublk_pcache_(\w+)(?:\{([^}]*)\})?`)
 	usedMatches = regexp.MustCompile(`(\w+) *=`)
-	// Labels stand in lists, and in texts.
-	usedLabels = regexp.MustCompile(`\b(?:by|without|on|ignoring|group_left|group_right) *\(([\w, ]+)\)|\$labels\.(\w+)`)
+	// Labels stand in lists, as the last word of label_values, and in texts.
+	usedLabels = regexp.MustCompile(`\b(?:by|without|on|ignoring|group_left|group_right) *\(([\w, ]+)\)|label_values\(.*, (\w+)\)|\{\{ *(\w+) *\}\}|\$labels\.(\w+)`)
 )
 
 // ofPrometheus are the labels that it adds, and the rules.
@@ -84,7 +112,7 @@ func TestAlerts(t *testing.T) {
 	if file := strings.TrimPrefix(rulesFile, "../../"); !strings.Contains(docs, file) {
 		t.Errorf("docs/admin.md does not tell of %s", file)
 	}
-	told := namesIn(between(docs, "\n### Alerts\n", "\n## "))
+	told := namesIn(between(docs, "\n### Alerts and a board\n", "\n## "))
 	for _, a := range alerts(t) {
 		mustExist(t, a.Alert, a.Expr+a.Annotations.Summary+a.Annotations.Description, described)
 		if !strings.Contains(tested, `alertname="`+a.Alert+`"`) {
@@ -107,5 +135,23 @@ func TestAlerts(t *testing.T) {
 	}
 	for name := range told {
 		t.Errorf("docs/admin.md tells of %s, which there is not", name)
+	}
+}
+
+// TestBoard: what it asks for is there, and docs/admin.md names it.
+func TestBoard(t *testing.T) {
+	described := describedMetrics()
+	targets, variables := board(t)
+	if len(targets) == 0 || len(variables) == 0 {
+		t.Errorf("%s asks for %v and %v", boardFile, targets, variables)
+	}
+	for _, q := range targets {
+		mustExist(t, q.LegendFormat, q.Expr+q.LegendFormat, described)
+	}
+	for _, q := range variables {
+		mustExist(t, "a variable", q, described)
+	}
+	if file := strings.TrimPrefix(boardFile, "../../"); !strings.Contains(textOf(t, "../../docs/admin.md"), file) {
+		t.Errorf("docs/admin.md does not tell of %s", file)
 	}
 }
