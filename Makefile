@@ -37,7 +37,7 @@ packages:
 	rm -rf bin/packages
 	GOFLAGS="$$(go env GOFLAGS) -ldflags=-s" $(MAKE) --no-print-directory install DESTDIR=$(root)
 	gzip -9 -n $(root)/usr/share/man/man*/*
-	install -D -m 644 -t $(doc)/examples packages/example.conf
+	install -D -m 644 -t $(doc)/examples packages/example.conf contrib/prometheus/ublk-pcache.rules.yml contrib/grafana/ublk-pcache.json
 	gzip -9 -n < CHANGELOG.md > $(doc)/changelog.gz
 	{ cat packages/copyright; { if test -e "$$(go env GOROOT)/LICENSE"; then echo "go $$(go env GOROOT)"; fi; \
 	    go list -deps -f '{{with .Module}}{{if not .Main}}{{.Path}} {{.Dir}}{{end}}{{end}}' ./cmd/ublk-pcache | sort -u; } | \
