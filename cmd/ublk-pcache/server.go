@@ -177,10 +177,15 @@ func start(o serveOptions) (_ *server, err error) {
 		return nil, errInterrupted
 	default:
 	}
+	var udev *udevEvents
+	if !o.Recover { // which udev has seen
+		udev = hearUdev()
+	}
 	if s.ublk, err = device.start(s.handler); err != nil {
 		return nil, err
 	}
-	s.accept()
+	udev.awaitDisk(s.dev.Device)
+	s.accept() // what is done to a device is done to one that is ready
 	if len(mode) > 0 {
 		go s.setLater(mode)
 	}

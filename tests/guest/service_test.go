@@ -28,7 +28,9 @@ func TestService(t *testing.T) {
 		// There is no journal, and the time is what a stop waits for a server that does not end.
 		"/etc/systemd/system/ublk-pcache@.service.d/test.conf": "[Service]\nTimeoutStopSec=3s\nStandardOutput=file:/dev/kmsg\nStandardError=file:/dev/kmsg\n",
 		"/etc/ublk-pcache/quoted.conf":                         "pmem = \"" + dax + "\nbacking = " + byID + "\n",
-		"/etc/ublk-pcache/late.conf":                           "pmem = " + dax + "\nbacking = /dev/disk/by-id/late\n",
+		// What is made on a device that is there is seen, however long udev takes for a new one.
+		"/etc/udev/rules.d/99-slow.rules": "ACTION==\"add\", KERNEL==\"ublkb0\", PROGRAM=\"/bin/sleep 2\"\n",
+		"/etc/ublk-pcache/late.conf":      "pmem = " + dax + "\nbacking = /dev/disk/by-id/late\n",
 	})
 	s.waitFor(t, "test.target", "ActiveState=active")
 	server := s.show(t, service, "MainPID")
