@@ -92,7 +92,7 @@ is written to BACKING before the device appears.`,
 	f.BoolVar(&o.Format, "format", false, "make a new cache even if PMEM is not blank")
 	f.BoolVar(&o.Force, "force", false, "with --format: even if PMEM holds dirty data; without: even if BACKING is another device or file than the cache belongs to")
 	f.BoolVar(&o.Foreground, "foreground", false, "stay, and log to the terminal")
-	f.StringVar(&o.Device.Name, "name", "", "what commands can call the device")
+	f.StringVar(&o.Device.Name, "name", "", "what the device can be called, by commands and as /dev/ublk-pcache/NAME")
 	return cmd
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -9,14 +10,15 @@ import (
 )
 
 // What a shell offers while somebody types. It asks as whoever types, who need not be root and
-// then cannot read state files: so devices are found by their nodes, other programs' as well.
+// then cannot read state files: so devices are found by their nodes, other programs' as well,
+// and names by the links of the udev rule.
 
 // devDir is nodeDir but in tests.
 var devDir = nodeDir
 
 const noFiles = cobra.ShellCompDirectiveNoFileComp
 
-// completeDevice offers devices by number, where one is not given yet.
+// completeDevice offers devices by number and name, where one is not given yet.
 func completeDevice(cmd *cobra.Command, args []string, _ string) (found []cobra.Completion, _ cobra.ShellCompDirective) {
 	if id := cmd.Flags().Lookup("id"); len(args) > 0 || id != nil && id.Changed {
 		return nil, noFiles
@@ -26,6 +28,12 @@ func completeDevice(cmd *cobra.Command, args []string, _ string) (found []cobra.
 		number := strings.TrimPrefix(filepath.Base(path), node)
 		if _, err := strconv.Atoi(number); err == nil { // and not a partition
 			found = append(found, cobra.CompletionWithDesc(number, nodeDir+node+number))
+		}
+	}
+	links, _ := os.ReadDir(filepath.Join(devDir, filepath.Base(linkDir)))
+	for _, link := range links {
+		if !aPartition.MatchString(link.Name()) {
+			found = append(found, link.Name())
 		}
 	}
 	return found, noFiles

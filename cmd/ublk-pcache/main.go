@@ -87,7 +87,7 @@ func newRootCmd() *cobra.Command {
 	root.SetHelpCommandGroupID("around")
 	root.SetCompletionCommandGroupID("around")
 	root.AddCommand(more...)
-	root.AddCommand(newIsBackingCmd(), newClaimCmd(), newServeCmd(), newUnitCmd())
+	root.AddCommand(newIsBackingCmd(), newDiskGoneCmd(), newClaimCmd(), newServeCmd(), newUnitCmd())
 	return root
 }
 

@@ -3,9 +3,13 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"regexp"
 	"strconv"
 	"strings"
+
+	"github.com/spf13/cobra"
 
 	"ublk-pcache/ublk"
 )
@@ -13,24 +17,26 @@ import (
 // A device has a number, by which the driver knows it and which is another's some time after
 // it has gone, and may have a name, by which its owner knows it: that of a service's file, or
 // what add --name says. One device at a time has a name. It stands in the state file, so it is
-// known for as long as the device is there, with a server or without.
+// known for as long as the device is there, with a server or without, and udev makes a link of it
+// (systemd/61-ublk-pcache.rules).
 //
 // Commands take either, and the device's node. No name looks like a number or a node, so what an
 // argument means does not depend on what there is.
 
-// Where nodes are, and how those of devices begin.
+// Where udev makes nodes, and those of them that lead to devices by their names.
 const (
 	nodeDir = "/dev/"
 	node    = "ublkb"
+	linkDir = "/dev/ublk-pcache/"
 )
 
 // longestName is in bytes. More than a hostname has in a label, and short enough for a table.
 const longestName = 64
 
-// anyName is what a name is made of: it can be part of the name of a file as it is.
+// anyName is what a name is made of: it goes into the name of a link, and a partition's.
 var anyName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]*$`)
 
-// aPartition is how links end that lead to partitions (/dev/disk).
+// aPartition is how the links end that lead to partitions.
 var aPartition = regexp.MustCompile(`-part[0-9]+$`)
 
 // checkName refuses what cannot be the name of a device.
@@ -122,10 +128,10 @@ func deviceID(arg string) (int, error) {
 			return 0, usagef("%q is not a device: they have numbers from 0 to %d", arg, ublk.MaxID)
 		}
 		return id, nil
-	case checkName(arg) != nil:
+	case checkName(strings.TrimPrefix(arg, linkDir)) != nil:
 		return 0, usagef("%q is not a device: give its number or its name, as in 'ublk-pcache list'", arg)
 	}
-	return idOfName(arg)
+	return idOfName(strings.TrimPrefix(arg, linkDir))
 }
 
 // idOfName finds the device of that name.
@@ -154,4 +160,73 @@ func idOfName(name string) (int, error) {
 		return 0, fmt.Errorf("no device %q, unless a state file has it that cannot be read: %w", name, damage)
 	}
 	return 0, fmt.Errorf("%w %q (see 'ublk-pcache list')", errNoDevice, name)
+}
+
+// tellUdev leaves the name of d where the udev rule reads it when the disk appears: in a file, which every event of the
+// disk costs less than a program.
+func (d *device) tellUdev() error {
+	path := statePath(d.ID, udevExt)
+	if d.Name == "" {
+		if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	text := "UBLK_PCACHE_NAME=" + d.Name + "\n"
+	if now, err := os.ReadFile(path); err == nil && string(now) == text { // there may be no room to write it again
+		return nil
+	}
+	return os.WriteFile(path, []byte(text), 0o600)
+}
+
+// nameToUdev is tellUdev where others may be about to forget the name of another device.
+func (d *device) nameToUdev() error {
+	unlock, err := lockStates()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return d.tellUdev()
+}
+
+// noLink is logged where a device is served all the same.
+const noLink = "the device may have no link by its name"
+
+// udevExt is of the file that has a name for udev.
+const udevExt = ".udev"
+
+// newDiskGoneCmd is for the udev rule. Another program may have taken a device away, and the number is
+// any program's from then on.
+func newDiskGoneCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:    "disk-gone NUMBER",
+		Short:  "Forget the name of a device that is not there any more",
+		Hidden: true,
+		Args:   takes(1, 1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			id, err := deviceID(args[0])
+			if err != nil {
+				return err
+			}
+			return forgetName(id)
+		},
+	}
+}
+
+// forgetName takes the name away from udev, unless the device is there, or another one that has its number.
+func forgetName(id int) error {
+	unlock, err := lockStates() // which keeps out who is about to tell another
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if d, err := readState(id); err == nil {
+		if _, err := d.lookup(); !errors.Is(err, ublk.ErrNoDevice) {
+			return err
+		}
+	}
+	return (&device{ID: id}).tellUdev()
 }

@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"ublk-pcache/ublk"
 )
@@ -19,7 +20,7 @@ func TestDeviceID(t *testing.T) {
 	}
 	for arg, want := range map[string]int{
 		"0": 0, "7": 7, "/dev/ublkb0": 0, "/dev/ublkb12": 12, "ublkb5": 5, strconv.Itoa(ublk.MaxID): ublk.MaxID,
-		"data": 3,
+		"data": 3, "/dev/ublk-pcache/data": 3,
 	} {
 		if id, err := deviceID(arg); err != nil || id != want {
 			t.Errorf("%q is device %d, %v", arg, id, err)
@@ -28,7 +29,7 @@ func TestDeviceID(t *testing.T) {
 	for _, arg := range []string{
 		"", "-1", "+1", "01", "00", " 1", "1 ", "0x1", "1_0", "1e0", "4294967296", "4294967295", "18446744073709551616", strconv.Itoa(ublk.MaxID + 1),
 		"/dev/ublkb", "/dev/ublkb0p1", "/dev/ublkb00", "/dev/ublkb-0", "/dev/ublkb+1", "/dev/ublkc0", "ublkb00", "ublkb", "ublkb0p1", "/dev/sda", "/dev/0", "/dev/data",
-		"/dev/ublkb/dev/ublkb0", "data/", "../data", "da ta", "3data",
+		"/dev/ublkb/dev/ublkb0", "/dev/ublk-pcache/", "/dev/ublk-pcache/0", "data/", "../data", "da ta", "3data",
 	} {
 		id, err := deviceID(arg)
 		if err == nil {
@@ -52,6 +53,50 @@ func TestNames(t *testing.T) {
 		if checkName(name) == nil {
 			t.Errorf("%q is taken for a name", name)
 		}
+	}
+}
+
+// TestNameForUdev: udev finds the name of a device that has one, also where there is no room to write it again, and none
+// of what is gone.
+func TestNameForUdev(t *testing.T) {
+	ownStateDir(t)
+	d := someDevice(3)
+	d.servedByUs()
+	if err := d.save(); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"", "data", "data", "other", "", ""} {
+		d.Name = name
+		if err := d.tellUdev(); err != nil {
+			t.Fatal(err)
+		}
+		want := ""
+		if name != "" {
+			want = "UBLK_PCACHE_NAME=" + name + "\n"
+		}
+		if text, err := os.ReadFile(statePath(3, udevExt)); string(text) != want || (err == nil) != (name != "") {
+			t.Errorf("the name is %q, udev reads %q, %v", name, text, err)
+		}
+	}
+	d.Name = "data"
+	if err := d.tellUdev(); err != nil {
+		t.Fatal(err)
+	}
+	before := time.Unix(1, 0)
+	if err := os.Chtimes(statePath(3, udevExt), before, before); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.tellUdev(); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := os.Stat(statePath(3, udevExt)); err != nil || !after.ModTime().Equal(before) {
+		t.Errorf("what is there is written again: %v", err)
+	}
+	if err := d.remove(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(statePath(3, udevExt)); err == nil {
+		t.Error("a device that is removed leaves its name")
 	}
 }
 

@@ -206,8 +206,10 @@ func TestRule(t *testing.T) {
 				to = append(to, m[4])
 			case m[1] == "LABEL":
 				labels = append(labels, m[4])
-			case m[1] == "PROGRAM" && !asks(m[4], newIsBackingCmd()):
+			case m[1] == "PROGRAM" && !asks(m[4], newIsBackingCmd()), m[1] == "RUN" && !asks(m[4], newDiskGoneCmd()):
 				t.Errorf("line %d asks %q", n+1, m[4])
+			case m[1] == "IMPORT" && m[2] == "{file}" && m[4] != filepath.Join(stateDir, "%n"+udevExt):
+				t.Errorf("line %d reads %q", n+1, m[4])
 			}
 		}
 	}

@@ -168,6 +168,11 @@ func start(o serveOptions) (_ *server, err error) {
 			return nil, err
 		}
 	}
+	if err := s.dev.nameToUdev(); err != nil && !o.Recover {
+		return nil, fmt.Errorf("tell udev the name: %w", err)
+	} else if err != nil {
+		s.log.Warn(noLink, zap.Error(err))
+	}
 	s.dev.servedByUs()
 	if err := s.dev.save(); err != nil {
 		return nil, err

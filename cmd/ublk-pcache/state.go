@@ -291,7 +291,7 @@ func (d *device) remove() error {
 }
 
 func (d *device) removeLocked() error {
-	for _, ext := range []string{".sock", ".sock.new", ".log", ".log.1", ".new"} {
+	for _, ext := range []string{".sock", ".sock.new", ".log", ".log.1", ".new", udevExt} {
 		os.Remove(statePath(d.ID, ext))
 	}
 	if err := os.Remove(statePath(d.ID, ".json")); !errors.Is(err, fs.ErrNotExist) {

@@ -125,17 +125,20 @@ func parsed(line []string) (*cobra.Command, error) {
 	return cmd, err
 }
 
-// TestCompletions: devices and settings are offered to everybody, and nothing that is none.
+// TestCompletions: devices, names and settings are offered to everybody, and nothing that is none.
 func TestCompletions(t *testing.T) {
 	before := devDir
 	t.Cleanup(func() { devDir = before })
 	devDir = t.TempDir()
-	for _, name := range []string{"ublkb0", "ublkb12", "ublkb0p1", "ublkc0", "sda"} {
+	if err := os.Mkdir(filepath.Join(devDir, "ublk-pcache"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"ublkb0", "ublkb12", "ublkb0p1", "ublkc0", "sda", "ublk-pcache/data", "ublk-pcache/data-part1"} {
 		if err := os.WriteFile(filepath.Join(devDir, name), nil, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	devices := []string{"0", "12"}
+	devices := []string{"0", "12", "data"}
 	for args, want := range map[string][]string{
 		"flush ":              devices,
 		"status ":             devices,

@@ -114,8 +114,8 @@ func TestSystemd(t *testing.T) {
 	if links := s.must(t, "readlink", "-f", "/dev/disk/by-label/cached", byID); links != "/dev/ublkb0\n"+disk+"\n" {
 		t.Errorf("the label and the disk lead to %q", links)
 	}
-	if text := s.must(t, "ublk-pcache", "status", "test"); !strings.Contains(text, "/dev/ublkb0") {
-		t.Errorf("status of the service's name says\n%s", text)
+	if link := s.must(t, "readlink", "-f", "/dev/ublk-pcache/test"); link != "/dev/ublkb0\n" || !strings.Contains(s.must(t, "ublk-pcache", "status", "test"), "/dev/ublkb0") {
+		t.Errorf("the service's name leads to %q", link)
 	}
 	if text := s.must(t, "systemd-analyze", "verify", service); text != "" {
 		t.Errorf("systemd-analyze: %s", text)

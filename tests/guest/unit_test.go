@@ -182,6 +182,41 @@ func TestServerOfItsOwnUnit(t *testing.T) {
 		isGone(t, unit)
 		s.must(t, "ublk-pcache", "del", "7")
 	})
+
+	// The link by a name is there as long as the device, and not longer; here another one takes the number, made by a
+	// program that has its files elsewhere.
+	t.Run("link", func(t *testing.T) {
+		const link, file = "/dev/ublk-pcache/named", "/run/ublk-pcache/7.udev"
+		leads := func(when, want string) {
+			t.Helper()
+			s.must(t, "udevadm", "settle")
+			if to := strings.TrimSpace(s.run("readlink", "-e", link).stdout.String()); to != want {
+				t.Errorf("%s: %s leads to %q, want %q", when, link, to, want)
+			}
+		}
+		s.must(t, append(args, "--name", "named")...)
+		leads("added", dev)
+		killed(t, unit)
+		write(t, "named") // udev looks again when it is closed
+		leads("restarted", dev)
+		s.must(t, "ublk-pcache", "del", "named")
+		leads("removed", "")
+		if s.run("test", "-e", file).err == nil {
+			t.Errorf("%s is left behind", file)
+		}
+		isGone(t, unit)
+
+		s.must(t, "sh", "-c", "echo UBLK_PCACHE_NAME=named > "+file)
+		pcache(t, "add", "-p", pmem+",volatile", "-b", back, "-n", "7")
+		s.must(t, "udevadm", "settle") // it has the disk open for a while
+		pcache(t, "del", "7")
+		waitFor(t, func() string {
+			if s.run("test", "-e", file).err == nil {
+				return file + " is there for whoever takes the number"
+			}
+			return ""
+		})
+	})
 	s.must(t, "systemctl", "poweroff", "--no-block")
 	s.wait(t)
 	if left := leftovers(t); len(left) > 0 {
