@@ -97,7 +97,7 @@ func (c *Cache) bad(p BadPlace, err error) {
 	}
 	b.mu.Unlock()
 	if fault && p.Segment >= 0 && c.retire(uint32(p.Segment)) || fresh {
-		go c.log.Error("bad memory: "+p.String(), nil)
+		go c.log.Error(BadMemory, "bad memory: "+p.String(), nil)
 	}
 }
 

@@ -101,9 +101,26 @@ type Disk interface {
 
 // Logger takes what an operator should know. It is never called by a queue.
 type Logger interface {
-	Info(msg string, err error)
-	Error(msg string, err error)
+	Info(e Event, msg string, err error)
+	Error(e Event, msg string, err error)
 }
+
+// Event is what kind of thing a message tells of, for who waits for that and not for words.
+type Event int
+
+const (
+	OtherEvent         Event = iota
+	WritebackFails           // a round has failed, and is tried again
+	WritebackDefers          // the disk refuses some data, or it cannot be read
+	WritebackWorks           // again
+	BadMemory                // a place that could not be read, or not be stored to
+	LogDamaged               // a part of it cannot be read while the cache is open
+	LogMended                // that part is needed no more
+	WritesFail               // the cache takes no more writes
+	PowerCutTookWrites       // that had not been flushed
+	DiskWasChanged           // written without the cache, which starts empty
+	Events                   // how many there are
+)
 
 // Options are the settings of an open cache.
 type Options struct {
@@ -203,10 +220,10 @@ func newCache(mem Memory, disk Disk, o Options) (*Cache, error) {
 	c.each, _ = mem.(eachReader)
 	c.index = newIndex(c.size)
 	for _, n := range layout.DamagedCopies {
-		c.log.Error(n.String(), nil)
+		c.log.Error(OtherEvent, n.String(), nil)
 	}
 	if !mem.Durable() && !c.crc {
-		c.log.Error("the region is not durable and the cache keeps no checksums: a power cut may exchange data that was not flushed for other data, unnoticed", nil)
+		c.log.Error(OtherEvent, "the region is not durable and the cache keeps no checksums: a power cut may exchange data that was not flushed for other data, unnoticed", nil)
 	}
 	c.queues = make([]*Queue, o.Queues)
 	c.segments.init(layout, o.Queues)
@@ -277,7 +294,7 @@ func (c *Cache) stopping() bool {
 // take one. Its content stays readable.
 func (c *Cache) fail(err error) {
 	if c.failed.CompareAndSwap(nil, &failure{err}) {
-		go c.log.Error("the cache takes no more writes", err)
+		go c.log.Error(WritesFail, "the cache takes no more writes", err)
 		c.gc.kick()
 	}
 }

@@ -165,7 +165,7 @@ func (c *Cache) compareDisk(choice Choice, foreign bool) error {
 			err = errors.New("one copy of its fingerprint cannot be read, the other one does not match")
 		}
 		if err != nil {
-			c.log.Error("cannot tell whether the backing device was written without the cache", err)
+			c.log.Error(OtherEvent, "cannot tell whether the backing device was written without the cache", err)
 		} else if sum != f.now.Sum {
 			f.outdated = true
 		}
@@ -194,7 +194,7 @@ func (c *Cache) readDisk() {
 		err = fmt.Errorf("flush the backing device: %w", err)
 		c.writeback.failed(err) // until a round succeeds
 		c.flushes.unsure.Store(true)
-		c.log.Error("cannot take the fingerprint of the backing device", err)
+		c.log.Error(OtherEvent, "cannot take the fingerprint of the backing device", err)
 		c.fingerprint.now = ondisk.Fingerprint{}
 		return
 	}
@@ -268,7 +268,7 @@ func (c *Cache) takeFingerprint(cleaned uint64) {
 	}
 	sum, err := c.sample(c.size)
 	if err != nil {
-		c.log.Error("cannot take the fingerprint of the backing device", err)
+		c.log.Error(OtherEvent, "cannot take the fingerprint of the backing device", err)
 		return
 	}
 	f.now = ondisk.Fingerprint{State: ondisk.FingerprintKnown, Sum: sum, Size: c.size}
@@ -344,7 +344,7 @@ func (c *Cache) startOver(o Options) (*Cache, error) {
 		}
 	}
 	u := c.index.usage()
-	c.log.Error(fmt.Sprintf("the cache starts empty, since its backing device was written without it: given up are %d bytes of clean data and %s", u.clean, ondisk.Unwritten(u.dirty, u.zero)), nil)
+	c.log.Error(DiskWasChanged, fmt.Sprintf("the cache starts empty, since its backing device was written without it: given up are %d bytes of clean data and %s", u.clean, ondisk.Unwritten(u.dirty, u.zero)), nil)
 
 	// dirty_tail first: it must never lie before key_tail.
 	head, written := c.journal.head()

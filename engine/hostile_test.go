@@ -351,8 +351,8 @@ func (g *guarded) note(what string, off, n int64) {
 
 type quietLog struct{}
 
-func (quietLog) Info(string, error)  {}
-func (quietLog) Error(string, error) {}
+func (quietLog) Info(Event, string, error)  {}
+func (quietLog) Error(Event, string, error) {}
 
 // execution is one image and what is done with it.
 type execution struct {

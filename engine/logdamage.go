@@ -44,14 +44,14 @@ func (c *Cache) noteLogDamage(d *ondisk.Damage, ksets uint64) {
 		}
 	}
 	c.bad(BadPlace{What: "log", Off: c.offset(d.At), Len: ondisk.KsetHeaderSize, Segment: int(d.At.Seg)}, d.Cause)
-	c.log.Error("a part of the log is gone", h.err)
+	c.log.Error(LogDamaged, "a part of the log is gone", h.err)
 }
 
 // clearLogDamage is called when key_tail has come to dirty_tail, which has passed so
 // many ksets.
 func (c *Cache) clearLogDamage(passed uint64) {
 	if h := c.logDamage.Load(); h != nil && passed > h.ksets && c.logDamage.CompareAndSwap(h, nil) {
-		c.log.Info("the part of the log that was gone is needed no more", nil)
+		c.log.Info(LogMended, "the part of the log that was gone is needed no more", nil)
 	}
 }
 

@@ -90,7 +90,7 @@ func (r *replayer) readLog() (end logEnd, err error) {
 		}
 	}
 	if end.torn {
-		c.log.Error(fmt.Sprintf("a power cut took writes that had not been flushed: the log ends at %v", end.Pos), nil)
+		c.log.Error(PowerCutTookWrites, fmt.Sprintf("a power cut took writes that had not been flushed: the log ends at %v", end.Pos), nil)
 	}
 	return end, nil
 }

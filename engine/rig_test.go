@@ -39,8 +39,8 @@ type testLog struct {
 	lines []string
 }
 
-func (l *testLog) Info(msg string, err error) { l.Error(msg, err) }
-func (l *testLog) Error(msg string, err error) {
+func (l *testLog) Info(e Event, msg string, err error) { l.Error(e, msg, err) }
+func (l *testLog) Error(_ Event, msg string, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.lines = append(l.lines, fmt.Sprintf("%s: %v", msg, err))

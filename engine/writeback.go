@@ -497,16 +497,16 @@ func (c *Cache) reportRound(err error, held bool, delay time.Duration) time.Dura
 	switch {
 	case err != nil:
 		delay = backoff(delay)
-		c.log.Error(fmt.Sprintf("write-back failed, its data stays in the cache, next try in %v", delay), err)
+		c.log.Error(WritebackFails, fmt.Sprintf("write-back failed, its data stays in the cache, next try in %v", delay), err)
 		return delay
 	case w.holds() && !held:
 		more := ""
 		if w.skipped.on {
 			more = " and more"
 		}
-		c.log.Error(fmt.Sprintf("%d pieces of data%s cannot be written back and stay in the cache, the rest goes on", len(w.deferred), more), w.refusal())
+		c.log.Error(WritebackDefers, fmt.Sprintf("%d pieces of data%s cannot be written back and stay in the cache, the rest goes on", len(w.deferred), more), w.refusal())
 	case delay > 0, held && !w.holds():
-		c.log.Info("write-back works again", nil)
+		c.log.Info(WritebackWorks, "write-back works again", nil)
 	}
 	return 0
 }

@@ -55,8 +55,8 @@ func (fakeDisk) Buffer(n int) []byte { return make([]byte, n) }
 
 type silence struct{}
 
-func (silence) Info(string, error)  {}
-func (silence) Error(string, error) {}
+func (silence) Info(engine.Event, string, error)  {}
+func (silence) Error(engine.Event, string, error) {}
 
 // server is an open cache with one queue, served by the test.
 type server struct {

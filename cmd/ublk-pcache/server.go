@@ -448,8 +448,8 @@ func (s *server) status() *engine.Status {
 // logger is the log as the engine sees it.
 type logger struct{ *zap.Logger }
 
-func (l logger) Info(msg string, err error)  { l.Logger.Info(msg, zap.Error(err)) }
-func (l logger) Error(msg string, err error) { l.Logger.Error(msg, withRemedy(err)) }
+func (l logger) Info(_ engine.Event, msg string, err error)  { l.Logger.Info(msg, zap.Error(err)) }
+func (l logger) Error(_ engine.Event, msg string, err error) { l.Logger.Error(msg, withRemedy(err)) }
 
 // withRemedy is an error in the log, nil for none.
 func withRemedy(err error) zap.Field {

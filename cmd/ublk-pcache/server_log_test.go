@@ -15,6 +15,8 @@ import (
 
 	"go.uber.org/zap/zapcore"
 	"golang.org/x/sys/unix"
+
+	"ublk-pcache/engine"
 )
 
 // counted returns how many messages a log in JSON has, and how many it says that it has not.
@@ -78,7 +80,7 @@ func TestLogRepeats(t *testing.T) {
 	var heard []byte
 	log := newLog(&logOutput{write: func(p []byte) error { heard = append(heard, p...); return nil }}, zapcore.NewJSONEncoder)
 	for range 1000 {
-		logger{log}.Error("write-back failed", errors.New("input/output error"))
+		logger{log}.Error(engine.WritebackFails, "write-back failed", errors.New("input/output error"))
 	}
 	log.Info("another")
 	log.Sync()

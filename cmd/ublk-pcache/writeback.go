@@ -355,9 +355,9 @@ func (rec *record) report(path, backing string) string {
 // stderrLog shows what goes wrong.
 type stderrLog struct{}
 
-func (stderrLog) Info(string, error) {}
+func (stderrLog) Info(engine.Event, string, error) {}
 
-func (stderrLog) Error(msg string, err error) {
+func (stderrLog) Error(_ engine.Event, msg string, err error) {
 	if err != nil {
 		msg += ": " + oneLine(err)
 	}

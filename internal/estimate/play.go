@@ -124,8 +124,8 @@ func (t *Trace) segments(size Size, scaled int) (n int, raised bool) {
 // silent is an engine.Logger.
 type silent struct{}
 
-func (silent) Info(string, error)  {}
-func (silent) Error(string, error) {}
+func (silent) Info(engine.Event, string, error)  {}
+func (silent) Error(engine.Event, string, error) {}
 
 // player plays a trace to the engine and to the textbook algorithms.
 type player struct {
