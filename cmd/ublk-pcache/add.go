@@ -135,7 +135,7 @@ func (a *addOptions) define(f *pflag.FlagSet) {
 	f.BoolVar(&a.crc, "data-crc", false, "keep checksums of the data (new caches; default: on for plain files)")
 	a.knobs = make([]string, len(knobs))
 	for i, k := range knobs {
-		f.StringVar(&a.knobs[i], dashes(k.name), "", k.help+" (kept on the media; as it is unless given)")
+		f.StringVar(&a.knobs[i], dashes(k.name), "", k.help+" ("+k.kept()+")")
 	}
 }
 

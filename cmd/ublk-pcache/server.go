@@ -56,6 +56,7 @@ type serveOptions struct {
 type server struct {
 	dev    device
 	log    *zap.Logger
+	level  zap.AtomicLevel // of the log; dev has what it was at first
 	region *pmem.Region
 	disk   *backing.Device
 	cache  *engine.Cache
@@ -79,7 +80,7 @@ type server struct {
 
 func unstarted(o serveOptions) *server {
 	s := &server{
-		dev: o.Device, foreground: o.Foreground,
+		dev: o.Device, foreground: o.Foreground, level: zap.NewAtomicLevel(),
 		signals: make(chan os.Signal, 1),
 		clients: make(chan struct{}, maxClients),
 	}
@@ -107,6 +108,10 @@ func start(o serveOptions) (_ *server, err error) {
 		return nil, err
 	}
 	s.dev.PMEM = spec.Path
+	ofCache, ofServer := o.Settings.apart(logLevelName)
+	if len(ofServer) > 0 {
+		s.dev.LogLevel = ofServer[logLevelName]
+	}
 	var nameless error
 	if !o.Recover {
 		s.dev.Mark = newMark()
@@ -159,9 +164,9 @@ func start(o serveOptions) (_ *server, err error) {
 	if !o.Recover && s.disk.Identity() == "" {
 		s.warn(fmt.Sprintf("nothing tells backing device %s from another of its size: make sure that this path always leads to it", s.dev.Backing))
 	}
-	now, mode := o.Settings, values(nil)
+	now, mode := ofCache, values(nil)
 	if o.Recover {
-		now, mode = o.Settings.apart("mode")
+		now, mode = ofCache.apart("mode")
 	}
 	if len(now) > 0 {
 		if err := s.setUnlessSignalled(now); err != nil {

@@ -51,6 +51,7 @@ type reply struct {
 	Persistence pmem.Persistence `json:"persistence,omitempty"` // status
 	Doubt       string           `json:"doubt,omitempty"`       // why it is not what could be expected
 	Log         string           `json:"log,omitempty"`         // where the server's is
+	LogLevel    string           `json:"log_level,omitempty"`   // empty of a server that has none
 
 	Upgrade *upgraded `json:"upgrade,omitempty"`
 }
@@ -258,12 +259,18 @@ func answer(conn net.Conn, r reply, err error) {
 	conn.Close()
 }
 
-func (s *server) execute(ctx context.Context, cmd command) (reply, error) {
+func (s *server) execute(ctx context.Context, cmd command) (r reply, err error) {
+	// In words of their own, since each message is written some times a minute only: who asks for
+	// status all the time must not hide the rest.
+	s.log.Debug("command: "+cmd.Do, zap.Any("command", cmd))
+	defer func(began time.Time) {
+		s.log.Debug("answer: "+cmd.Do, zap.Any("command", cmd), zap.Duration("took", time.Since(began)), withRemedy(err))
+	}(time.Now())
 	switch cmd.Do {
 	case "status":
 		r := reply{Status: s.status()}
 		r.Persistence, r.Doubt = s.region.Persistence()
-		r.Log = s.logPlace()
+		r.Log, r.LogLevel = s.logPlace(), s.level.String()
 		return r, nil
 	case "flush":
 		return reply{}, s.heldWhereStopped(s.cache.Flush(ctx))
@@ -285,8 +292,15 @@ func (s *server) execute(ctx context.Context, cmd command) (reply, error) {
 // set begins anew after an upgrade that it met, whose new server has read the settings
 // already: if that has failed here, and otherwise there, with the client's next question.
 func (s *server) set(ctx context.Context, v values) error {
+	if err := v.change(&engine.Settings{}); err != nil {
+		return err
+	}
+	ofCache, ofServer := v.apart(logLevelName)
 	for {
-		err := s.cache.Set(ctx, v.change)
+		err := s.setOfCache(ctx, ofCache)
+		if err == nil {
+			err = s.setOfServer(ofServer)
+		}
 		switch {
 		case err != nil && (errors.Is(err, ctx.Err()) || errors.Is(err, engine.ErrResting) && ctx.Err() != nil):
 			return fmt.Errorf("broken off: all settings are as they were, mode=%v", s.cache.Settings().Mode)
@@ -297,6 +311,57 @@ func (s *server) set(ctx context.Context, v values) error {
 		case <-ctx.Done():
 		case <-time.After(restingAgain):
 		}
+	}
+}
+
+// setOfCache is set for what is kept on the media.
+func (s *server) setOfCache(ctx context.Context, v values) error {
+	if len(v) == 0 { // and nobody's drain is waited for
+		return nil
+	}
+	var was values
+	err := s.cache.Set(ctx, func(now *engine.Settings) error {
+		was = textsOf(now)
+		return v.change(now)
+	})
+	if err == nil {
+		s.tellSettings(was, v)
+	}
+	return err
+}
+
+// setOfServer is set for what is kept in the state file: log_level, of this server and of those that
+// follow. Its error is ErrResting while one that is to follow has been told what it starts from, and
+// has written its state beside ours.
+func (s *server) setOfServer(v values) error {
+	name, given := v[logLevelName]
+	if !given {
+		return nil
+	}
+	s.removal.Lock()
+	defer s.removal.Unlock()
+	switch {
+	case s.removal.done:
+		return engine.ErrStopped
+	case s.removal.next != nil:
+		return engine.ErrResting
+	}
+	d := s.dev
+	d.LogLevel = name
+	if err := d.save(); err != nil {
+		return fmt.Errorf("%s is as it was, what else was given is changed: %w", logLevelName, err)
+	}
+	was, level := s.level.Level(), logLevel(name)
+	s.level.SetLevel(min(was, level)) // that it says less is the last that it says
+	s.tellSettings(values{logLevelName: was.String()}, v)
+	s.level.SetLevel(level)
+	return nil
+}
+
+// tellSettings logs new settings, as far as they are new.
+func (s *server) tellSettings(was, v values) {
+	if from, to := v.changes(was); len(to) > 0 {
+		s.log.Info("settings changed", zap.Any("from", from), zap.Any("to", to))
 	}
 }
 

@@ -71,7 +71,7 @@ func serverOnDisk(tb testing.TB, mem engine.Memory, on func(disk) engine.Disk) *
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { dev.Close() })
-	return &server{cache: cache, disk: dev, region: pmem.Heap(8)}
+	return &server{cache: cache, disk: dev, region: pmem.Heap(8), log: zap.NewNop(), level: zap.NewAtomicLevel(), dev: *someDevice(3)}
 }
 
 // unsynced is a region whose syncs fail from some time on.
@@ -325,7 +325,7 @@ func TestPlaces(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	s := &server{clients: make(chan struct{}, maxClients)}
+	s := &server{clients: make(chan struct{}, maxClients), log: zap.NewNop()}
 	ask := func() string {
 		t.Helper()
 		client, err := net.Dial("unix", l.Addr().String())
@@ -375,7 +375,7 @@ func TestStranger(t *testing.T) {
 	if err := os.Chmod(l.Addr().String(), 0o777); err != nil {
 		t.Fatal(err)
 	}
-	s := &server{clients: make(chan struct{}, maxClients)}
+	s := &server{clients: make(chan struct{}, maxClients), log: zap.NewNop()}
 	go func() {
 		if conn, err := l.AcceptUnix(); err == nil {
 			s.receive(conn)

@@ -39,13 +39,22 @@ const (
 	lastWords = 200 * time.Millisecond
 )
 
-// newLog makes a log that out takes.
-func newLog(out *logOutput, encoding func(zapcore.EncoderConfig) zapcore.Encoder) *zap.Logger {
+// logLevels are what log_level can be. Each has the entries of those behind it.
+var logLevels = []string{"debug", "info", "warn", "error"}
+
+// logLevel is one of these as zap knows it; none is info.
+func logLevel(name string) zapcore.Level {
+	level, _ := zapcore.ParseLevel(name)
+	return level
+}
+
+// newLog makes a log that out takes, from a level on.
+func newLog(out *logOutput, level zap.AtomicLevel, encoding func(zapcore.EncoderConfig) zapcore.Encoder) *zap.Logger {
 	config := zap.NewProductionEncoderConfig()
 	config.TimeKey = "time"
 	config.EncodeTime = zapcore.ISO8601TimeEncoder
 	out.encoder = encoding(config)
-	core := zapcore.NewSamplerWithOptions(zapcore.NewCore(out.encoder, out, zap.InfoLevel), time.Minute, logRepeats, 0,
+	core := zapcore.NewSamplerWithOptions(zapcore.NewCore(out.encoder, out, level), time.Minute, logRepeats, 0,
 		zapcore.SamplerHook(func(_ zapcore.Entry, d zapcore.SamplingDecision) {
 			if d&zapcore.LogDropped != 0 {
 				out.leaveOut()
@@ -56,13 +65,14 @@ func newLog(out *logOutput, encoding func(zapcore.EncoderConfig) zapcore.Encoder
 
 // openLog sets up the server's log.
 func (s *server) openLog(foreground bool) {
+	s.level.SetLevel(logLevel(s.dev.LogLevel))
 	if foreground {
-		s.log = newLog(&logOutput{write: func(p []byte) error { return writeAll(unix.Stderr, p) }}, zapcore.NewConsoleEncoder)
+		s.log = newLog(&logOutput{write: func(p []byte) error { return writeAll(unix.Stderr, p) }}, s.level, zapcore.NewConsoleEncoder)
 		return
 	}
 	f := &logFile{path: statePath(s.dev.ID, ".log"), fd: unix.Stderr}
 	f.open() // or later
-	s.log = newLog(&logOutput{write: f.write}, zapcore.NewJSONEncoder)
+	s.log = newLog(&logOutput{write: f.write}, s.level, zapcore.NewJSONEncoder)
 }
 
 // logPlace says where to read the log.

@@ -13,10 +13,12 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"golang.org/x/sys/unix"
 
 	"ublk-pcache/engine"
+	"ublk-pcache/ublk"
 )
 
 // counted returns how many messages a log in JSON has, and how many it says that it has not.
@@ -45,7 +47,7 @@ func TestLogNeverWaits(t *testing.T) {
 	var heard []byte
 	still := make(chan struct{})
 	out := &logOutput{write: func(p []byte) error { <-still; heard = append(heard, p...); return nil }}
-	log := newLog(out, zapcore.NewJSONEncoder)
+	log := newLog(out, zap.NewAtomicLevel(), zapcore.NewJSONEncoder)
 	const lines = 5000
 	begin := time.Now()
 	for i := range lines {
@@ -78,7 +80,7 @@ func TestLogNeverWaits(t *testing.T) {
 // TestLogRepeats: what happens all the time is written some times, and counted.
 func TestLogRepeats(t *testing.T) {
 	var heard []byte
-	log := newLog(&logOutput{write: func(p []byte) error { heard = append(heard, p...); return nil }}, zapcore.NewJSONEncoder)
+	log := newLog(&logOutput{write: func(p []byte) error { heard = append(heard, p...); return nil }}, zap.NewAtomicLevel(), zapcore.NewJSONEncoder)
 	for range 1000 {
 		logger{log}.Error(engine.WritebackFails, "write-back failed", errors.New("input/output error"))
 	}
@@ -98,7 +100,7 @@ func TestLogFailing(t *testing.T) {
 			heard = append(heard, p...)
 		}
 		return fails
-	}}, zapcore.NewJSONEncoder)
+	}}, zap.NewAtomicLevel(), zapcore.NewJSONEncoder)
 	for i := range 7 {
 		if fails = unix.ENOSPC; i > 4 {
 			fails = nil
@@ -247,5 +249,93 @@ func TestLastWords(t *testing.T) {
 	}
 	if err != nil || n != 50 {
 		t.Errorf("%d lines in order, %v:\n%s", n, err, said)
+	}
+}
+
+// TestLogLevels: the level decides what is written, and changes at once.
+func TestLogLevels(t *testing.T) {
+	for i, name := range logLevels {
+		var heard []byte
+		level := zap.NewAtomicLevel()
+		log := newLog(&logOutput{write: func(p []byte) error { heard = append(heard, p...); return nil }}, level, zapcore.NewJSONEncoder)
+		level.SetLevel(logLevel(name))
+		log.Debug("debug")
+		log.Info("info")
+		log.Warn("warn")
+		log.Error("error")
+		log.Sync()
+		if written, _ := counted(t, heard); written != len(logLevels)-i {
+			t.Errorf("%s: %s", name, heard)
+		}
+	}
+	if logLevel("") != zap.InfoLevel {
+		t.Errorf("without a level it is %v", logLevel(""))
+	}
+}
+
+// TestSetLogLevel: it counts at once and for the next server, the media have nothing of it, and what is refused has
+// changed nothing.
+func TestSetLogLevel(t *testing.T) {
+	s, _ := dirtyServer(t)
+	now := func(want string) {
+		t.Helper()
+		r, err := s.execute(t.Context(), command{Do: "status"})
+		if err != nil || r.LogLevel != want || s.level.String() != want {
+			t.Errorf("the level is %s, %v, %v, want %s", r.LogLevel, s.level, err, want)
+		}
+		d, err := readState(3)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if level := logLevel(d.LogLevel).String(); level != want {
+			t.Errorf("the state file has %s, want %s", level, want)
+		}
+		if kept := recovery(d, ublk.Info{}).Device.LogLevel; logLevel(kept).String() != want {
+			t.Errorf("the next server would have %s, want %s", kept, want)
+		}
+	}
+	set := func(v values) error {
+		t.Helper()
+		_, err := s.execute(t.Context(), command{Do: "set", Settings: v})
+		return err
+	}
+	s.dev.servedByUs()
+	now("info")
+	before := s.cache.Settings()
+	if err := set(values{logLevelName: "debug"}); err != nil || s.cache.Settings() != before {
+		t.Error(err, s.cache.Settings())
+	}
+	now("debug")
+	if err := set(values{logLevelName: "warn", "gc_percent": "50"}); err != nil || s.cache.Settings().GCPercent != 50 {
+		t.Error(err, s.cache.Settings())
+	}
+	now("warn")
+	fails(t, set(values{logLevelName: "loud", "gc_percent": "60"}), "log_level=loud: give debug, info, warn or error")
+	fails(t, set(values{logLevelName: "error", "gc_percent": "95"}), "gc_percent=95")
+	s.removal.next = &next{}
+	if err := s.setOfServer(values{logLevelName: "error"}); !errors.Is(err, engine.ErrResting) {
+		t.Errorf("while another server starts: %v", err)
+	}
+	s.removal.next = nil
+	s.removal.done = true
+	if err := s.setOfServer(values{logLevelName: "error"}); !errors.Is(err, engine.ErrStopped) {
+		t.Errorf("after the end: %v", err)
+	}
+	if s.removal.done = false; s.cache.Settings().GCPercent != 50 {
+		t.Errorf("what was refused has changed %+v", s.cache.Settings())
+	}
+	now("warn")
+}
+
+// TestLogLevelOfAnotherVersion: a level that is not known here is none.
+func TestLogLevelOfAnotherVersion(t *testing.T) {
+	ownStateDir(t)
+	d := someDevice(3)
+	d.LogLevel = "trace"
+	if err := d.save(); err != nil {
+		t.Fatal(err)
+	}
+	if d, err := readState(3); err != nil || d.LogLevel != "" {
+		t.Errorf("%+v, %v", d, err)
 	}
 }

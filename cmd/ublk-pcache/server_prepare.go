@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -85,10 +86,14 @@ func (s *server) openCache(o *serveOptions, make *ondisk.FormatOptions) (err err
 	}
 	options := s.engineOptions()
 	options.Changed = o.Changed
+	began := time.Now()
 	s.cache, err = engine.Open(s.region, disk{s.disk}, options)
 	if err != nil {
 		return s.openError(o, err)
 	}
+	st := s.cache.Status()
+	s.log.Debug("opened the cache", zap.Duration("took", time.Since(began)), zap.Int64("extents", st.Extents), zap.Int64("dirty_bytes", st.DirtyBytes),
+		zap.Stringer("key_head", st.KeyHead), zap.Stringer("dirty_tail", st.DirtyTail), zap.Stringer("key_tail", st.KeyTail))
 	if err := s.bindNow(); err != nil {
 		return errors.Join(err, s.cache.Close())
 	}

@@ -230,7 +230,9 @@ func (s *server) startNext(head engine.Head) (*next, error) {
 	if err != nil {
 		return n, err
 	}
-	config, err := json.Marshal(serveOptions{Device: s.dev, Upgrade: &head, Foreground: s.foreground, Socket: s.socket != nil})
+	d := s.dev
+	d.LogLevel = s.level.String()
+	config, err := json.Marshal(serveOptions{Device: d, Upgrade: &head, Foreground: s.foreground, Socket: s.socket != nil})
 	if err != nil {
 		return n, err
 	}

@@ -21,7 +21,7 @@ func newSetCmd() *cobra.Command {
 		Use:   "set ID NAME=VALUE…",
 		Short: "Change settings of a running cache, now and for later",
 		Long: `Change settings of a running cache, now and for later: all that are given, or none.
-They are kept on the media.
+They are kept on the media, but for log_level, which is kept until the device is removed.
 
 ` + settings.String() + `
 The modes. In the last three the cache is clean: BACKING alone has every write that

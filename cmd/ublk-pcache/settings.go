@@ -22,7 +22,7 @@ type knob struct {
 	help    string
 	choices []string                                     // all that it can be; none for a number
 	parse   func(s *engine.Settings, value string) error // its error says what to give
-	text    func(s *engine.Settings) string
+	text    func(s *engine.Settings) string              // nil: it is no setting of the cache, but of its server
 }
 
 // modes are in the order of what they promise.
@@ -128,6 +128,28 @@ var knobs = []knob{
 		},
 		func(s *engine.Settings) string { return strconv.FormatInt(s.SeqCutoff, 10) },
 	},
+	{
+		logLevelName, "what the server logs: " + anyOf(logLevels) + ", each with all that follow it", logLevels,
+		func(_ *engine.Settings, value string) error {
+			if !slices.Contains(logLevels, value) {
+				return fmt.Errorf("give %s", anyOf(logLevels))
+			}
+			return nil
+		},
+		nil,
+	},
+}
+
+// logLevelName names the setting that the state file has and not the media: it is about the
+// server, and must not outlive the device.
+const logLevelName = "log_level"
+
+// kept says for how long a setting is.
+func (k *knob) kept() string {
+	if k.text == nil {
+		return "kept until the device is removed; info unless given"
+	}
+	return "kept on the media; as it is unless given"
 }
 
 func wholePercent(value string, least int) (int, error) {
@@ -247,11 +269,13 @@ func knobNames() string {
 	return strings.Join(names, ", ")
 }
 
-// textsOf are settings as values.
+// textsOf are the settings of a cache as values.
 func textsOf(s *engine.Settings) values {
 	v := values{}
 	for _, k := range knobs {
-		v[k.name] = k.text(s)
+		if k.text != nil {
+			v[k.name] = k.text(s)
+		}
 	}
 	return v
 }
@@ -260,7 +284,20 @@ func textsOf(s *engine.Settings) values {
 func (v values) line() string {
 	var words []string
 	for _, k := range knobs {
-		words = append(words, k.name+"="+v[k.name])
+		if value, has := v[k.name]; has {
+			words = append(words, k.name+"="+value)
+		}
 	}
 	return strings.Join(words, " ")
+}
+
+// changes returns those of the values that differ from what they were, and what that was.
+func (v values) changes(was values) (from, to values) {
+	from, to = values{}, values{}
+	for name, value := range v {
+		if was[name] != value {
+			from[name], to[name] = was[name], value
+		}
+	}
+	return from, to
 }

@@ -47,6 +47,7 @@ type device struct {
 	Queues    int    `json:"queues"`
 	Writeback int    `json:"writeback_depth"`
 	Depth     int    `json:"depth"`
+	LogLevel  string `json:"log_level,omitempty"` // as set takes it; empty is info
 
 	damage error // why only ID is known
 }
@@ -392,6 +393,9 @@ func decodeState(path string, id int) (*device, error) {
 	}
 	if checkName(d.Name) != nil { // another version may allow others
 		d.Name = ""
+	}
+	if !slices.Contains(logLevels, d.LogLevel) {
+		d.LogLevel = ""
 	}
 	return d, nil
 }

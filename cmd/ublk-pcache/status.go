@@ -173,6 +173,9 @@ func statusOf(id int) (told, error) {
 	}
 	s := newStatusJSON(l, r.Status)
 	s.Persistence, s.Doubt, s.Log = string(r.Persistence), r.Doubt, r.Log
+	if r.LogLevel != "" {
+		s.Settings[logLevelName] = r.LogLevel
+	}
 	// The server may not see the file system below a loop device or an overlay.
 	if p, why := pmem.PersistenceOf(d.PMEM); p == pmem.Volatile {
 		s.Persistence, s.Doubt = string(p), why
