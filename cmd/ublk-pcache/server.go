@@ -65,6 +65,7 @@ type server struct {
 	made   bool              // PMEM was made by this process
 
 	foreground bool
+	journal    bool           // standard error is
 	warnings   []string       // for whoever asked for the device
 	proven     string         // provenBy, when the cache was bound
 	signals    chan os.Signal // that ask for the device to go
@@ -199,7 +200,11 @@ func start(o serveOptions) (_ *server, err error) {
 	if len(mode) > 0 {
 		go s.setLater(mode)
 	}
-	s.log.Info("serving", zap.String("version", longVersion()), zap.Any("device", s.dev), zap.Bool("recovered", o.Recover))
+	how := serverStarted
+	if o.Recover {
+		how = serverRecovered
+	}
+	s.log.Info("serving", how.id(), zap.String("version", longVersion()), zap.Any("state", s.dev), zap.Bool("recovered", o.Recover))
 	return s, nil
 }
 
@@ -233,7 +238,9 @@ func (s *server) warn(line string) {
 }
 
 func (s *server) engineOptions() engine.Options {
-	return engine.Options{Queues: s.dev.Queues, WritebackDepth: s.dev.Writeback, Log: logger{s.log}}
+	// The place in the source is the engine's.
+	log := logger{s.log.WithOptions(zap.AddCallerSkip(1))}
+	return engine.Options{Queues: s.dev.Queues, WritebackDepth: s.dev.Writeback, Log: log}
 }
 
 func closeOnError(err *error, close func() error) {
@@ -296,7 +303,7 @@ func (s *server) handler(q *ublk.Queue) ublk.Handler {
 // the end of the process is what lets the driver keep the requests for the next
 // server.
 func (s *server) fatal(err error) {
-	s.log.Error("a queue has failed, the server ends (ublk-pcache recover continues)", zap.Error(err))
+	s.log.Error("a queue has failed, the server ends (ublk-pcache recover continues)", serverFailed.id(), zap.Error(err))
 	s.exit(1)
 }
 
@@ -325,7 +332,7 @@ func (s *server) wait() {
 			return
 		case <-s.signals:
 			if err := s.end(); err != nil {
-				s.log.Warn("told to end, refused, the server goes on", zap.Error(s.dev.removalError(err)))
+				s.log.Warn("told to end, refused, the server goes on", endRefused.id(), zap.Error(s.dev.removalError(err)))
 			}
 		}
 	}
@@ -353,7 +360,7 @@ func (s *server) ended() {
 	if info, err := s.dev.lookup(); err == nil && info.State != ublk.Dead {
 		s.fatal(errors.New("another process has quiesced the device"))
 	}
-	s.log.Error("another process has stopped the device, the server ends")
+	s.log.Error("another process has stopped the device, the server ends", deviceStopped.id())
 	s.remove(true)
 }
 
@@ -414,7 +421,7 @@ func (s *server) remove(force bool) (left []string, err error) {
 	}
 	err = errors.Join(err, closed)
 	st := s.cache.Status()
-	s.log.Info("removed", zap.Int64("dirty_bytes", st.DirtyBytes), zap.Int64("zero_bytes", st.ZeroBytes), zap.Strings("left", left), zap.Error(err))
+	s.log.Info("removed", deviceRemoved.id(), zap.Int64("dirty_bytes", st.DirtyBytes), zap.Int64("zero_bytes", st.ZeroBytes), zap.Strings("left", left), zap.Error(err))
 	s.log.Sync() // which may make the file
 	s.dev.remove()
 	return left, err
@@ -453,8 +460,13 @@ func (s *server) status() *engine.Status {
 // logger is the log as the engine sees it.
 type logger struct{ *zap.Logger }
 
-func (l logger) Info(_ engine.Event, msg string, err error)  { l.Logger.Info(msg, zap.Error(err)) }
-func (l logger) Error(_ engine.Event, msg string, err error) { l.Logger.Error(msg, withRemedy(err)) }
+func (l logger) Info(e engine.Event, msg string, err error) {
+	l.Logger.Info(msg, withID(engineIDs[e]), zap.Error(err))
+}
+
+func (l logger) Error(e engine.Event, msg string, err error) {
+	l.Logger.Error(msg, withID(engineIDs[e]), withRemedy(err))
+}
 
 // withRemedy is an error in the log, nil for none.
 func withRemedy(err error) zap.Field {

@@ -361,7 +361,7 @@ func (s *server) setOfServer(v values) error {
 // tellSettings logs new settings, as far as they are new.
 func (s *server) tellSettings(was, v values) {
 	if from, to := v.changes(was); len(to) > 0 {
-		s.log.Info("settings changed", zap.Any("from", from), zap.Any("to", to))
+		s.log.Info("settings changed", settingsChanged.id(), zap.Any("from", from), zap.Any("to", to))
 	}
 }
 

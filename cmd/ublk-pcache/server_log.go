@@ -10,31 +10,36 @@ import (
 	"sync"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/journal"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"golang.org/x/sys/unix"
 )
 
-// A server's log goes to standard error, so that the last words of a dying
-// runtime are there as well: a person or systemd in the foreground, and else a
-// file that is not on any disk.
+// A server's log goes to where standard error leads, so that the last words of a dying
+// runtime are there as well: in the foreground to a person, or to the journal (see
+// server_journal.go), and else to a file that is not on any disk.
 //
 // Readers of it must not matter to the server. One may stand still, or be
-// gone; the folder may be full. So a line is only put into a buffer, from where
-// somebody takes it who may be blocked, and lines that do not fit are counted. Events
+// gone; the folder may be full. So an entry is only put into a queue, from where
+// somebody takes it who may be blocked, and entries that do not fit are counted. Events
 // that repeat, as with a disk that fails, must not matter either: each message is
 // written ten times a minute, and the file has a size.
+//
+// No entry has a stack in it: what is logged is expected, and a place in the source is enough
+// for the rest. What is not expected ends the process, and the runtime says where it was.
 
 const (
 	// logSize is what the file may grow to, in bytes: some thousand lines, with
 	// room for the trace that the runtime leaves. As much is kept of what was
 	// before.
 	logSize = 1 << 20
-	// logPending is how much may wait to be written: more than a start has to say.
+	// logPending is how much may wait to be written, in bytes: more than a start has to say,
+	// and less than a socket takes at once.
 	logPending = 64 << 10
 	// logRepeats is how often a message is written within a minute.
 	logRepeats = 10
-	// lastWords is how long a server that ends waits for its last lines to be
+	// lastWords is how long a server that ends waits for its last entries to be
 	// written. Requests wait for the next one meanwhile.
 	lastWords = 200 * time.Millisecond
 )
@@ -66,13 +71,21 @@ func newLog(out *logOutput, level zap.AtomicLevel, encoding func(zapcore.Encoder
 // openLog sets up the server's log.
 func (s *server) openLog(foreground bool) {
 	s.level.SetLevel(logLevel(s.dev.LogLevel))
-	if foreground {
+	if !foreground {
+		f := &logFile{path: statePath(s.dev.ID, ".log"), fd: unix.Stderr}
+		f.open() // or later
+		s.log = newLog(&logOutput{write: f.write}, s.level, zapcore.NewJSONEncoder)
+		return
+	}
+	s.journal, _ = journal.StderrIsJournalStream()
+	socket := &journalSocket{path: filepath.Join(journalDir, "socket")}
+	if !s.journal || socket.connect() != nil { // it takes lines, too
 		s.log = newLog(&logOutput{write: func(p []byte) error { return writeAll(unix.Stderr, p) }}, s.level, zapcore.NewConsoleEncoder)
 		return
 	}
-	f := &logFile{path: statePath(s.dev.ID, ".log"), fd: unix.Stderr}
-	f.open() // or later
-	s.log = newLog(&logOutput{write: f.write}, s.level, zapcore.NewJSONEncoder)
+	s.log = newLog(&logOutput{write: socket.write}, s.level, func(config zapcore.EncoderConfig) zapcore.Encoder {
+		return newJournalEncoder(config, &s.dev)
+	})
 }
 
 // logPlace says where to read the log.
@@ -80,7 +93,7 @@ func (s *server) logPlace() string {
 	if !s.foreground {
 		return statePath(s.dev.ID, ".log")
 	}
-	if _, journal := os.LookupEnv("JOURNAL_STREAM"); journal {
+	if s.journal {
 		group, err := controlGroup(os.Getpid())
 		if unit := filepath.Base(group); err == nil && strings.HasSuffix(unit, ".service") {
 			return "journalctl -u " + unit
@@ -89,36 +102,38 @@ func (s *server) logPlace() string {
 	return "standard error of process " + strconv.Itoa(os.Getpid())
 }
 
-// logOutput takes lines without ever waiting.
+// logOutput takes entries without ever waiting.
 type logOutput struct {
-	write   func([]byte) error // may wait
+	write   func(entry []byte) error // may wait
 	encoder zapcore.Encoder
 
 	mu struct {
 		sync.Mutex
-		pending []byte
-		lost    int           // lines, since that was last said
+		pending [][]byte
+		size    int           // of these, in bytes
+		lost    int           // entries, since that was last said
 		idle    chan struct{} // closed when nothing is pending any more, nil while that is so
 	}
 }
 
 // Write implements zapcore.WriteSyncer.
-func (o *logOutput) Write(line []byte) (int, error) {
+func (o *logOutput) Write(entry []byte) (int, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if len(o.mu.pending)+len(line) > logPending {
+	if o.mu.size+len(entry) > logPending {
 		o.mu.lost++
-		return len(line), nil
+		return len(entry), nil
 	}
-	o.mu.pending = append(o.mu.pending, line...)
+	o.mu.pending = append(o.mu.pending, bytes.Clone(entry))
+	o.mu.size += len(entry)
 	if o.mu.idle == nil {
 		o.mu.idle = make(chan struct{})
 		go o.drain()
 	}
-	return len(line), nil
+	return len(entry), nil
 }
 
-// leaveOut counts a line that is not written.
+// leaveOut counts an entry that is not written.
 func (o *logOutput) leaveOut() {
 	o.mu.Lock()
 	o.mu.lost++
@@ -130,26 +145,32 @@ func (o *logOutput) drain() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for len(o.mu.pending) > 0 {
-		lines, lost := o.mu.pending, o.mu.lost
-		o.mu.pending = nil
+		some, lost := o.mu.pending, o.mu.lost
+		o.mu.pending, o.mu.size = nil, 0
 		o.mu.Unlock()
-		text := lines
-		if lost > 0 {
-			text = append(o.gap(lost), lines...)
-		}
-		err := o.write(text)
+		more := o.writeSome(some, lost)
 		o.mu.Lock()
-		if err == nil {
-			o.mu.lost -= lost
-		} else {
-			o.mu.lost += bytes.Count(lines, []byte("\n"))
-		}
+		o.mu.lost += more
 	}
 	close(o.mu.idle)
 	o.mu.idle = nil
 }
 
-// gap is the line for lines that are missing.
+// writeSome writes entries, and in front that some are missing. It returns how many more are
+// missing then, or fewer.
+func (o *logOutput) writeSome(some [][]byte, lost int) (more int) {
+	for _, entry := range some {
+		if lost+more > 0 && o.write(o.gap(lost+more)) == nil {
+			more = -lost
+		}
+		if o.write(entry) != nil {
+			more++
+		}
+	}
+	return more
+}
+
+// gap is the entry for those that are missing.
 func (o *logOutput) gap(lost int) []byte {
 	b, err := o.encoder.EncodeEntry(zapcore.Entry{Level: zap.WarnLevel, Time: time.Now(), Message: "messages are missing here: they repeat themselves, or could not be written"},
 		[]zapcore.Field{zap.Int("count", lost)})

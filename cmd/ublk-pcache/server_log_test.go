@@ -54,8 +54,12 @@ func TestLogNeverWaits(t *testing.T) {
 		log.Error(fmt.Sprintf("message %d", i))
 	}
 	out.mu.Lock()
-	if len(out.mu.pending) > logPending {
-		t.Errorf("%d bytes wait", len(out.mu.pending))
+	waiting := 0
+	for _, entry := range out.mu.pending {
+		waiting += len(entry)
+	}
+	if waiting > logPending || waiting != out.mu.size {
+		t.Errorf("%d bytes wait, %d are counted", waiting, out.mu.size)
 	}
 	out.mu.Unlock()
 	if took := time.Since(begin); took > 10*time.Second {

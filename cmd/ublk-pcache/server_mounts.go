@@ -33,7 +33,7 @@ const mountLayers = 10
 
 // neededPaths are the paths that a server needs besides its own.
 func neededPaths(own ...string) []string {
-	return append(own, "/dev", "/proc", stateDir, "/sys")
+	return append(own, "/dev", "/proc", stateDir, journalDir, "/sys")
 }
 
 // unmountAllBut detaches the mounts of the calling thread's namespace that are

@@ -190,7 +190,7 @@ func (s *server) handOver(n *next) (pause time.Duration, err error) {
 	pause = time.Since(began)
 	if err != nil {
 		n.kill()
-		s.log.Error("the new server has failed, the device waits (ublk-pcache recover continues)", zap.Error(err))
+		s.log.Error("the new server has failed, the device waits (ublk-pcache recover continues)", upgradeFailed.id(), zap.Error(err))
 		return 0, fmt.Errorf("%w: %w (device %s waits: ublk-pcache recover %d)", errRetired, err, s.dev.title(), s.dev.ID)
 	}
 	return pause, nil
@@ -360,7 +360,7 @@ func takeOver(o serveOptions, tell io.Writer) (_ *server, err error) {
 	}
 	fmt.Fprintln(tell, live)
 	s.announce()
-	s.log.Info("serving, in place of another server", zap.String("version", longVersion()), zap.Any("device", s.dev))
+	s.log.Info("serving, in place of another server", serverUpgraded.id(), zap.String("version", longVersion()), zap.Any("state", s.dev))
 	return s, nil
 }
 
