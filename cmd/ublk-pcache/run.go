@@ -99,10 +99,11 @@ quotes ("..." or '...'), and has to be if there is a # behind a space in it.
 Empty lines and those that begin with # do not count. Of more queues than there
 are CPUs, one for each CPU is made.
 
-A device whose server has died is continued; a server that lives, and of which
-systemd does not know any more, becomes the service's again. Disk and pmem are
-waited for. A blank PMEM is refused: when the cache has gone, its dirty data has,
-and somebody should know. To begin with: ublk-pcache format PMEM.
+A device whose server has died is continued, with the settings that it has; a
+server that lives, and of which systemd does not know any more, becomes the
+service's again. Disk and pmem are waited for. A blank PMEM is refused: when the
+cache has gone, its dirty data has, and somebody should know. To begin with:
+ublk-pcache format PMEM.
 
 An error that would come again has exit status ` + fmt.Sprint(exitFinal) + `.`,
 		Example: `  systemctl enable --now ublk-pcache@data

@@ -165,12 +165,8 @@ func start(o serveOptions) (_ *server, err error) {
 	if !o.Recover && s.disk.Identity() == "" {
 		s.warn(fmt.Sprintf("nothing tells backing device %s from another of its size: make sure that this path always leads to it", s.dev.Backing))
 	}
-	now, mode := ofCache, values(nil)
-	if o.Recover {
-		now, mode = ofCache.apart("mode")
-	}
-	if len(now) > 0 {
-		if err := s.setUnlessSignalled(now); err != nil {
+	if len(ofCache) > 0 {
+		if err := s.setUnlessSignalled(ofCache); err != nil {
 			return nil, err
 		}
 	}
@@ -197,23 +193,12 @@ func start(o serveOptions) (_ *server, err error) {
 	}
 	udev.awaitDisk(s.dev.Device)
 	s.accept() // what is done to a device is done to one that is ready
-	if len(mode) > 0 {
-		go s.setLater(mode)
-	}
 	how := serverStarted
 	if o.Recover {
 		how = serverRecovered
 	}
 	s.log.Info("serving", how.id(), zap.String("version", longVersion()), zap.Any("state", s.dev), zap.Bool("recovered", o.Recover))
 	return s, nil
-}
-
-// setLater is set for a device that was there before: its users do not wait for a drain, nor
-// does it for a disk that refuses some of it.
-func (s *server) setLater(v values) {
-	if err := s.set(context.Background(), v); err != nil {
-		s.log.Error("settings are as they were", zap.Any("wanted", v), zap.Error(err))
-	}
 }
 
 // setUnlessSignalled is set for a server that does not serve yet: a signal ends a drain.

@@ -61,7 +61,7 @@ ExecStart=/bin/udevadm trigger --type=devices --subsystem-match=block --action=a
 Wants=systemd-udevd.service coldplug.service local-fs.target ` + service + `
 After=local-fs.target
 `,
-	"/etc/ublk-pcache/test.conf":           "# The disk is named by what only udev makes.\npmem = " + dax + "\nbacking = " + byID + "\n",
+	"/etc/ublk-pcache/test.conf":           "# The disk is named by what only udev makes.\npmem = " + dax + "\nbacking = " + byID + "\ngc-percent = 60\n",
 	"/etc/systemd/system.conf.d/test.conf": "[Manager]\nDefaultStandardOutput=kmsg\nDefaultStandardError=kmsg\n",
 	// It would empty /tmp, which is the machine's.
 	"/etc/systemd/system/systemd-tmpfiles-setup.service": "",
@@ -148,7 +148,16 @@ func TestSystemd(t *testing.T) {
 		t.Helper()
 		s.must(t, "sh", "-c", `echo -n "$1" > $0 && sync $0`, name, text)
 	}
+	hasGC := func(when, want string) {
+		t.Helper()
+		if text := s.must(t, "ublk-pcache", "status", "test"); !strings.Contains(text, " gc_percent="+want+" ") {
+			t.Errorf("%s status does not say gc_percent=%s\n%s", when, want, text)
+		}
+	}
+	hasGC("as its file says", "60")
+	s.must(t, "ublk-pcache", "set", "test", "gc_percent=50")
 	s.killServer(t)
+	hasGC("after set and a kill", "50")
 	write("/srv/a", "1")
 	up("after a kill")
 	before := s.show(t, service, "MainPID")
