@@ -191,7 +191,7 @@ func start(o serveOptions) (_ *server, err error) {
 	if s.ublk, err = device.start(s.handler); err != nil {
 		return nil, err
 	}
-	udev.awaitDisk(s.dev.Device)
+	udev.awaitDisk(s.dev.Device, s.signals)
 	s.accept() // what is done to a device is done to one that is ready
 	how := serverStarted
 	if o.Recover {

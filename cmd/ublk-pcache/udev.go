@@ -17,11 +17,10 @@ import (
 const (
 	// udevRuns is there where udev runs, or would when there is something to do.
 	udevRuns = "/run/udev/control"
-	// udevPatience is how long udev may take: it may have a whole machine to look at. Nobody is heard meanwhile, not even
-	// who stops the service.
-	udevPatience = 5 * time.Second
+	// udevPatience is how long udev may take: it may have a whole machine to look at. Commands wait meanwhile.
+	udevPatience = 10 * time.Second
 	// udevStep is how often is looked whether udev has a record of the disk, which it writes a moment before it says that
-	// it is through. To a server in another network namespace it does not say so.
+	// it is through, and whether the server was told to end. To one in another network namespace udev says nothing.
 	udevStep = 500 * time.Millisecond
 	// udevSays is the group of udev's own messages (systemd's sd-device, MONITOR_GROUP_UDEV), each of which is sent when
 	// the event has been handled.
@@ -49,14 +48,15 @@ func hearUdev() *udevEvents {
 	return &udevEvents{os.NewFile(uintptr(fd), "udev")}
 }
 
-// awaitDisk waits until udev is through with a new disk, or not for ever, and ends the listening.
-func (e *udevEvents) awaitDisk(path string) {
+// awaitDisk waits until udev is through with a new disk, or not for ever, and ends the listening. A signal, which is for
+// somebody else, ends it as well.
+func (e *udevEvents) awaitDisk(path string, signals <-chan os.Signal) {
 	if e == nil {
 		return
 	}
 	defer e.socket.Close()
 	message, recorded := make([]byte, udevMessage), false
-	for begin := time.Now(); time.Since(begin) < udevPatience; {
+	for begin := time.Now(); time.Since(begin) < udevPatience && len(signals) == 0; {
 		e.socket.SetReadDeadline(time.Now().Add(udevStep))
 		n, err := e.socket.Read(message)
 		switch {
