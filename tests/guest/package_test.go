@@ -174,6 +174,7 @@ func (s *systemd) testPackage(t *testing.T, m manager) {
 	}
 	f.Close()
 	s.must(t, "umount", "/srv")
+	s.must(t, "udevadm", "settle") // it looks at what was written
 	s.must(t, installed, "del", "--all", "--flush")
 	s.mustManage(t, m.remove...)
 	if text := s.must(t, "cat", dataConfig); !strings.Contains(text, dax) {
