@@ -84,15 +84,12 @@ func TestConfig(t *testing.T) {
 
 // TestExampleConfig: the description that packages bring can be read, also with all that it has as comments.
 func TestExampleConfig(t *testing.T) {
-	text, err := os.ReadFile("../../packages/example.conf")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := textOf(t, "../../packages/example.conf")
 	options := regexp.MustCompile(`(?m)^#([a-z-]+ = )`)
-	if n := len(options.FindAll(text, -1)); n == 0 {
+	if n := len(options.FindAllString(text, -1)); n == 0 {
 		t.Error("it has no option as a comment")
 	}
-	for _, text := range []string{string(text), options.ReplaceAllString(string(text), "$1")} {
+	for _, text := range []string{text, options.ReplaceAllString(text, "$1")} {
 		if _, err := readConfig(config(t, text)); err != nil {
 			t.Error(err)
 		}

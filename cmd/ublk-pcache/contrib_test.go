@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"maps"
-	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -58,15 +57,6 @@ func board(t *testing.T) (targets []target, variables []string) {
 		targets = append(targets, p.Targets...)
 	}
 	return targets, variables
-}
-
-func textOf(t *testing.T, file string) string {
-	t.Helper()
-	text, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(text)
 }
 
 var (

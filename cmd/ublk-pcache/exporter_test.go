@@ -174,11 +174,8 @@ func TestExport(t *testing.T) {
 
 // TestMetricsAreDocumented: docs/admin.md names every metric, and no other.
 func TestMetricsAreDocumented(t *testing.T) {
-	text, err := os.ReadFile("../../docs/admin.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	told := namesIn(between(string(text), "\n## Prometheus\n", "\n##"))
+	text := textOf(t, "../../docs/admin.md")
+	told := namesIn(between(text, "\n## Prometheus\n", "\n##"))
 	delete(told, "ublk_pcache_…")
 	for name := range describedMetrics() {
 		if !told[name] {

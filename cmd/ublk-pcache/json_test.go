@@ -15,11 +15,8 @@ import (
 
 // TestJSONIsDocumented: docs/admin.md names every field that a command prints for programs, and no other.
 func TestJSONIsDocumented(t *testing.T) {
-	text, err := os.ReadFile("../../docs/admin.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	section := between(string(text), "\n## JSON\n", "\n## ")
+	text := textOf(t, "../../docs/admin.md")
+	section := between(text, "\n## JSON\n", "\n## ")
 	for name, forms := range map[string][]any{
 		"status":    {statusJSON{}, silentJSON{}, badMemory{}},
 		"list":      {overview{}},
@@ -47,6 +44,16 @@ func TestJSONIsDocumented(t *testing.T) {
 			}
 		}
 	}
+}
+
+// textOf reads a file of the source.
+func textOf(t *testing.T, file string) string {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
 }
 
 // between is what a text has behind one mark, up to another.

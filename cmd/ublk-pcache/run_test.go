@@ -184,16 +184,13 @@ func TestUnit(t *testing.T) {
 // TestRule: each line is comma-separated KEY OP "value", labels that are gone to
 // exist, and the program that is asked is a command here.
 func TestRule(t *testing.T) {
-	text, err := os.ReadFile("../../systemd/61-ublk-pcache.rules")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := textOf(t, "../../systemd/61-ublk-pcache.rules")
 	item := regexp.MustCompile(`^([A-Z]+)(\{[^}]+\})?(==|!=|\+=|:=|=)"([^"]*)"$`)
 	asks := func(program string, cmd *cobra.Command) bool {
 		return strings.HasPrefix(program, "/usr/sbin/ublk-pcache "+cmd.Name()+" ")
 	}
 	var to, labels []string
-	for n, line := range strings.Split(string(text), "\n") {
+	for n, line := range strings.Split(text, "\n") {
 		if line == "" || strings.HasPrefix(line, "#") {
 			continue
 		}

@@ -227,12 +227,9 @@ func TestJournalRestarted(t *testing.T) {
 
 // TestMessageIDs: each is its own, and docs/admin.md tells of all of them and of no other.
 func TestMessageIDs(t *testing.T) {
-	text, err := os.ReadFile("../../docs/admin.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := textOf(t, "../../docs/admin.md")
 	told := map[string]bool{}
-	for _, id := range regexp.MustCompile("`([0-9a-f]{32})`").FindAllStringSubmatch(string(text), -1) {
+	for _, id := range regexp.MustCompile("`([0-9a-f]{32})`").FindAllStringSubmatch(text, -1) {
 		if told[id[1]] {
 			t.Errorf("docs/admin.md tells of %s twice", id[1])
 		}
