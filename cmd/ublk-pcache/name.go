@@ -165,6 +165,15 @@ func idOfName(name string) (int, error) {
 // tellUdev leaves the name of d where the udev rule reads it when the disk appears: in a file, which every event of the
 // disk costs less than a program.
 func (d *device) tellUdev() error {
+	unlock, err := lockStates() // somebody may be about to forget the name of another device
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return d.tellUdevLocked()
+}
+
+func (d *device) tellUdevLocked() error {
 	path := statePath(d.ID, udevExt)
 	if d.Name == "" {
 		if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
@@ -177,16 +186,6 @@ func (d *device) tellUdev() error {
 		return nil
 	}
 	return os.WriteFile(path, []byte(text), 0o600)
-}
-
-// nameToUdev is tellUdev where others may be about to forget the name of another device.
-func (d *device) nameToUdev() error {
-	unlock, err := lockStates()
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	return d.tellUdev()
 }
 
 // noLink is logged where a device is served all the same.
@@ -228,5 +227,5 @@ func forgetName(id int) error {
 			return err
 		}
 	}
-	return (&device{ID: id}).tellUdev()
+	return (&device{ID: id}).tellUdevLocked()
 }

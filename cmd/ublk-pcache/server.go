@@ -170,7 +170,7 @@ func start(o serveOptions) (_ *server, err error) {
 			return nil, err
 		}
 	}
-	if err := s.dev.nameToUdev(); err != nil && !o.Recover {
+	if err := s.dev.tellUdev(); err != nil && !o.Recover {
 		return nil, fmt.Errorf("tell udev the name: %w", err)
 	} else if err != nil {
 		s.log.Warn(noLink, zap.Error(err))

@@ -340,7 +340,7 @@ func takeOver(o serveOptions, tell io.Writer) (_ *server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.dev.nameToUdev(); err != nil { // of a device that a version without links began
+	if err := s.dev.tellUdev(); err != nil { // of a device that a version without links began
 		s.log.Warn(noLink, zap.Error(err))
 	}
 	s.dev.servedByUs()
